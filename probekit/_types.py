@@ -1,0 +1,64 @@
+"""Shape legend, array aliases and the small records that cross rooms.
+
+Shape legend, used in all signatures and docstrings:
+
+- m: rows, one for each distinct (prompt, image)
+- n: pairs of rows
+- d: channels of a feature vector
+- L: layers; layer 0 = image tokens entering the first block, layer k = image tokens after block k
+- b: images of a batch; t: image tokens of an image
+"""
+
+import hashlib
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """A place in a backbone where features are taken.
+
+    Attributes
+    ----------
+    index
+        Layer number: 0 = tokens entering the first block, k = tokens after the k-th block.
+    name
+        Module path of the block, such as ``transformer_blocks.11``.
+    stream
+        Which tokens are pooled: ``image``.
+    """
+
+    index: int
+    name: str
+    stream: str = "image"
+
+
+def row_id(image_sha256: bytes, prompt: str) -> str:
+    """Key of one row: hex SHA-256 of (SHA-256 of the image's bytes + SHA-256 of the UTF-8 prompt)."""
+    return hashlib.sha256(image_sha256 + hashlib.sha256(prompt.encode()).digest()).hexdigest()
+
+
+def canonical_sigma(value: str) -> str:
+    """Canonical decimal text of a noise level: ``0.005``, never ``5e-3`` or ``0.0050``.
+
+    Raises
+    ------
+    ValueError
+        If the text is no decimal number in [0, 1].
+    """
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        number = Decimal(-1)
+    if not 0 <= number <= 1:
+        message = f"sigma must be a decimal number from 0 to 1, not {value!r}"
+        raise ValueError(message)
+    text = format(number, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text

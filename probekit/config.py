@@ -1,0 +1,186 @@
+"""The typed contents of the YAML files and of the command line: one model per command, unknown keys refused.
+
+The same models check options and files, so a setting has one name, one type and one default. YAML is read strictly:
+no aliases (they can expand without bound), no duplicate keys (the last one would win silently).
+"""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from probekit._types import canonical_sigma
+from probekit.errors import ConfigError
+
+Sigma = Annotated[str, BeforeValidator(lambda value: canonical_sigma(str(value)))]
+LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+RelativeDepths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    """A model that refuses unknown keys and names the allowed ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: object) -> object:
+        if isinstance(data, dict):
+            unknown = sorted(str(key) for key in data if key not in cls.model_fields)
+            if unknown:
+                message = f"unknown key {unknown[0]!r}; allowed: {', '.join(cls.model_fields)}"
+                raise ValueError(message)
+        return data
+
+    @classmethod
+    def checked(cls, data: dict[str, Any], *, source: str) -> Self:
+        """Validate plain data; the error is one line that names the source, the key, the value and what is allowed.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value has the wrong type or range.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error, source=source)) from None
+
+
+class DumpConfig(_Strict):
+    """Settings of ``probekit dump``: which backbone is run on which images, and what is kept of it."""
+
+    backbone: str = Field(description="diffusers pipeline: a folder or a Hugging Face id")
+    prefs: Path = Field(description="preference file in the general form (JSONL, JSON, CSV or Parquet)")
+    out: Path = Field(description="the feature store: a folder, made or continued")
+    transformer: Path | None = Field(None, description="folder of a transformer that replaces the pipeline's own")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    name: str | None = Field(None, description="what to call the backbone in tables and figures")
+    sigma: list[Sigma] = Field(["0.005"], min_length=1, description="noise level from 0 (clean latents) to 1; repeatable")
+    noise: Literal["shared", "independent", "none"] = Field(
+        "shared", description="the images of a prompt share their noise, each image has its own, or none is added"
+    )
+    pooling: list[str] = Field(["mean"], min_length=1, description="how image tokens become one vector; repeatable")
+    layers: Literal["all"] | LayerNumbers = Field("all", description="'all' or layer numbers such as 0,12,24")
+    resolution: int | None = Field(None, ge=16, description="side of the square images in pixels (default: the model's)")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="compute type (default: float32 on the CPU, bfloat16 on CUDA)"
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    batch_size: int = Field(8, ge=1, description="images per forward pass")
+    seed: int = Field(0, ge=0, description="seed of the noise")
+    limit: int | None = Field(None, ge=1, description="use at most this many pairs, in whole groups, nested")
+    max_tokens: int | None = Field(None, ge=0, description="longest prompt in tokens (default: the pipeline's)")
+    random_weights: str | None = Field(
+        None, description="control: 'init:SEED' (untrained) or 'shuffled:SEED' (trained entries permuted)"
+    )
+    cache: Path | None = Field(None, description="folder of VAE latents and prompt embeddings shared between dumps")
+    training_images: int | None = Field(
+        None, ge=0, description="images the transformer was trained on, for the plot against training length"
+    )
+    shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
+
+
+class _Head(_Strict):
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    layer_sets: list[Literal["singles", "all"] | LayerNumbers | dict[Literal["relative"], RelativeDepths]] = Field(
+        min_length=1
+    )
+
+
+class LinearHead(_Head):
+    """A linear Bradley-Terry head; its strength is chosen by grouped cross-validation inside the training split."""
+
+    kind: Literal["linear"]
+    name: str = "linear"
+    strengths: list[Annotated[float, Field(gt=0)]] = Field(
+        [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1, description="candidates for scikit-learn's C"
+    )
+    folds: int = Field(5, ge=2)
+
+
+class MLPHead(_Head):
+    """A multi-layer Bradley-Terry head on the concatenated features of each layer set (DiT-Reward's by default)."""
+
+    kind: Literal["mlp"]
+    name: str = "mlp"
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([1024, 16], min_length=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    max_epochs: int = Field(50, ge=1)
+    batch_size: int = Field(128, ge=1)
+    patience: int = Field(5, ge=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+
+
+class SweepConfig(_Strict):
+    """Settings of ``probekit sweep``: which heads are fitted on which layers of the stores."""
+
+    heads: list[Annotated[LinearHead | MLPHead, Field(discriminator="kind")]] = Field(min_length=1)
+    protocol: Literal["strict"] = "strict"
+    sigmas: Literal["all"] | list[Sigma] = "all"
+    poolings: Literal["all"] | list[str] = "all"
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples of groups behind each interval")
+    level: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")
+
+    @field_validator("heads")
+    @classmethod
+    def _distinct_names(cls, heads: list[LinearHead | MLPHead]) -> list[LinearHead | MLPHead]:
+        names = [head.name for head in heads]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            message = f"two heads are named {twice[0]!r}; each needs a name of its own"
+            raise ValueError(message)
+        return heads
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping strictly.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is no YAML mapping, or has aliases or duplicate keys.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (derives from SafeLoader)
+    except OSError as error:
+        message = f"{path}: {error.strerror or error}"
+        raise ConfigError(message) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        message = f"{path}: {' '.join(str(error).split())}"
+        raise ConfigError(message) from None
+    if not isinstance(data, dict):
+        message = f"{path}: must hold 'key: value' lines, not {type(data).__name__}"
+        raise ConfigError(message)
+    return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _one_line(error: ValidationError, *, source: str) -> str:
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    # The alternatives of one union each report the same input: they are one mistake, and all that is allowed is said.
+    same = [one for one in errors if one["input"] is first["input"]]
+    text = " or ".join(dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in same))
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    value = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
+    more = len(errors) - len(same)
+    return f"{source}: {key + ': ' if key else ''}{text}{value}" + (f" (and {more} more)" if more else "")

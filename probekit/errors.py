@@ -1,0 +1,41 @@
+"""The named exceptions. Each message is one line: what is wrong, the value, what is allowed."""
+
+
+class ProbekitError(Exception):
+    """Base of all errors that a user can cause or mend; the command line prints the message and no traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(ProbekitError):
+    """An option or a configuration file that cannot be used as written."""
+
+    exit_code = 2
+
+
+class PreferenceError(ProbekitError):
+    """A preference file whose content cannot be used."""
+
+
+class ImageError(ProbekitError):
+    """An image file that is missing, damaged or refused."""
+
+
+class BackboneError(ProbekitError):
+    """A backbone that cannot be loaded or probed."""
+
+
+class StoreError(ProbekitError):
+    """A feature store that is damaged, or was asked for something it does not hold."""
+
+
+class FingerprintError(StoreError):
+    """A feature store that was made with other settings than the ones asked for."""
+
+
+class HeadError(ProbekitError):
+    """Arrays that no head can be fitted on."""
+
+
+class ResultsError(ProbekitError):
+    """A results folder that is damaged, or lacks what was asked for."""
