@@ -58,13 +58,17 @@ class DumpConfig(_Strict):
     transformer: Path | None = Field(None, description="folder of a transformer that replaces the pipeline's own")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     name: str | None = Field(None, description="what to call the backbone in tables and figures")
-    sigma: list[Sigma] = Field(["0.005"], min_length=1, description="noise level from 0 (clean latents) to 1; repeatable")
+    sigma: list[Sigma] = Field(
+        ["0.005"], min_length=1, description="noise level from 0 (clean latents) to 1; repeatable"
+    )
     noise: Literal["shared", "independent", "none"] = Field(
         "shared", description="the images of a prompt share their noise, each image has its own, or none is added"
     )
     pooling: list[str] = Field(["mean"], min_length=1, description="how image tokens become one vector; repeatable")
     layers: Literal["all"] | LayerNumbers = Field("all", description="'all' or layer numbers such as 0,12,24")
-    resolution: int | None = Field(None, ge=16, description="side of the square images in pixels (default: the model's)")
+    resolution: int | None = Field(
+        None, ge=16, description="side of the square images in pixels (default: the model's)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="compute type (default: float32 on the CPU, bfloat16 on CUDA)"
     )
@@ -146,7 +150,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         If the file is missing, is no YAML mapping, or has aliases or duplicate keys.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (derives from SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         message = f"{path}: {error.strerror or error}"
         raise ConfigError(message) from None
@@ -160,7 +164,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)

@@ -5,4 +5,4 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two spinning thread pools
 
 from jaxtyping import install_import_hook
 
-install_import_hook("probekit", "beartype.beartype")  # shapes and types are checked in the tests only
+install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only

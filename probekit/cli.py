@@ -1,0 +1,229 @@
+"""The ``probekit`` command: parse the options, make one library call, print one line when something is wrong.
+
+Heavy libraries are imported inside the commands, so that ``probekit --help`` answers at once.
+"""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from probekit.config import DumpConfig, load_yaml
+from probekit.errors import ConfigError, ProbekitError
+
+app = typer.Typer(
+    name="probekit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Layer probing of diffusion transformers: dump features, sweep Bradley-Terry heads, report accuracy by depth.",
+)
+playground = typer.Typer(
+    no_args_is_help=True, help="The shipped family of small trained DiTs and its preference pairs."
+)
+app.add_typer(playground, name="playground")
+
+out_console = Console(soft_wrap=True)
+err_console = Console(stderr=True, soft_wrap=True)
+
+
+def _help(field: str) -> str:
+    return DumpConfig.model_fields[field].description or ""
+
+
+@app.command()
+def dump(
+    *,
+    backbone: Annotated[str | None, typer.Option(help=_help("backbone"))] = None,
+    prefs: Annotated[Path | None, typer.Option(help=_help("prefs"))] = None,
+    out: Annotated[Path | None, typer.Option(help=_help("out"))] = None,
+    transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
+    revision: Annotated[str | None, typer.Option(help=_help("revision"))] = None,
+    name: Annotated[str | None, typer.Option(help=_help("name"))] = None,
+    sigma: Annotated[list[str] | None, typer.Option(help=_help("sigma"))] = None,
+    noise: Annotated[str | None, typer.Option(help=_help("noise") + ": shared, independent, none")] = None,
+    pooling: Annotated[list[str] | None, typer.Option(help=_help("pooling"))] = None,
+    layers: Annotated[str | None, typer.Option(help=_help("layers"))] = None,
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help=_help("resolution"))] = None,
+    dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
+    device: Annotated[str | None, typer.Option(help=_help("device"))] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help=_help("batch_size"))] = None,
+    seed: Annotated[int | None, typer.Option(help=_help("seed"))] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help=_help("limit"))] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help=_help("max_tokens"))] = None,
+    random_weights: Annotated[str | None, typer.Option(metavar="KIND:SEED", help=_help("random_weights"))] = None,
+    cache: Annotated[Path | None, typer.Option(help=_help("cache"))] = None,
+    training_images: Annotated[int | None, typer.Option(metavar="N", help=_help("training_images"))] = None,
+    shard_size: Annotated[int | None, typer.Option(metavar="MIB", help=_help("shard_size"))] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options; options given here win")
+    ] = None,
+) -> None:
+    """Run a frozen DiT on near-clean latents and store pooled features of every layer.
+
+    Stopped at any moment, the same command continues. Pairs, labels and splits are kept beside the features: changing
+    them costs no forward pass, and a longer preference file or a further sigma adds what is missing.
+    """
+    given = {key: value for key, value in locals().items() if value is not None and key != "config"}
+    if layers is not None and layers != "all":
+        given["layers"] = layers.split(",")
+    from_file = {} if config is None else load_yaml(config)
+    source = "options" if config is None else f"{config} and options"
+    settings = DumpConfig.checked(from_file | given, source=source)
+
+    from probekit.dump import run_dump
+
+    with _progress("rows") as progress:
+        store = run_dump(settings, progress=progress)
+    out_console.print(
+        f"{settings.out}: {len(store.rows):,} rows, {len(store.layers)} layers, sigma {', '.join(store.sigmas)}"
+    )
+
+
+@app.command()
+def sweep(
+    *,
+    config: Annotated[Path, typer.Argument(help="YAML file: heads and layer sets", show_default=False)],
+    store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
+    out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
+    prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
+) -> None:
+    """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
+    from probekit.sweep import run_sweep
+
+    with _progress("fits") as progress:
+        run_sweep(config, stores=store, out=out, prefs=prefs, jobs=jobs, progress=progress)
+    out_console.print(f"{out / 'results.parquet'}")
+
+
+@app.command()
+def report(
+    *,
+    run: Annotated[Path, typer.Argument(help="folder of a sweep", show_default=False)],
+    out: Annotated[Path, typer.Option(help="the page; figures and their data go beside it")],
+) -> None:
+    """Draw accuracy against depth and backbone size, and write one self-contained page."""
+    from probekit.report import build_report
+
+    out_console.print(str(build_report(run, out)))
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="folder for pairs, stores, run and report")] = Path("probekit-demo"),
+) -> None:
+    """Dump, sweep and report on the shipped playground, offline, in about three minutes on two cores."""
+    from probekit.demo import run_demo
+
+    with _progress() as progress:
+        page = run_demo(out, progress=progress)
+    out_console.print(f"report: {page}")
+
+
+@app.command()
+def inspect(
+    *,
+    path: Annotated[Path, typer.Argument(help="feature store or run", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a feature store or a run holds."""
+    facts = _facts(path)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    out_console.print(table)
+
+
+@playground.command("path")
+def path() -> None:
+    """Print the folder of the shipped weights: base/ and transformers/."""
+    from probekit.playground import base_folder
+
+    typer.echo(str(base_folder().parent))
+
+
+@playground.command("pairs")
+def pairs(
+    *,
+    out: Annotated[Path, typer.Argument(help="folder for pictures and preferences.jsonl", show_default=False)],
+    train: Annotated[int, typer.Option(min=1, help="training and validation pairs")] = 8000,
+    test: Annotated[int, typer.Option(min=1, help="test pairs")] = 4000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw preference pairs: PNG files and a preference file in the general form."""
+    from probekit.playground.pairs import write_pairs
+
+    out_console.print(str(write_pairs(out, n_train=train, n_test=test, seed=seed)))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if (path / "store.json").is_file():
+        from probekit.store import FeatureStore
+
+        return FeatureStore(path).summary()
+    if (path / "config.json").is_file():
+        from probekit.results import describe_run
+
+        return describe_run(path)
+    message = f"{path}: is neither a feature store (no store.json) nor a run (no config.json)"
+    raise ConfigError(message)
+
+
+@contextmanager
+def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
+    """Progress bars on stderr, one for each first word of the reported text where no unit is named."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=err_console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(done: int, total: int, text: str) -> None:
+            label, _, rest = (unit, "", text) if unit else text.partition(" ")
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total, text="")
+            bars.update(tasks[label], completed=done, total=total, text=rest)
+
+        yield update
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Entry point: library errors become one line on stderr and an exit code (2 usage, 1 failure)."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)]
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except ProbekitError as error:
+        err_console.print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err_console.print("interrupted; the same command resumes")
+        sys.exit(130)

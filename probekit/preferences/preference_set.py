@@ -1,0 +1,291 @@
+"""Preferences as probekit uses them: distinct (prompt, image) items and pairs over them.
+
+n = pairs, m = items.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pyarrow.lib import ArrowException
+
+from probekit._types import row_id
+from probekit.errors import ImageError, PreferenceError
+from probekit.preferences.groups import assign_groups, assign_splits, hash_share, placeholder_images
+from probekit.preferences.readers import FORMATS
+
+logger = logging.getLogger(__name__)
+
+CACHE_COLUMNS = ["path", "size", "mtime_ns", "sha256"]
+
+
+@dataclass(frozen=True)
+class PreferenceSet:
+    """Judged pairs of images; made by ``load_preferences``.
+
+    Attributes
+    ----------
+    name, path
+        Stem of the file, and the file.
+    items
+        One line per distinct (prompt, image) (m): ``prompt``, ``image`` as written in the file, ``path`` absolute.
+    pairs
+        One line per pair (n): ``pair_id``, ``item_a`` and ``item_b`` (positions in ``items``), ``label`` (probability
+        that A is preferred, 0.5 = tie), ``weight``, ``strength``, ``n_votes``, ``group``, ``split`` (``train``,
+        ``validation`` or ``test``), ``source``, ``model_a``, ``model_b``, ``ranking_id``.
+    dropped
+        Pairs of the file that are not here, by reason: their group reaches into a later split.
+    placeholders
+        Images under more than 20 prompts; they do not join groups.
+    """
+
+    name: str
+    path: Path
+    items: pd.DataFrame
+    pairs: pd.DataFrame
+    dropped: dict[str, int]
+    placeholders: tuple[str, ...]
+
+    @property
+    def split_digest(self) -> str:
+        """Hex SHA-256 of the sorted (pair_id, split): equal for equal splits, in whatever order."""
+        lines = sorted(
+            f"{pair}\t{split}\n" for pair, split in zip(self.pairs["pair_id"], self.pairs["split"], strict=True)
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def limit(self, n: int) -> "PreferenceSet":
+        """Take whole groups in the order of their hash, at most n pairs, so that smaller sets lie in larger ones.
+
+        Raises
+        ------
+        PreferenceError
+            If not even the first group fits.
+        """
+        order = hash_share(self.pairs["group"], "limit")
+        last = order.map(order.value_counts().sort_index().cumsum())  # pairs up to the end of each pair's group
+        keep = last <= n
+        if not keep.any():
+            msg = f"{self.path}: limit is {n}; allowed: at least {last.min()}, the pairs of the first group"
+            raise PreferenceError(msg)
+        pairs = self.pairs[keep].reset_index(drop=True)
+        used = np.unique(pairs[["item_a", "item_b"]].to_numpy())
+        renumbered = {side: np.searchsorted(used, pairs[side]) for side in ("item_a", "item_b")}
+        return replace(self, items=self.items.iloc[used].reset_index(drop=True), pairs=pairs.assign(**renumbered))
+
+    def image_digests(self, cache: Path | None = None) -> dict[str, bytes]:
+        """SHA-256 of the bytes of each distinct image file, by absolute path.
+
+        Parameters
+        ----------
+        cache
+            Parquet file that remembers digests by path, size and time of change; made if absent.
+
+        Raises
+        ------
+        ImageError
+            If files are missing, before any is read; names the first ten and counts all.
+        """
+        paths = self.items["path"].unique().tolist()
+        status = [_file_status(path) for path in paths]
+        missing = [path for path, found in zip(paths, status, strict=True) if found is None]
+        if missing:
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            msg = f"{self.path}: {len(missing)} image files are missing: {', '.join(missing[:10])}{more}"
+            raise ImageError(msg)
+        stamps = [found for found in status if found is not None]
+        known = _read_cache(cache)
+        keys = [(path, *stamp) for path, stamp in zip(paths, stamps, strict=True)]
+        digests = {key: known[key] if key in known else _file_digest(key[0]) for key in keys}
+        if cache is not None and digests.keys() - known.keys():
+            # One entry per path: an old one of a changed file goes.
+            entries = {key[0]: (key, value) for key, value in (known | digests).items()}
+            _write_cache(cache, dict(entries.values()))
+        return {key[0]: digest for key, digest in digests.items()}
+
+    def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
+        """Rows of a feature store that these preferences need, each once, in the order of the items.
+
+        Returns
+        -------
+        DataFrame
+            ``row_id``, ``prompt``, ``image_id``, ``path``, ``image_sha256`` (bytes).
+        """
+        return (
+            pd.DataFrame(
+                {
+                    "row_id": self._row_ids(digests),
+                    "prompt": self.items["prompt"],
+                    "image_id": self.items["image"],
+                    "path": self.items["path"],
+                    "image_sha256": pd.Series([digests[path] for path in self.items["path"]], dtype=object),
+                }
+            )
+            .drop_duplicates("row_id")
+            .reset_index(drop=True)
+        )
+
+    def judgements(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
+        """Pairs by the keys of their rows (n), as a feature store keeps them beside its shards."""
+        ids = self._row_ids(digests)
+        keys = {"row_a": ids[self.pairs["item_a"]], "row_b": ids[self.pairs["item_b"]]}
+        columns = [
+            "label",
+            "weight",
+            "strength",
+            "n_votes",
+            "group",
+            "split",
+            "source",
+            "model_a",
+            "model_b",
+            "ranking_id",
+        ]
+        return pd.concat([self.pairs[["pair_id"]], pd.DataFrame(keys), self.pairs[columns]], axis=1)
+
+    def _row_ids(self, digests: Mapping[str, bytes]) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
+        keys = zip(self.items["path"], self.items["prompt"], strict=True)
+        return np.array([row_id(digests[path], prompt) for path, prompt in keys], object)
+
+
+def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet:
+    """Read a preference file.
+
+    Parameters
+    ----------
+    path
+        JSON Lines, JSON, CSV or Parquet with ``prompt, chosen, rejected`` or ``prompt, image_a, image_b, label``.
+        Images are paths relative to the file and lie in its folder. Where the winner is named, a hash of the pair
+        decides which side it stands on; ``model_a`` then belongs to ``chosen``, ``model_b`` to ``rejected``.
+    format
+        ``general``, or ``auto``.
+
+    Raises
+    ------
+    PreferenceError
+        If the file or a value in it cannot be used; names the file, the place, the column, the value and what is
+        allowed.
+    """
+    file = Path(path).absolute()
+    if format not in ("auto", *FORMATS):
+        msg = f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}"
+        raise PreferenceError(msg)
+    if not file.is_file():
+        msg = f"{file}: no such file; allowed: a preference file"
+        raise PreferenceError(msg)
+    frame = FORMATS["general" if format == "auto" else format](file)
+    frame = _resolve_images(file, frame)
+    frame = _identify(frame)
+    placeholders = placeholder_images(frame)
+    if placeholders:
+        logger.warning("%s: %d images under more than 20 prompts do not join groups", file, len(placeholders))
+    frame["group"] = assign_groups(frame.assign(group=frame["group"].mask(frame["group"] == "")), placeholders)
+    frame["split"], dropped = assign_splits(frame["group"], None if (frame["split"] == "").all() else frame["split"])
+    frame = frame[frame["split"].notna()].reset_index(drop=True)
+    sides = [
+        frame[["prompt", f"image_{side}", f"path_{side}"]].set_axis(["prompt", "image", "path"], axis=1)
+        for side in ("a", "b")
+    ]
+    # Item order: by pair, A before B.
+    both = pd.concat(sides).sort_index(kind="stable")
+    number = both.groupby(["prompt", "path"], sort=False).ngroup().to_numpy()
+    items = both.iloc[np.unique(number, return_index=True)[1]].reset_index(drop=True)
+    columns = ["label", "weight", "strength", "n_votes", "group", "split", "source", "model_a", "model_b", "ranking_id"]
+    pairs = frame[["pair_id"]].assign(item_a=number[0::2], item_b=number[1::2]).join(frame[columns])
+    return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders))
+
+
+def _resolve_images(file: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file."""
+    root = os.path.realpath(file.parent)
+    folders: dict[str, str] = {}
+    resolved: dict[str, str] = {}
+    for image in pd.unique(pd.concat([frame["image_a"], frame["image_b"]])).tolist():
+        folder, _, name = image.rpartition("/")
+        if "\0" in image or image.startswith("/"):
+            resolved[image] = ""
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.realpath(f"{root}/{folder}")
+        # Folders are resolved once each: a million images lie in few.
+        path = f"{folders[folder]}/{name}"
+        resolved[image] = os.path.realpath(path) if name in ("", ".", "..") or Path(path).is_symlink() else path
+    outside = {image for image, path in resolved.items() if not path.startswith(f"{root}/")}
+    frame = frame.assign(path_a=frame["image_a"].map(resolved), path_b=frame["image_b"].map(resolved))
+    for index in np.flatnonzero(frame["image_a"].isin(outside) | frame["image_b"].isin(outside))[:1]:
+        record = frame.iloc[index]
+        image = record["image_a"] if record["image_a"] in outside else record["image_b"]
+        msg = f"{file}, {record['place']}: image is {image!r}; allowed: a relative path that stays inside {root}"
+        raise PreferenceError(msg)
+    for index in np.flatnonzero(frame["path_a"] == frame["path_b"])[:1]:
+        record = frame.iloc[index]
+        msg = f"{file}, {record['place']}: both images are {record['image_a']!r}; allowed: two different files"
+        raise PreferenceError(msg)
+    return frame
+
+
+def _identify(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add ``pair_id`` and, where the file names winners, turn half of the pairs round.
+
+    The identity of a pair does not depend on which side an image stands on, so the side that its hash chooses says
+    nothing about the winner.
+    """
+    columns = zip(frame["prompt"], frame["image_a"], frame["image_b"], strict=True)
+    hashes = [hashlib.sha256("\0".join([prompt, *sorted([a, b])]).encode()).digest() for prompt, a, b in columns]
+    identity = pd.Series([digest.hex() for digest in hashes], frame.index)
+    occurrence = identity.groupby(identity).cumcount()
+    pair_ids = [
+        hashlib.sha256(f"{digest}:{number}".encode()).hexdigest()[:32]
+        for digest, number in zip(identity, occurrence, strict=True)
+    ]
+    smaller_first = np.array([digest[0] & 1 for digest in hashes], bool)
+    turn = frame["winner_first"] & ((frame["image_a"] < frame["image_b"]) != smaller_first)
+    frame = frame.assign(pair_id=pair_ids, label=frame["label"].mask(turn, 1 - frame["label"]))
+    for name in ("image", "path", "model"):
+        a, b = frame[f"{name}_a"], frame[f"{name}_b"]
+        frame[f"{name}_a"], frame[f"{name}_b"] = a.mask(turn, b), b.mask(turn, a)
+    return frame
+
+
+def _file_status(path: str) -> tuple[int, int] | None:
+    """Size and time of change of a regular file, None if there is none."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+def _file_digest(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror})"
+        raise ImageError(msg) from None
+
+
+def _read_cache(cache: Path | None) -> dict[tuple[str, int, int], bytes]:
+    if cache is None or not cache.exists():
+        return {}
+    try:
+        frame = pd.read_parquet(cache, columns=CACHE_COLUMNS)
+    except (OSError, ValueError, ArrowException) as error:
+        logger.warning("%s: not a cache of digests, made anew (%s)", cache, error)
+        return {}
+    rows = zip(*(frame[name].tolist() for name in CACHE_COLUMNS), strict=True)
+    return {(path, size, changed): bytes.fromhex(digest) for path, size, changed, digest in rows}
+
+
+def _write_cache(cache: Path, digests: Mapping[tuple[str, int, int], bytes]) -> None:
+    rows = [(*key, digest.hex()) for key, digest in digests.items()]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temp = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    pd.DataFrame(rows, columns=CACHE_COLUMNS).to_parquet(temp, index=False)
+    temp.replace(cache)

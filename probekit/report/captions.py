@@ -1,0 +1,217 @@
+"""Sentences of the page: each says what was found, with its interval, and no more than the numbers allow."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from probekit.report.effects import Effect, Margin
+from probekit.report.points import undecided_kinds
+from probekit.report.select import (
+    ALL_LAYERS,
+    CHOSEN,
+    Setting,
+    all_layers,
+    control_kinds,
+    layer_rows,
+    reported_rows,
+    trained_models,
+    trained_rows,
+    training_series,
+)
+from probekit.report.tables import interval, percent, points
+
+_KINDS = {
+    "init": "drawn from the constructor's distribution",
+    "shuffled": "the trained entries permuted within each tensor",
+}
+_LAYERS = {CHOSEN: "At the layer chosen on validation", ALL_LAYERS: "With all layers together"}
+
+
+def found(
+    frame: pd.DataFrame,
+    margins: Sequence[Margin],
+    joins: Mapping[str, Effect],
+    sizes: Mapping[str, list[Effect]],
+    lengths: Mapping[str, list[Effect]],
+) -> list[str]:
+    """Headline sentences: the largest backbone against its random weights, then joining, size and training."""
+    rows = reported_rows(frame)
+    models = trained_models(rows)
+    if not models:
+        return ["The run holds no trained backbone, so there is nothing to set against the random weights."]
+    large = models[-1]
+    sentences = _largest(trained_rows(layer_rows(rows, CHOSEN), large), large.label, large.n_blocks)
+    for margin in margins:
+        if margin.model == large.label and margin.layers == CHOSEN:
+            spread = "" if pd.isna(margin.seed_sd) else f"; SD over {margin.n_seeds} seeds {100 * margin.seed_sd:.1f}"
+            network = f"the same network with random weights ({margin.kind}: mean {percent(margin.random)} %{spread})"
+            verb = _verdict(margin.effect, "is {} above", "is {} below", "cannot be told ({}) from")
+            sentences.append(f"That {verb} {network}.")
+    if join := joins.get(large.label):
+        verb = _verdict(join, "is {} above", "is {} below", "cannot be told ({}) from")
+        sentences.append(f"A head on all its layers together {verb} the one on the chosen layer.")
+    sentences += [size_sentence(layers, effects, models[0].label, large.label) for layers, effects in sizes.items()]
+    for layers, effects in lengths.items():
+        for effect in effects:
+            verb = _verdict(effect, "adds {}", "costs {}", "makes no difference that can be told from zero ({})")
+            what = effect.what.replace(" - ", " against ")
+            sentences.append(f"{_LAYERS[layers]}, longer training of one shape {verb} ({what}).")
+    return sentences
+
+
+def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str) -> str:
+    """Say what size brings, what random weights of the same shapes bring, and what the one leaves of the other."""
+    verb = _verdict(effects[0], "is {} above", "is {} below", "cannot be told ({}) from")
+    text = f"{_LAYERS[layers]}, {large} {verb} {small}"
+    for random, left in zip(effects[1::2], effects[2::2], strict=True):
+        kind = random.what.rpartition("(")[2].rstrip(")")
+        rest = (
+            "is separated from zero" if _apart(left) else "is not separated from zero: width and shape may explain it"
+        )
+        text += (
+            f"; random weights ({kind}) of the same two shapes differ by {_points(random)},"
+            f" which leaves {_points(left)}, and that {rest}"
+        )
+    return text + "."
+
+
+def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
+    """Caption of the depth figure."""
+    rows = reported_rows(frame)
+    parts = [
+        f"Test accuracy on {setting.dataset} ({setting.protocol} protocol, {setting.head} head, noise level"
+        f" {setting.sigma}, pooling {setting.pooling}) of every layer.",
+        "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
+        " not retraining.",
+        "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
+        if rows["chosen"].any()
+        else "The run has no validation rows, so no layer is chosen.",
+        "Dashed line and diamond: the head on all layers together."
+        if len(all_layers(rows))
+        else "The run has no head on all layers together.",
+    ]
+    if kinds := control_kinds(rows):
+        names = "; ".join(f"{kind}: {_KINDS.get(kind, kind)}" for kind in kinds)
+        parts.append(
+            f"Dotted: the transformer with random weights ({names}), mean over seeds, single seeds thin, hollow diamond"
+            " for all layers (bar: range over seeds); VAE and text encoders stay trained."
+        )
+    else:
+        parts.append("The run has no random-weights controls, so nothing here says what training brought.")
+    if len(trained_models(rows)) > 1:
+        parts.append("Thin grey: the other backbones.")
+    return " ".join(parts)
+
+
+def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> str:
+    """Caption of the scaling figure, with what random weights leave of the effect of size."""
+    models = trained_models(reported_rows(frame))
+    if not sizes:
+        return "One size only: this sets the backbone against its random weights and says nothing about scaling."
+    parts = [size_sentence(layers, effects, models[0].label, models[-1].label) for layers, effects in sizes.items()]
+    if not control_kinds(frame):
+        parts.append("Without random-weights controls the effect of width alone is unknown.")
+    parts.append(
+        "A contrast between these checkpoints on the same pairs, not a law for others: blocks, width and parameters"
+        " change together."
+    )
+    if any(len(model.backbones) > 1 for model in models):
+        parts.append("Small dots side by side: training seeds of one size.")
+    return " ".join(parts)
+
+
+def training_caption(frame: pd.DataFrame, lengths: Mapping[str, list[Effect]]) -> str:
+    """Caption of the training figure."""
+    series = training_series(reported_rows(frame))
+    names = ", ".join(models[-1].label for models in series)
+    effects = [f"{_LAYERS[layers].lower()}, {_points(effect)}" for layers, some in lengths.items() for effect in some]
+    parts = [
+        f"Backbones of one shape ({names}) after more and more training, so that width and blocks cannot explain the"
+        " difference."
+    ]
+    if effects:
+        parts.append(f"Longest minus shortest: {'; '.join(effects)}.")
+    if "init" in control_kinds(frame):
+        parts.append("At 0: untrained weights (init) of that shape, mean and range over seeds.")
+    if all(len(model.backbones) == 1 for models in series for model in models):
+        parts.append("One training run each: how much runs differ is not in the intervals.")
+    return " ".join(parts)
+
+
+def kinds_caption(frame: pd.DataFrame, setting: Setting) -> str:
+    """Caption of the figure over kinds of pairs."""
+    parts = [
+        "The same heads, trained on all kinds together, scored on each kind of pair on its own; easiest kind of the"
+        " largest backbone first. Diamonds: all layers together. Each kind has few pairs, so its intervals are wide;"
+        " a kind at 50 % is one that this head does not read, not one that the backbone cannot know."
+    ]
+    if ties := undecided_kinds(frame, setting=setting):
+        parts.append(f"Not drawn, since all their pairs are true ties: {', '.join(ties)}.")
+    return " ".join(parts)
+
+
+def limits(frame: pd.DataFrame) -> list[str]:
+    """List what the page does not show."""
+    rows = reported_rows(frame)
+    n_models = len(trained_models(rows))
+    items = [
+        "Intervals cover the fitted heads on pairs like these. They contain neither refitting on other training pairs"
+        " nor training another backbone.",
+        "A probe finds what a head of this kind can read. A low accuracy does not show that the information is absent,"
+        " and a high one not that the backbone uses it.",
+        "Bands are drawn layer by layer. That one layer beats another needs the paired comparison of the two;"
+        " overlapping bands decide nothing.",
+        "Each interval holds on its own at its level; nothing is corrected for the number of comparisons on this page.",
+        "The chosen layer is the best on validation. Layers close to it may be as good, and with few validation pairs"
+        " the choice is noisy.",
+    ]
+    if (rows["layer"] == 0).any():
+        items.append(
+            "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"
+            " so what only the prompt decides is at 50 % there by construction."
+        )
+    if control_kinds(rows):
+        items.append(
+            "Random weights replace the transformer only. VAE and text encoders stay trained, so random weights above"
+            " 50 % are expected."
+        )
+    else:
+        items.append("There are no random-weights controls in this run: no accuracy here can be credited to training.")
+    if n_models > 1:
+        items.append(f"{n_models} models are a contrast between these checkpoints; a slope for others would need more.")
+    if rows["training_images"].isna().all():
+        items.append("How long the backbones were trained is not recorded.")
+    if rows["sigma"].nunique() == 1:
+        items.append(f"One noise level only ({rows['sigma'].iloc[0]}); other levels may rank layers differently.")
+    return items
+
+
+def _largest(chosen: pd.DataFrame, label: str, n_blocks: int) -> list[str]:
+    if len(chosen) == 1:
+        row = chosen.iloc[0]
+        share = f"{percent(row['accuracy'])} % {interval(row['low'], row['high'])}"
+        pairs = f"{row['n_pairs']:,} test pairs"
+        layer = f"layer {row['layer']} of {n_blocks}"
+        return [f"{label}: {layer}, chosen on validation, orders {share} of {pairs} as their labels do."]
+    if len(chosen):
+        share = f"{percent(chosen['accuracy'].mean())} % of the test pairs"
+        layers = f"the layers chosen on validation order {share} as their labels do"
+        return [f"{label}: {layers} (mean of {len(chosen)} training seeds)."]
+    return [f"{label}: without validation rows no layer is chosen, so there is no single-layer result."]
+
+
+def _points(effect: Effect) -> str:
+    return f"{points(effect.estimate)} points {interval(effect.low, effect.high, signed=True)}"
+
+
+def _apart(effect: Effect) -> bool:
+    return effect.low > 0 or effect.high < 0
+
+
+def _verdict(effect: Effect, above: str, below: str, neither: str) -> str:
+    """Fill in the effect: without sign where the words carry it, with its sign where zero lies inside."""
+    if not _apart(effect):
+        return neither.replace("{}", _points(effect))
+    ends = (effect.low, effect.high) if effect.estimate > 0 else (-effect.high, -effect.low)
+    size = f"{abs(100 * effect.estimate):.1f} points {interval(*ends)}"
+    return (above if effect.estimate > 0 else below).replace("{}", size)

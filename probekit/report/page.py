@@ -1,0 +1,229 @@
+"""One self-contained page of a run: sentences, figures and tables in, HTML out. No script, no network request."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from probekit.errors import ResultsError
+from probekit.report import captions, tables
+from probekit.report.effects import (
+    Verdicts,
+    joining_effects,
+    random_margins,
+    size_effects,
+    training_effects,
+)
+from probekit.report.figures import depth_figure, kinds_figure
+from probekit.report.points import depth_points, kinds_points, scaling_points, training_points
+from probekit.report.select import (
+    ALL_LAYERS,
+    CHOSEN,
+    Setting,
+    narrow,
+    reported_rows,
+    settings,
+    sources,
+    trained_models,
+    training_series,
+)
+from probekit.report.size_figures import scaling_figure, training_figure
+from probekit.report.style import save
+from probekit.results import load_config, load_results
+from probekit.stats import PROTOCOLS
+
+_SVG_ID = re.compile(r'(\bid="|xlink:href="#|url\(#)')
+_SHORT = 80
+
+
+def build_report(run: str | Path, out: str | Path) -> Path:
+    """Draw the figures of a run and write its page.
+
+    Parameters
+    ----------
+    run
+        Folder that ``probekit sweep`` wrote.
+    out
+        The page. Figures go to ``<stem>_figures`` beside it: each as SVG, PNG and the CSV of its points.
+
+    Returns
+    -------
+    pathlib.Path
+        The page.
+    """
+    run, out = Path(run), Path(out)
+    if out.is_dir():
+        msg = f"{out}: is a folder; name the page to write, such as {out / 'report.html'}"
+        raise ResultsError(msg)
+    frame = load_results(run)
+    config = load_config(run)
+    folder = out.with_name(f"{out.stem}_figures")
+    found = settings(frame)
+    level = _level(config)
+    sections = [
+        _section(run, frame, setting, folder, level, "" if len(found) == 1 else f"-{i}")
+        for i, setting in enumerate(found, start=1)
+    ]
+    stores = config.get("stores")
+    common, differing = store_tables(stores if isinstance(stores, list) else [])
+    environment = Environment(
+        loader=PackageLoader("probekit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=run.resolve().name,
+        level=level,
+        sections=sections,
+        others=tables.other_settings_table(frame),
+        versions=", ".join(sorted(frame["probekit_version"].unique())),
+        n_records=frame["record_id"].nunique(),
+        fingerprints=_fingerprints(frame),
+        store_common=common,
+        store_table=differing,
+        config=json.dumps(
+            {key: value for key, value in config.items() if key != "stores"}, indent=2, ensure_ascii=False
+        )
+        if config
+        else "",
+        style=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _section(
+    run: Path, whole: pd.DataFrame, setting: Setting, folder: Path, level: float, suffix: str
+) -> dict[str, Any]:
+    """Everything the page says about one data set."""
+    frame = narrow(whole, setting)
+    verdicts = Verdicts(run, setting.protocol, level=level)
+    margins, joins = random_margins(frame, verdicts), joining_effects(frame, verdicts)
+    sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
+    models = trained_models(reported_rows(frame))
+    figures = []
+
+    def add(
+        name: str, title: str, draw: Callable[..., Figure], data: Callable[..., pd.DataFrame], caption: str
+    ) -> None:
+        stem = folder / f"{name}{suffix}"
+        svg = save(draw(frame, setting=setting, level=level), stem, data(frame, setting=setting))
+        links = {kind.upper(): quote(f"{folder.name}/{stem.name}.{kind}") for kind in ("svg", "png", "csv")}
+        figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
+
+    if models:
+        add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
+        if not scaling_points(frame, setting=setting).empty:
+            add(
+                "scaling",
+                "Accuracy against size",
+                scaling_figure,
+                scaling_points,
+                captions.scaling_caption(frame, sizes),
+            )
+        if training_series(reported_rows(frame)):
+            add(
+                "training",
+                "Accuracy against training",
+                training_figure,
+                training_points,
+                captions.training_caption(frame, lengths),
+            )
+        if len(sources(frame)) > 1:
+            add("kinds", "Kinds of pairs", kinds_figure, kinds_points, captions.kinds_caption(frame, setting))
+    everything = trained_models(frame, every_length=True)
+    effects = {
+        layers: [
+            *(margin.effect for margin in margins if margin.layers == layers),
+            *sizes.get(layers, []),
+            *lengths.get(layers, []),
+        ]
+        for layers in (CHOSEN, ALL_LAYERS)
+    }
+    return {
+        "setting": setting,
+        "found": captions.found(frame, margins, joins, sizes, lengths),
+        "headline": tables.headline_table(frame, margins, joins),
+        "effects": [(layers, tables.effects_table(some)) for layers, some in effects.items() if some],
+        "figures": figures,
+        "backbones": [
+            (name, tables.backbone_table(whole, name, setting)) for model in everything for name in model.backbones
+        ],
+        "controls": tables.controls_table(frame),
+        "warnings": tables.warnings_list(narrow(whole, setting, any_head=True)),
+        "counts": tables.counts_table(frame),
+        "protocol": (PROTOCOLS[setting.protocol].__doc__ or "").strip().split("\n\n")[0],
+        "limits": captions.limits(frame),
+    }
+
+
+def inline_svg(svg: str, name: str, title: str) -> Markup:
+    """Return the `<svg>` element alone, as wide as the page allows, with ids that no other figure of the page uses."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = _SVG_ID.sub(rf"\g<1>{name}-", svg)
+    return Markup('<svg role="img" aria-label="{}"').format(title) + Markup(svg.removeprefix("<svg"))
+
+
+def store_tables(stores: list[Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Facts that all stores share, and one row for each store with those that differ."""
+    flat = pd.DataFrame([_flat(store) for store in stores if isinstance(store, dict)])
+    if flat.empty:
+        return pd.DataFrame(), pd.DataFrame()
+    flat = flat.fillna(tables.NONE)
+    same = [name for name in flat.columns if flat[name].nunique() == 1]
+    common = pd.DataFrame({"Setting": same, "Value": [flat[name].iloc[0] for name in same]})
+    differing = flat.drop(columns=same) if len(flat) > 1 else pd.DataFrame()
+    return common, differing
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    facts: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            facts |= _flat(item, f"{prefix}{key}.")
+        elif key == "path":
+            facts["store"] = Path(str(item)).name  # a page that is passed on names no folders of this machine
+        else:
+            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            text = f"{text[:12]}\N{HORIZONTAL ELLIPSIS}" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
+            facts[f"{prefix}{key}"] = text if len(text) <= _SHORT else f"{text[:_SHORT]}\N{HORIZONTAL ELLIPSIS}"
+    return facts
+
+
+def _level(config: dict[str, Any]) -> float:
+    """Level of the intervals of a run."""
+    sweep = config.get("sweep")
+    return float(sweep.get("level", 0.95)) if isinstance(sweep, dict) else 0.95
+
+
+def _fingerprints(frame: pd.DataFrame) -> pd.DataFrame:
+    stores = frame.drop_duplicates(["backbone", "control", "dataset", "store_fingerprint"])
+    columns = {
+        "backbone": "Backbone",
+        "control": "Weights",
+        "dataset": "Data set",
+        "width": "Width",
+        "n_blocks": "Blocks",
+        "backbone_parameters": "Parameters",
+        "training_images": "Training images",
+        "store_fingerprint": "Store fingerprint",
+        "data_digest": "Data digest",
+    }
+    table = stores[list(columns)].rename(columns=columns).astype(object)
+    for name in ("Parameters", "Training images"):
+        table[name] = [tables.NONE if pd.isna(value) else f"{int(value):,}" for value in table[name]]
+    for name in ("Store fingerprint", "Data digest"):
+        table[name] = table[name].str.slice(0, 16)
+    return table

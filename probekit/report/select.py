@@ -1,0 +1,179 @@
+"""Which rows of the tidy frame a figure or a table shows: one setting, one entry for each model, its own controls."""
+
+import re
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from probekit.results import ALL_SOURCES
+
+CHOSEN = "chosen layer"
+ALL_LAYERS = "all layers"
+
+_TRAINING_SEED = re.compile(r"[-_.]?(?:seed|run)[-_]?\d+$")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value for everything that is neither a backbone, a control, a layer set, a split nor a source."""
+
+    dataset: str
+    protocol: str
+    sigma: str
+    draw: int
+    pooling: str
+    head: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """Backbones shown as one: a single backbone, or training seeds of the same shape and training length.
+
+    Attributes
+    ----------
+    label
+        What figures and tables call it.
+    backbones
+        Names in the frame.
+    shape
+        Blocks, width and parameters.
+    images
+        Training images, where known.
+    """
+
+    label: str
+    backbones: tuple[str, ...]
+    shape: tuple[int, int, int]
+    images: int | None
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the transformer."""
+        return self.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the transformer."""
+        return self.shape[2]
+
+
+def settings(frame: pd.DataFrame) -> list[Setting]:
+    """Return the primary setting of each data set: what the run lists first, with a linear head if any.
+
+    The rows of a results table are in the order of the run's configuration.
+    """
+    found = []
+    for dataset in frame["dataset"].unique():
+        rows = frame[frame["dataset"] == dataset]
+        linear = rows[rows["head_kind"] == "linear"]
+        first = (linear if len(linear) else rows).iloc[0]
+        found.append(
+            Setting(
+                dataset=str(dataset),
+                protocol=str(first["protocol"]),
+                sigma=str(first["sigma"]),
+                draw=int(first["draw"]),
+                pooling=str(first["pooling"]),
+                head=str(first["head"]),
+                seed=int(first["seed"]),
+            )
+        )
+    return found
+
+
+def narrow(frame: pd.DataFrame, setting: Setting | None = None, *, any_head: bool = False) -> pd.DataFrame:
+    """Keep the rows of one setting (default: the first); with `any_head`, of every head and seed in it."""
+    wanted = asdict(setting or settings(frame)[0])
+    if any_head:
+        del wanted["head"], wanted["seed"]
+    for column, value in wanted.items():
+        frame = frame[frame[column] == value]
+    return frame
+
+
+def reported_rows(frame: pd.DataFrame, source: str = ALL_SOURCES) -> pd.DataFrame:
+    """Keep the rows that may be reported: the test split, all sources together or one of them."""
+    return frame[(frame["split"] == "test") & (frame["source"] == source)]
+
+
+def all_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows whose head sees every layer concatenated."""
+    return frame[(frame["combination"] == "concat") & (frame["n_layers"] == frame["n_blocks"] + 1)]
+
+
+def layer_rows(frame: pd.DataFrame, layers: str) -> pd.DataFrame:
+    """Keep the rows of the validation-chosen single layer (`CHOSEN`) or of all layers together (`ALL_LAYERS`)."""
+    return frame[frame["chosen"]] if layers == CHOSEN else all_layers(frame)
+
+
+def sources(frame: pd.DataFrame) -> list[str]:
+    """Kinds of pairs, in the order of the frame."""
+    return [str(source) for source in frame["source"].unique() if source not in (ALL_SOURCES, "")]
+
+
+def trained_models(frame: pd.DataFrame, *, every_length: bool = False) -> list[Model]:
+    """Trained backbones from small to large; of several training lengths of one shape only the longest.
+
+    Training seeds (equal names but for a final ``seed0`` or ``run0``, equal shape and training length) are one model.
+    """
+    trained = frame[frame["control"] == "trained"].drop_duplicates("backbone")
+    groups: dict[tuple[str, tuple[int, int, int], int | None], list[str]] = {}
+    for row in trained.to_dict("records"):
+        images = None if pd.isna(row["training_images"]) else int(row["training_images"])
+        shape = (int(row["n_blocks"]), int(row["width"]), int(row["backbone_parameters"]))
+        groups.setdefault((_TRAINING_SEED.sub("", row["backbone"]), shape, images), []).append(row["backbone"])
+    models = []
+    for (stem, shape, images), names in groups.items():
+        label = names[0] if len(names) == 1 else f"{stem} ({len(names)} seeds)"
+        models.append(Model(label=label, backbones=tuple(names), shape=shape, images=images))
+    if not every_length:
+        models = [model for model in models if model.images == _longest(models, model)]
+    return sorted(models, key=lambda model: (model.parameters, model.images or 0, model.label))
+
+
+def training_series(frame: pd.DataFrame) -> list[list[Model]]:
+    """Models of one shape that differ in training length, from short to long; one list for each such shape."""
+    series: dict[tuple[int, int, int], list[Model]] = {}
+    for model in trained_models(frame, every_length=True):
+        if model.images is not None:
+            series.setdefault(model.shape, []).append(model)
+    return [models for models in series.values() if len({model.images for model in models}) > 1]
+
+
+def trained_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
+    """Keep the trained rows of a model."""
+    return frame[(frame["control"] == "trained") & frame["backbone"].isin(model.backbones)]
+
+
+def control_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
+    """Keep the random-weights rows of a model, each control seed once.
+
+    ``init`` weights depend on nothing but the shape, so those of another backbone of the same shape stand in where
+    the model has none of its own; ``shuffled`` weights are a model's own.
+    """
+    control = frame["control"] != "trained"
+    own = frame[control & frame["backbone"].isin(model.backbones)]
+    if not own["control"].str.startswith("init:").any():
+        n_blocks, width, parameters = model.shape
+        same = (frame["n_blocks"] == n_blocks) & (frame["width"] == width)
+        same &= frame["backbone_parameters"] == parameters
+        own = pd.concat([own, frame[same & frame["control"].str.startswith("init:")]])
+    home = own.drop_duplicates("control").set_index("control")["backbone"]
+    return own[own["backbone"] == own["control"].map(home)]
+
+
+def control_kinds(frame: pd.DataFrame) -> list[str]:
+    """Kinds of random weights in the frame: ``init`` before ``shuffled``."""
+    return sorted({str(control).partition(":")[0] for control in frame["control"].unique() if control != "trained"})
+
+
+def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Keep the rows of one kind of random weights."""
+    return frame[frame["control"].str.startswith(f"{kind}:")]
+
+
+def _longest(models: list[Model], model: Model) -> int | None:
+    if model.images is None:
+        return None
+    return max(other.images for other in models if other.shape == model.shape and other.images is not None)

@@ -1,0 +1,258 @@
+"""Figures over backbones: accuracy against parameters, and against training length at one shape."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from probekit._types import FloatArray
+from probekit.report.figures import DASHES, WORDS, figure_legend, in_percent
+from probekit.report.points import ONE_HEAD, SEED_RANGE, scaling_points, training_points
+from probekit.report.select import ALL_LAYERS, CHOSEN, Setting
+from probekit.report.style import (
+    MUTED,
+    WIDTH,
+    colours,
+    in_millions,
+    label,
+    log_axis,
+    look,
+    new_figure,
+    percent_axis,
+    readable,
+)
+
+TITLES = {CHOSEN: "Single layer chosen on validation", ALL_LAYERS: "All layers together"}
+_LINE = "#8a949d"
+
+
+def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: float = 0.95) -> Figure:
+    """Test accuracy against parameters of the transformer, trained and random, single layer and all layers.
+
+    Parameters
+    ----------
+    frame
+        Tidy frame of `probekit.results.load_results`.
+    setting
+        Which data set, noise level, pooling and head to draw; default: the first of the run.
+    level
+        Of the intervals in the frame, for the legend.
+    """
+    points = in_percent(scaling_points(frame, setting=setting), "scaling")
+    models = points.drop_duplicates("model")
+    palette = dict(zip(models["model"], colours(len(models)), strict=True))
+    sizes = sorted(models["parameters"].unique())
+    with look():
+        figure, panels = _panels([name for name in TITLES if name in set(points["layers"])])
+        for axes, layers in panels:
+            here = points[points["layers"] == layers]
+            percent_axis(axes, pd.concat([points["low"], points["high"] + 2]))  # room for the names
+            _scaling_panel(axes, here, palette)
+            ratio = sizes[-1] / sizes[0]
+            axes.set_xlim(sizes[0] / max(ratio**0.11, 1.3), sizes[-1] * max(ratio**0.11, 1.3))
+            shown = _apart(sizes, ratio)
+            log_axis(axes, shown, [in_millions(size) for size in shown])
+            for model, x in zip(models["model"], models["parameters"], strict=True):
+                _name(axes, here[(here["model"] == model)], float(x), palette[model])
+        figure.supxlabel("Parameters of the transformer", fontsize=8)
+        figure.supylabel("Test accuracy (%)", fontsize=8)
+        figure_legend(figure, _handles(points, level), columns=4)
+    return figure
+
+
+def training_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: float = 0.95) -> Figure:
+    """Test accuracy against images seen in training, for backbones of one shape; random weights stand at 0.
+
+    Parameters
+    ----------
+    frame
+        Tidy frame of `probekit.results.load_results`.
+    setting
+        Which data set, noise level, pooling and head to draw; default: the first of the run.
+    level
+        Of the intervals in the frame, for the legend.
+    """
+    points = in_percent(training_points(frame, setting=setting), "training")
+    series = list(points["series"].unique())
+    palette = dict(zip(series, colours(len(series)), strict=True))
+    lengths = sorted(int(images) for images in points["training_images"].unique() if images > 0)
+    start = lengths[0] / max(3.0, (lengths[-1] / lengths[0]) ** 0.3)  # where a log axis can show 0
+    with look():
+        figure, panels = _panels([name for name in TITLES if name in set(points["layers"])], height=2.6)
+        for axes, layers in panels:
+            here = points[points["layers"] == layers]
+            percent_axis(axes, pd.concat([points["low"], points["high"]]))
+            for name in series:
+                _training_line(axes, here[here["series"] == name], palette[name], start)
+                if len(series) > 1:
+                    last = here[(here["series"] == name) & (here["training_images"] == lengths[-1])]
+                    label(
+                        axes,
+                        lengths[-1],
+                        last["accuracy"].max(),
+                        name,
+                        palette[name],
+                        ha="right",
+                        va="bottom",
+                        offset=(0, 8),
+                    )
+            none = bool((points["training_images"] == 0).any())
+            ticks = [start] * none + _apart(lengths, lengths[-1] / start)
+            log_axis(axes, ticks, ["0"] * none + [_count(tick) for tick in ticks[none:]])
+            axes.set_xlim((start if none else lengths[0]) / 1.4, lengths[-1] * 1.4)
+            if none:  # the cut in the axis
+                cut = (start * lengths[0]) ** 0.5
+                axes.text(
+                    cut,
+                    0,
+                    "//",
+                    transform=axes.get_xaxis_transform(),
+                    ha="center",
+                    va="center",
+                    color=MUTED,
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+                )
+        figure.supxlabel(
+            f"Images seen in training ({', '.join(series)})" if len(series) == 1 else "Images seen in training",
+            fontsize=8,
+        )
+        figure.supylabel("Test accuracy (%)", fontsize=8)
+        figure_legend(figure, _handles(points, level), columns=4)
+    return figure
+
+
+def _panels(names: Sequence[str], *, height: float = 3.0) -> tuple[Figure, list[tuple[Axes, str]]]:
+    figure = new_figure(WIDTH if len(names) > 1 else 4.6, height + 0.5)
+    grid = list(figure.subplots(1, len(names), sharey=True, squeeze=False)[0])
+    for axes, name in zip(grid, names, strict=True):
+        axes.set_title(TITLES[name])
+    return figure, list(zip(grid, names, strict=True))
+
+
+def _scaling_panel(axes: Axes, points: pd.DataFrame, palette: dict[str, str]) -> None:
+    for weights, rows in points.groupby("weights", sort=False):
+        trained = weights == "trained"
+        # the line runs through one value for each model: its mean where there are several seeds, itself otherwise
+        means = rows[
+            (rows["interval"] == SEED_RANGE)
+            | (trained & ~rows["model"].isin(rows[rows["interval"] == SEED_RANGE]["model"]))
+        ]
+        style = "-" if trained else DASHES[str(weights)]
+        axes.plot(
+            means["parameters"].astype(float), means["accuracy"], color=_LINE, linewidth=1.3, linestyle=style, zorder=2
+        )
+        for model, mine in rows.groupby("model", sort=False):
+            colour = palette[str(model)]
+            if trained:
+                heads = mine[mine["interval"] == ONE_HEAD]
+                x = _dodged(heads["parameters"].astype(float).to_numpy())
+                _bars(axes, x, heads, colour, fmt="o", markersize=5 if len(heads) == 1 else 4)
+                if len(heads) > 1:
+                    axes.plot(x, heads["accuracy"], color=colour, linewidth=0.7, zorder=3)
+            else:
+                mean = mine[mine["interval"] == SEED_RANGE]
+                _bars(
+                    axes,
+                    mean["parameters"].astype(float).to_numpy(),
+                    mean,
+                    colour,
+                    fmt="o" if weights == "init" else "s",
+                    markersize=4.5,
+                    hollow=True,
+                )
+
+
+def _training_line(axes: Axes, points: pd.DataFrame, colour: str, start: float) -> None:
+    trained = points[(points["weights"] == "trained") & (points["interval"] == ONE_HEAD)]
+    x = trained["training_images"].astype(float).to_numpy()
+    line = trained.groupby("training_images")["accuracy"].mean()
+    axes.plot(line.index.astype(float), line.to_numpy(), color=colour, linewidth=1.5, zorder=3)
+    _bars(axes, x, trained, colour, fmt="o", markersize=5)
+    random = points[(points["weights"] == "init") & (points["interval"] == SEED_RANGE)]
+    if len(random):
+        _bars(axes, np.array([start]), random, colour, fmt="o", markersize=4.5, hollow=True)
+        level = float(random["accuracy"].iloc[0])
+        axes.plot([start, x.max()], [level, level], color=colour, linewidth=1.1, linestyle=DASHES["init"], zorder=2)
+
+
+def _bars(
+    axes: Axes, x: FloatArray, rows: pd.DataFrame, colour: str, *, fmt: str, markersize: float, hollow: bool = False
+) -> None:
+    error = [rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]
+    axes.errorbar(
+        x,
+        rows["accuracy"],
+        yerr=np.clip(np.array(error, dtype=np.float64), 0, None),
+        fmt=fmt,
+        color=colour,
+        elinewidth=1.0,
+        markersize=markersize,
+        markerfacecolor="white" if hollow else colour,
+        markeredgewidth=1.1,
+        zorder=4,
+    )
+
+
+def _name(axes: Axes, points: pd.DataFrame, x: float, colour: str) -> None:
+    """Write a model's name above its highest interval."""
+    top = points[(points["weights"] == "trained")]["high"].max()
+    if top == top:
+        label(
+            axes,
+            x,
+            float(top),
+            str(points["model"].iloc[0]).replace(" (", "\n("),
+            readable(colour),
+            ha="center",
+            va="bottom",
+            offset=(0, 3),
+        )
+
+
+def _dodged(x: FloatArray) -> FloatArray:
+    """Put seeds of one size side by side, 7 % apart."""
+    return x * 1.07 ** (np.arange(len(x)) - (len(x) - 1) / 2)
+
+
+def _apart(values: Sequence[float], ratio: float) -> list[float]:
+    """Keep tick values whose labels do not touch: at least a tenth of the axis apart."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or value / kept[-1] > max(ratio**0.1, 1.05):
+            kept.append(float(value))
+    return kept
+
+
+def _count(images: float) -> str:
+    return (
+        in_millions(images).replace(" ", "")
+        if images >= 1e6
+        else f"{images / 1000:g}k"
+        if images >= 1000
+        else f"{images:g}"
+    )
+
+
+def _handles(points: pd.DataFrame, level: float) -> list[Line2D]:
+    handles = [Line2D([], [], color=MUTED, marker="o", markersize=5, label=f"trained, {100 * level:g} % interval")]
+    for kind in [kind for kind in DASHES if kind in set(points["weights"])]:
+        seeds = int(points[points["weights"] == kind]["n_seeds"].max())
+        text = f"{WORDS[kind]}, mean and range of {seeds} seed{'s' * (seeds > 1)}"
+        marker = "o" if kind == "init" else "s"
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=MUTED,
+                linestyle=DASHES[kind],
+                marker=marker,
+                markersize=4.5,
+                markerfacecolor="white",
+                label=text,
+            )
+        )
+    return handles

@@ -1,0 +1,239 @@
+"""Tables of the page, as frames of text: pure functions of the tidy frame and of the effects computed from margins."""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from probekit.report.effects import Effect, Margin
+from probekit.report.select import (
+    ALL_LAYERS,
+    CHOSEN,
+    Setting,
+    all_layers,
+    control_kinds,
+    control_rows,
+    layer_rows,
+    narrow,
+    of_kind,
+    reported_rows,
+    settings,
+    trained_models,
+    trained_rows,
+)
+from probekit.report.style import in_millions
+from probekit.results import ALL_SOURCES, CHOICE_KEYS
+
+NONE = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+FEW_GROUPS = 50
+
+
+def percent(value: float) -> str:
+    """Share as a percentage with one decimal, or a dash."""
+    return NONE if pd.isna(value) else f"{100 * value:.1f}"
+
+
+def interval(low: float, high: float, *, signed: bool = False) -> str:
+    """Two ends in brackets."""
+    ends = [points(value) if signed else percent(value) for value in (low, high)]
+    return NONE if pd.isna(low) else f"[{ends[0]}, {ends[1]}]"
+
+
+def points(value: float) -> str:
+    """Difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", MINUS)
+
+
+def effect_text(effect: Effect | None) -> str:
+    """Estimate and paired interval of an effect."""
+    return NONE if effect is None else f"{points(effect.estimate)}\n{interval(effect.low, effect.high, signed=True)}"
+
+
+def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[str, Effect]) -> pd.DataFrame:
+    """One row for each model: the validation-chosen layer, its margin over random weights, and all layers together."""
+    rows = reported_rows(frame)
+    kinds = control_kinds(rows)
+    table = []
+    for model in trained_models(rows):
+        chosen, joined = (trained_rows(layer_rows(rows, layers), model) for layers in (CHOSEN, ALL_LAYERS))
+        entry = {
+            "Backbone": model.label,
+            "Parameters": in_millions(model.parameters),
+            "Layer": ", ".join(str(layer) for layer in chosen["layer"]) + f"\nof {model.n_blocks}"
+            if len(chosen)
+            else NONE,
+            "Test accuracy": _accuracy(chosen),
+        }
+        if chosen["macro_accuracy"].notna().any():
+            entry["Mean over kinds"] = _accuracy(chosen, "macro_")
+        for kind in kinds:
+            found = [item for item in margins if (item.model, item.kind, item.layers) == (model.label, kind, CHOSEN)]
+            spread = [NONE if pd.isna(item.seed_sd) else f"{100 * item.seed_sd:.1f}" for item in found]
+            entry[f"Random weights ({kind})"] = f"{percent(found[0].random)}\nSD {spread[0]}" if found else NONE
+            entry[f"Margin over {kind}"] = effect_text(found[0].effect) if found else NONE
+        entry["All layers"] = _accuracy(joined)
+        entry["All layers over the chosen one"] = effect_text(joins.get(model.label))
+        table.append(entry)
+    return pd.DataFrame(table)
+
+
+def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
+    """Differences with their paired intervals and the smallest difference that could have been seen."""
+    return pd.DataFrame(
+        {
+            "Difference (percentage points)": effect.what.replace(" - ", f" {MINUS} "),
+            "Estimate": points(effect.estimate),
+            "Paired interval": interval(effect.low, effect.high, signed=True),
+            "Detectable": f"{100 * effect.detectable:.1f}",
+            "Pairs": f"{effect.n_pairs:,}",
+        }
+        for effect in effects
+    )
+
+
+def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.DataFrame:
+    """Every fitted head of one trained backbone, with what its fit reported; ``mark`` says which rows to highlight."""
+    rows = narrow(frame, setting, any_head=True)
+    mine = rows[(rows["backbone"] == backbone) & (rows["control"] == "trained") & (rows["source"] == ALL_SOURCES)]
+    model = next(model for model in trained_models(rows, every_length=True) if backbone in model.backbones)
+    controls = control_rows(reported_rows(rows), model)
+    validation = mine[mine["split"] == "validation"].set_index("record_id")["accuracy"]
+    everything = set(all_layers(mine)["record_id"])
+    table = []
+    for row in reported_rows(mine).sort_values(["n_layers", "layer"], kind="stable").to_dict("records"):
+        same = (controls["layer_set"] == row["layer_set"]) & (controls["head"] == row["head"])
+        random = controls[same & (controls["seed"] == row["seed"])]
+        name = "all layers" if row["record_id"] in everything else row["layer_set"].replace("+", " + ")
+        shown = row["chosen"] and row["head"] == setting.head
+        entry: dict[str, Any] = {
+            "mark": "chosen" if shown else "joined" if row["n_layers"] > 1 else "",
+            "Layers": name,
+            "Head": row["head"] + (f", seed {row['seed']}" if row["seed"] else ""),
+            "Test accuracy": percent(row["accuracy"]),
+            "Interval": interval(row["low"], row["high"]),
+            "Validation": percent(float(validation.get(row["record_id"], float("nan")))),
+            "Training": percent(row["train_accuracy"]),
+        }
+        for kind in control_kinds(controls):
+            entry[f"Random ({kind})"] = percent(of_kind(random, kind)["accuracy"].mean())
+        entry |= {
+            "C": NONE if pd.isna(row["strength"]) else f"{row['strength']:g}",
+            "Head parameters": f"{row['head_parameters']:,}",
+            "Notes": ", ".join(_notes(row)),
+        }
+        table.append(entry)
+    return pd.DataFrame(table)
+
+
+def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every seed of random weights: its own validation-chosen layer and all layers together."""
+    rows = reported_rows(frame)
+    table = []
+    for model in trained_models(rows):
+        controls = control_rows(rows, model)
+        for control in controls["control"].unique():
+            chosen, joined = (
+                layer_rows(controls[controls["control"] == control], layers) for layers in (CHOSEN, ALL_LAYERS)
+            )
+            entry = {
+                "Backbone": model.label,
+                "Random weights": control,
+                "Layer": ", ".join(map(str, chosen["layer"])) or NONE,
+            }
+            table.append(entry | {"Test accuracy": _accuracy(chosen), "All layers": _accuracy(joined)})
+    return pd.DataFrame(table)
+
+
+def counts_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Pairs and groups of each split and kind, over the records of one setting."""
+    table = []
+    for (split, source), rows in frame.groupby(["split", "source"], sort=False):
+        most = rows.sort_values("n_pairs", kind="stable").to_dict("records")[-1]
+        table.append(
+            {
+                "Split": split,
+                "Pairs of kind": source or "(none)",
+                "Scored": f"{most['n_pairs']:,}",
+                "True ties": f"{most['true_ties']:,}",
+                "Left out": f"{most['left_out']:,}",
+                "Groups": f"{most['n_groups']:,}",
+                "Effective groups": NONE if pd.isna(most["effective_groups"]) else f"{most['effective_groups']:,.0f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def other_settings_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Validation-chosen layer in every setting that the figures do not show; empty where there is only one."""
+    rows = reported_rows(frame)
+    rows = rows[rows["chosen"] & (rows["control"] == "trained")]
+    shown = pd.concat([narrow(rows, setting) for setting in settings(frame)])
+    keys = [key for key in CHOICE_KEYS if key not in ("backbone", "control") and frame[key].nunique() > 1]
+    if not keys:
+        return pd.DataFrame()
+    rest = rows[~rows["record_id"].isin(shown["record_id"])]
+    table = pd.DataFrame({key.capitalize(): rest[key].astype(str) for key in ["backbone", *keys]})
+    return table.assign(
+        Layer=rest["layer"].astype(str),
+        **{"Test accuracy": [_accuracy(rest.loc[[index]]) for index in rest.index]},
+    )
+
+
+def warnings_list(frame: pd.DataFrame) -> list[str]:
+    """List what a reader must know before believing a number; of long lists the first few records are named."""
+    records = frame.drop_duplicates("record_id")
+    test = reported_rows(frame)
+    validated = records["record_id"].isin(frame[frame["split"] == "validation"]["record_id"])
+    found = [
+        _counted(
+            records[records["edge_of_grid"]], "chose a strength at the edge of the grid; a wider grid may fit better"
+        ),
+        _counted(records[~records["converged"]], "did not converge"),
+        _counted(
+            test[test["effective_groups"] < FEW_GROUPS],
+            f"rest on fewer than {FEW_GROUPS} effective groups; intervals are rough",
+        ),
+        _counted(
+            records[records["n_layers"].eq(1) & ~validated],
+            "have no validation rows, so no layer is chosen there",
+        ),
+    ]
+    left_out, ties = int(test["left_out"].max()), int(test["true_ties"].max())
+    if left_out:
+        found.append(f"Up to {left_out:,} test pairs are left out because a picture has no features.")
+    if ties:
+        found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
+    if predicted := int(test["predicted_ties"].max()):
+        found.append(f"Up to {predicted:,} test pairs got exactly equal scores and count as wrong.")
+    return [text for text in found if text]
+
+
+def _counted(records: pd.DataFrame, what: str) -> str:
+    if records.empty:
+        return ""
+    first = records.head(4).to_dict("records")
+    names = [f"{row['backbone']} ({row['control']}) layers {_short(row['layer_set'])}" for row in first]
+    more = f" and {len(records) - 4} more" if len(records) > 4 else ""
+    return f"{len(records)} {'heads' if len(records) > 1 else 'head'} {what}: {'; '.join(names)}{more}."
+
+
+def _short(layer_set: str) -> str:
+    layers = layer_set.split("+")
+    return layer_set if len(layers) < 4 else f"{layers[0]}+\N{HORIZONTAL ELLIPSIS}+{layers[-1]}"
+
+
+def _notes(row: dict[Hashable, Any]) -> list[str]:
+    notes = ["chosen on validation"] if row["chosen"] else []
+    notes += ["edge of grid"] if row["edge_of_grid"] else []
+    return notes + (["not converged"] if not row["converged"] else [])
+
+
+def _accuracy(rows: pd.DataFrame, prefix: str = "") -> str:
+    """Accuracy with interval; of several training seeds the mean and each of them."""
+    values = rows[f"{'macro_' if prefix else ''}accuracy"]
+    if rows.empty:
+        return NONE
+    if len(rows) == 1:
+        return f"{percent(values.iloc[0])}\n{interval(rows[f'{prefix}low'].iloc[0], rows[f'{prefix}high'].iloc[0])}"
+    return f"{percent(values.mean())}\nseeds {', '.join(percent(value) for value in values)}"

@@ -1,0 +1,307 @@
+"""The results table of a run: one atomically renamed part per record, loaded as one tidy frame.
+
+A run folder holds::
+
+    config.json                    the resolved configuration
+    parts/<record_id>.parquet      rows of one record: one for each split and source
+    margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
+    results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
+
+A record is one fitted head in one setting. Its part is written after its margins, both through a temporary file that
+is renamed, so a record is done exactly when its part exists; whatever was under way when a run was killed is simply
+missing. Equal rows give equal bytes: the files carry no time and no machine.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.lib as pa
+from pyarrow.parquet import ParquetFile, ParquetWriter
+
+from probekit.errors import ResultsError
+
+RESULTS_VERSION = "1.0"
+ALL_SOURCES = "all"
+SPLITS = ("train", "validation", "test")
+
+#: Every column of the tidy frame and its pandas dtype, in order; ``Int64`` and ``float64`` values may be missing.
+RESULT_COLUMNS: dict[str, str] = {
+    "record_id": "str",
+    "backbone": "str",
+    "control": "str",  # "trained", "init:SEED" or "shuffled:SEED"
+    "dataset": "str",
+    "split": "str",
+    "source": "str",  # "all", or one kind of pair
+    "protocol": "str",  # named accuracy definition of probekit.stats
+    "sigma": "str",  # canonical decimal text
+    "draw": "int64",
+    "pooling": "str",
+    "layer_set": "str",  # "3" or "0+1+2"
+    "layer": "Int64",  # single layers only
+    "n_layers": "int64",
+    "combination": "str",  # "single", or how the layers were joined
+    "head": "str",
+    "head_kind": "str",  # "linear" or "mlp"
+    "seed": "int64",
+    "accuracy": "float64",  # share of decided pairs, 0 to 1
+    "low": "float64",
+    "high": "float64",
+    "se": "float64",
+    "macro_accuracy": "float64",  # mean over sources, on rows of source "all" only
+    "macro_low": "float64",
+    "macro_high": "float64",
+    "n_pairs": "int64",
+    "true_ties": "int64",
+    "predicted_ties": "int64",
+    "left_out": "int64",  # pairs without features
+    "n_groups": "int64",
+    "effective_groups": "float64",
+    "strength": "float64",  # chosen C of a linear head
+    "edge_of_grid": "bool",
+    "converged": "bool",
+    "train_accuracy": "float64",
+    "head_parameters": "int64",
+    "backbone_parameters": "int64",
+    "width": "int64",
+    "n_blocks": "int64",
+    "relative_depth": "float64",  # layer / n_blocks, single layers only
+    "training_images": "Int64",  # images the backbone saw in training, where known
+    "chosen": "bool",  # best single layer on validation; filled in by `rebuild`
+    "store_fingerprint": "str",
+    "data_digest": "str",
+    "probekit_version": "str",
+}
+
+MARGIN_COLUMNS: dict[str, str] = {
+    "pair_id": "str",
+    "group": "str",
+    "split": "str",
+    "source": "str",
+    "label": "float64",  # P(A preferred), 0.5 = tie
+    "margin": "float64",  # s(A) - s(B)
+}
+
+#: What a layer is chosen within: everything of a record but its layer set.
+CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
+
+_ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+_RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.DataFrame) -> None:
+    """Write the rows and the margins of one record; the part comes last and makes the record count as done.
+
+    Parameters
+    ----------
+    run
+        Run folder; made if absent.
+    record_id
+        Name of the record: letters, digits, ``_`` and ``-``.
+    rows
+        `RESULT_COLUMNS` without ``chosen`` (which depends on other records), in any order.
+    margins
+        `MARGIN_COLUMNS`: one row for each validation and test pair.
+    """
+    if not _RECORD_ID.fullmatch(record_id):
+        msg = f"record_id is {record_id!r}; allowed: letters, digits, '_' and '-', at most 128"
+        raise ResultsError(msg)
+    run = Path(run)
+    rows = rows.assign(chosen=False)
+    _check_rows(rows, f"record {record_id}")
+    if set(rows["record_id"]) != {record_id}:
+        msg = f"record {record_id}: column record_id holds {sorted(set(rows['record_id']))[:3]}"
+        raise ResultsError(msg)
+    _write_table(run / "margins" / f"{record_id}.parquet", margins, MARGIN_COLUMNS)
+    _write_table(_part_path(run, record_id), rows, RESULT_COLUMNS)
+
+
+def done_records(run: str | Path) -> set[str]:
+    """Ids of the records whose part exists and reads; a damaged part is an error that names it."""
+    paths = sorted((Path(run) / "parts").glob("*.parquet"))
+    for path in paths:
+        _read_table(path, RESULT_COLUMNS)
+    return {path.stem for path in paths}
+
+
+def rebuild(run: str | Path, record_ids: Sequence[str]) -> int:
+    """Join the parts of the current plan into ``results.parquet``, in the order of the plan, and mark chosen layers.
+
+    Parts of earlier configurations stay on disk and are not read.
+
+    Returns
+    -------
+    int
+        How many such other parts the run holds.
+    """
+    run = Path(run)
+    if not record_ids:
+        msg = f"{run}: the plan holds no record, so there is no results table to write"
+        raise ResultsError(msg)
+    frame = pd.concat([_read_table(_part_path(run, key), RESULT_COLUMNS) for key in record_ids], ignore_index=True)
+    _write_table(run / "results.parquet", mark_chosen(frame), RESULT_COLUMNS)
+    return len({path.stem for path in (run / "parts").glob("*.parquet")} - set(record_ids))
+
+
+def load_results(run: str | Path) -> pd.DataFrame:
+    """Read the tidy frame of a run, checked against `RESULT_COLUMNS`."""
+    path = Path(run) / "results.parquet"
+    if not path.is_file():
+        msg = f"{path}: no results table; a run folder is what `probekit sweep --out` writes"
+        raise ResultsError(msg)
+    frame = _read_table(path, RESULT_COLUMNS)
+    _check_rows(frame, str(path))
+    return frame
+
+
+def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    """Read the margins of some records (default: of every record in the results table).
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``record_id`` and `MARGIN_COLUMNS`; the pairs of a record in the order in which they were written.
+    """
+    if record_ids is None:
+        record_ids = load_results(run)["record_id"].unique()
+    frames = []
+    for record_id in record_ids:
+        frame = _read_table(Path(run) / "margins" / f"{record_id}.parquet", MARGIN_COLUMNS)
+        frame.insert(0, "record_id", record_id)
+        frames.append(frame)
+    if not frames:
+        return pd.DataFrame(
+            {name: pd.Series(dtype=dtype) for name, dtype in ({"record_id": "str"} | MARGIN_COLUMNS).items()}
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved configuration of a run as ``config.json``."""
+    _replace(Path(run) / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def load_config(run: str | Path) -> dict[str, Any]:
+    """Read the resolved configuration of a run; empty where the run has none."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path}: not readable as JSON ({error}); run the same sweep again to write it anew"
+        raise ResultsError(msg) from error
+    if not isinstance(config, dict):
+        msg = f"{path}: holds a {type(config).__name__}; a configuration is an object"
+        raise ResultsError(msg)
+    return config
+
+
+def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
+    """Fill ``chosen``: all rows of the single layer with the best validation accuracy within `CHOICE_KEYS`.
+
+    Equal accuracies go to the earlier layer. Settings without validation rows choose nothing.
+    """
+    candidates = frame[
+        (frame["split"] == "validation")
+        & (frame["source"] == ALL_SOURCES)
+        & (frame["combination"] == "single")
+        & frame["accuracy"].notna()
+    ].sort_values(["accuracy", "layer"], ascending=[False, True], kind="stable")
+    best = candidates.drop_duplicates(CHOICE_KEYS)
+    keys = [*CHOICE_KEYS, "record_id"]
+    chosen = pd.MultiIndex.from_frame(frame[keys]).isin(pd.MultiIndex.from_frame(best[keys]))
+    return frame.assign(chosen=chosen)
+
+
+def _part_path(run: Path, record_id: str) -> Path:
+    return run / "parts" / f"{record_id}.parquet"
+
+
+def _check_rows(rows: pd.DataFrame, where: str) -> None:
+    """Refuse rows whose values no honest record can hold."""
+    for column, allowed in (("split", SPLITS), ("head_kind", ("linear", "mlp"))):
+        if not set(rows[column]) <= set(allowed):
+            bad = sorted(set(rows[column]) - set(allowed))[0]
+            msg = f"{where}: column {column} holds {bad!r}; allowed: {', '.join(allowed)}"
+            raise ResultsError(msg)
+    accuracy = rows["accuracy"].to_numpy(dtype=np.float64)
+    if ((accuracy < 0) | (accuracy > 1)).any():
+        msg = f"{where}: column accuracy holds {accuracy[(accuracy < 0) | (accuracy > 1)][0]}; allowed: 0 to 1, or NaN"
+        raise ResultsError(msg)
+    twice = rows.duplicated(["record_id", "split", "source", "protocol"])
+    if twice.any():
+        row = rows[twice].iloc[0]
+        msg = f"{where}: two rows for split {row['split']!r}, source {row['source']!r}, protocol {row['protocol']!r}"
+        raise ResultsError(msg)
+
+
+def _write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) -> None:
+    """Write `columns` of `frame` without pandas' own metadata, which would tie the bytes to library versions."""
+    if set(frame.columns) != set(columns):
+        missing, unknown = sorted(set(columns) - set(frame.columns)), sorted(set(frame.columns) - set(columns))
+        msg = f"{path.name}: missing columns {missing}, unknown columns {unknown}"
+        raise ResultsError(msg)
+    fields = [pa.field(name, _ARROW[dtype], nullable=dtype in ("Int64", "float64")) for name, dtype in columns.items()]
+    schema = pa.schema(fields, metadata={"probekit_results": RESULTS_VERSION})
+    for name, dtype in columns.items():
+        if dtype not in ("Int64", "float64") and frame[name].isna().any():
+            msg = f"{path.name}: column {name} has missing values"
+            raise ResultsError(msg)
+    try:
+        table = pa.Table.from_pandas(frame[list(columns)], schema=schema, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        msg = f"{path.name}: a column does not have the type of the schema ({error})"
+        raise ResultsError(msg) from error
+    sink = pa.BufferOutputStream()
+    with ParquetWriter(sink, schema, compression="zstd") as writer:  # type: ignore[no-untyped-call]
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
+    _replace(path, sink.getvalue().to_pybytes())
+
+
+def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    try:
+        table = ParquetFile(path).read()  # type: ignore[no-untyped-call]
+    except FileNotFoundError as error:
+        msg = f"{path}: missing; run the same sweep again to compute it"
+        raise ResultsError(msg) from error
+    except (OSError, pa.ArrowException) as error:
+        detail = str(error).splitlines()[0]
+        msg = f"{path}: damaged ({detail}); delete it and run the same sweep again to compute it anew"
+        raise ResultsError(msg) from error
+    version = (table.schema.metadata or {}).get(b"probekit_results", b"none").decode()
+    if version.partition(".")[0] != RESULTS_VERSION.partition(".")[0]:
+        msg = f"{path}: written in results format {version}; this version reads {RESULTS_VERSION}"
+        raise ResultsError(msg)
+    if missing := [name for name in columns if name not in table.column_names]:
+        msg = f"{path}: column {missing[0]!r} is missing; delete the file and run the same sweep again"
+        raise ResultsError(msg)
+    data = {}
+    for name, dtype in columns.items():
+        values = table.column(name)
+        # through pandas' own nullable type, since a plain conversion would turn integers with gaps into floats
+        data[name] = (
+            pd.array(values.to_pylist(), dtype="Int64") if dtype == "Int64" else values.to_pandas().astype(dtype)
+        )
+    return pd.DataFrame(data)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new one, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,30 @@
+"""Features on disk: a public format (``FORMAT.md``), written shard by shard and read layer by layer."""
+
+from probekit.store.format import (
+    DEFAULT_SHARD_BYTES,
+    FORMAT,
+    FORMAT_VERSION,
+    canonical_json,
+    canonical_sigma,
+    fingerprint,
+    rows_per_shard,
+)
+from probekit.store.pairs import BoundJudgements, Pairs
+from probekit.store.reader import FeatureStore
+from probekit.store.writer import Block, StoreWriter, open_store
+
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Block",
+    "BoundJudgements",
+    "FeatureStore",
+    "Pairs",
+    "StoreWriter",
+    "canonical_json",
+    "canonical_sigma",
+    "fingerprint",
+    "open_store",
+    "rows_per_shard",
+]

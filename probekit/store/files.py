@@ -1,0 +1,163 @@
+"""Files that appear whole or not at all: temporary files under a lock, atomic replacement, one writer at a time."""
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from probekit.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+TEMP, LOCK = ".tmp-", ".lock-"
+_REFUSED = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Lock an open file; False if somebody else holds it or the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        logger.warning("this file system refuses locks (%s); do not run two dumps into one store here", error)
+        return False
+    return True
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock that belongs to a file, waiting for another holder to leave."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(LOCK + target.name)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held = _flock(descriptor, fcntl.LOCK_EX)
+        # The holder before us may have removed the lock file while we waited for it: then the lock is worth nothing.
+        if not held or os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary(target: Path) -> Iterator[tuple[Path, int]]:
+    """Create a locked temporary file beside a target; yield its path and descriptor, remove it at the end.
+
+    Raises
+    ------
+    StoreError
+        If it cannot be written, as on a full disk; the target is as it was.
+    """
+    try:
+        path, descriptor = _create_temporary(target)
+        try:
+            yield path, descriptor
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+    except OSError as error:
+        msg = f"{target}: cannot be written ({error.strerror or error}); mend that and run the same command again"
+        raise StoreError(msg) from error
+
+
+def _create_temporary(target: Path) -> tuple[Path, int]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = target.with_name(f"{TEMP}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        _flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else a cleaner was quicker than our lock
+            return path, descriptor
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temp: Path, descriptor: int, target: Path) -> None:
+    """Give a finished temporary file its name, so that a crash leaves the old file or the new one."""
+    os.fsync(descriptor)
+    temp.replace(target)
+    sync_folder(target.parent)
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write a small file that is either absent, the old one or complete."""
+    with temporary(target) as (temp, descriptor):
+        temp.write_bytes(data)
+        publish(temp, descriptor, target)
+
+
+def remove_dead_files(root: Path) -> None:
+    """Remove temporary and lock files whose writers are gone; those of living writers are locked."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.startswith((TEMP, LOCK)):
+                path = Path(folder, name)
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    path.unlink(missing_ok=True)
+                os.close(descriptor)
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """Open a file for reading; return its descriptor and size.
+
+    Raises
+    ------
+    StoreError
+        If it is missing, a link or not a regular file.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "is a symbolic link" if error.errno == errno.ELOOP else (error.strerror or "cannot be opened").lower()
+        msg = f"{path}: {reason}; allowed: a regular file"
+        raise StoreError(msg) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        msg = f"{path}: not a regular file"
+        raise StoreError(msg)
+    return descriptor, status.st_size
+
+
+def read_small(path: Path, *, limit: int = 2**28) -> bytes:
+    """Read a whole file of at most ``limit`` bytes.
+
+    Raises
+    ------
+    StoreError
+        If it is missing, a link, not a regular file or too large.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        if size > limit:
+            msg = f"{path}: {size} bytes; allowed: at most {limit}"
+            raise StoreError(msg)
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            return file.read()
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,304 @@
+"""The format of a feature store: names, canonical JSON, fingerprint, sidecar records and the dtype rule.
+
+``FORMAT.md`` beside this file is the specification; this module is its only home in code.
+m = rows of a shard, d = channels of a feature vector.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+
+from probekit.errors import StoreError
+
+FORMAT = "probekit-features"
+FORMAT_VERSION = "1.0"
+FORMAT_MAJOR = 1
+DEFAULT_SHARD_BYTES = 512 * 2**20
+STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
+
+FP16_LIMIT = 32752.0  # half of float16's largest value
+FP16_NOISE_RATIO = 1e-3
+FP16_PAIRS = 2048
+DTYPE_POLICY = f"float16 if absmax < {FP16_LIMIT:.0f} and p99 pair noise ratio <= {FP16_NOISE_RATIO}, else float32"
+
+SEAL = "self_sha256"
+
+# The tables of a shard: dataset -> (dtype, length in terms of (rows, prompts), further dimension or none).
+TABLES: dict[str, tuple[str, str]] = {
+    "rows/row_id": ("|u1", "rows x 32"),
+    "rows/image_sha256": ("|u1", "rows x 32"),
+    "rows/prompt_index": ("<i8", "rows"),
+    "rows/image_id_utf8": ("|u1", "any"),
+    "rows/image_id_offsets": ("<i8", "rows + 1"),
+    "rows/width": ("<i8", "rows"),
+    "rows/height": ("<i8", "rows"),
+    "rows/file_bytes": ("<i8", "rows"),
+    "rows/status": ("|u1", "rows"),
+    "prompts/text_utf8": ("|u1", "any"),
+    "prompts/text_offsets": ("<i8", "prompts + 1"),
+    "prompts/sha256": ("|u1", "prompts x 32"),
+}
+
+
+def canonical_json(value: Any) -> str:
+    """Write a JSON-plain value in the one form that is hashed: sorted keys, no spaces, no NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the value is not JSON-plain.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of the canonical JSON of a configuration."""
+    return hashlib.sha256(canonical_json(dict(config)).encode()).hexdigest()
+
+
+def canonical_sigma(text: str) -> str:
+    """Write a noise level in its one form: plain decimal, ``0.005`` and never ``5e-3``.
+
+    Raises
+    ------
+    StoreError
+        If the text is not a number in [0, 1].
+    """
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not (value.is_finite() and 0 <= value <= 1):
+        msg = f"sigma is {text!r}; allowed: a decimal number from 0 to 1, such as 0.005"
+        raise StoreError(msg)
+    return format(abs(value).normalize(), "f")
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """Encode a record as canonical JSON that carries its own SHA-256."""
+    body = {key: value for key, value in content.items() if key != SEAL}
+    return canonical_json(body | {SEAL: hashlib.sha256(canonical_json(body).encode()).hexdigest()}).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Decode a sealed record.
+
+    Raises
+    ------
+    ValueError
+        If a single byte differs from what ``seal`` wrote.
+    """
+    try:
+        content = json.loads(data)
+        intact = isinstance(content, dict) and seal(content) == data
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        msg = "not a record that carries its own SHA-256"
+        raise ValueError(msg)
+    return dict(content)
+
+
+def check_version(where: str, content: Mapping[str, Any]) -> None:
+    """Accept every minor version of this major version.
+
+    Raises
+    ------
+    StoreError
+        If the record is of another format or of another major version.
+    """
+    version = str(content.get("format_version"))
+    if content.get("format") != FORMAT:
+        msg = f"{where}: format is {content.get('format')!r}; allowed: {FORMAT!r}"
+        raise StoreError(msg)
+    if version.split(".")[0] != str(FORMAT_MAJOR):
+        msg = (
+            f"{where}: format version is {version}; this probekit reads {FORMAT_MAJOR}.x: use one that reads {version}"
+        )
+        raise StoreError(msg)
+
+
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the format itself decides to a caller's configuration, as JSON would give it back.
+
+    Raises
+    ------
+    ValueError
+        If ``layers`` or ``poolings``, which the format needs, are absent.
+    """
+    if not config.get("layers") or not config.get("poolings"):
+        msg = "config needs 'layers': [{'index', 'name', 'stream'}, ...] and 'poolings': {name: definition}"
+        raise ValueError(msg)
+    own = {"format": f"{FORMAT}/{FORMAT_MAJOR}", "dtype_policy": DTYPE_POLICY}
+    return dict(json.loads(canonical_json(dict(config) | own)))
+
+
+def differences(stored: object, asked: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Yield (dotted path, stored value, asked value) wherever two JSON values differ, in key order."""
+    if isinstance(stored, list) and isinstance(asked, list):
+        stored, asked = ({f"{i:03d}": v for i, v in enumerate(values)} for values in (stored, asked))
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in sorted(stored.keys() | asked.keys()):
+            yield from differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
+    elif stored != asked or type(stored) is not type(asked):
+        yield path, stored, asked
+
+
+def rows_per_shard(*, n_layers: int, n_poolings: int, width: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+    """Rows that fit into one shard when every value takes 4 bytes."""
+    return max(1, shard_bytes // (4 * n_layers * n_poolings * width))
+
+
+def block_name(row_ids: list[str] | tuple[str, ...]) -> str:
+    """Name of the block of these rows in this order: 32 hex digits of the SHA-256 of their keys."""
+    return hashlib.sha256(bytes.fromhex("".join(row_ids))).hexdigest()[:32]
+
+
+def dataset_name(pooling: str, layer: int) -> str:
+    """HDF5 path of one layer's features, without the leading slash."""
+    return f"features/{pooling}/{layer:03d}"
+
+
+class DatasetRecord(BaseModel):
+    """What a sidecar says of one dataset; the last four fields are given for features only."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    dtype: Literal["<f2", "<f4", "<i8", "|u1"]
+    shape: list[NonNegativeInt]
+    offset: NonNegativeInt | None  # none where the dataset is empty
+    nbytes: NonNegativeInt
+    crc32: NonNegativeInt
+    absmax: float | None = None
+    noise_ratio: float | None = None
+    quantisation_noise: float | None = None
+    nonfinite_rows: int | None = None
+
+    @model_validator(mode="after")
+    def _bytes_follow_from_shape(self) -> "DatasetRecord":
+        if self.nbytes != math.prod(self.shape) * np.dtype(self.dtype).itemsize:
+            msg = f"{self.nbytes} bytes do not hold {self.shape} of {self.dtype}"
+            raise ValueError(msg)
+        if (self.offset is None) != (self.nbytes == 0):
+            msg = "an offset is given if and only if the dataset holds bytes"
+            raise ValueError(msg)
+        return self
+
+
+class Sidecar(BaseModel):
+    """Commit record of a shard; see FORMAT.md for the meaning of each field."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: str
+    format_version: str
+    fingerprint: str
+    block: str
+    sigma: str
+    draw: NonNegativeInt
+    n_rows: NonNegativeInt
+    n_prompts: NonNegativeInt
+    rows_sha256: str
+    bytes: NonNegativeInt
+    sha256: str
+    meta_sha256: str
+    datasets: dict[str, DatasetRecord]
+
+    @model_validator(mode="after")
+    def _tables_fit(self) -> "Sidecar":
+        rows, prompts = self.n_rows, self.n_prompts
+        lengths = {
+            "rows": [rows],
+            "rows + 1": [rows + 1],
+            "rows x 32": [rows, 32],
+            "prompts + 1": [prompts + 1],
+            "prompts x 32": [prompts, 32],
+        }
+        for name, (dtype, length) in TABLES.items():
+            record = self.datasets.get(name)
+            if record is None or record.dtype != dtype or (length != "any" and record.shape != lengths[length]):
+                msg = f"dataset {name} should be {dtype} with {length} entries"
+                raise ValueError(msg)
+        ranges = sorted((r.offset, r.nbytes) for r in self.datasets.values() if r.offset is not None)
+        ends = [offset + nbytes for offset, nbytes in ranges]
+        starts = [offset for offset, _ in ranges[1:]] + [self.bytes]
+        if any(end > start for end, start in zip(ends, starts, strict=True)):
+            msg = "datasets overlap or pass the end of the file"
+            raise ValueError(msg)
+        return self
+
+
+def parse_sidecar(data: bytes) -> Sidecar:
+    """Decode a sidecar.
+
+    Raises
+    ------
+    ValueError
+        In one line, if it is not intact or does not fit the format.
+    """
+    content = unseal(data)
+    try:
+        return Sidecar.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        msg = f"{'.'.join(str(part) for part in first['loc']) or 'record'}: {first['msg']}"
+        raise ValueError(msg) from None
+
+
+class Figures(NamedTuple):
+    """What the dtype rule saw: largest magnitude, p99 noise ratio of float16, noise of what is stored."""
+
+    absmax: float
+    noise_ratio: float | None
+    quantisation_noise: float
+
+
+def choose_dtype(
+    values: NDArray[np.float32], ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]
+) -> tuple[str, Figures]:
+    """Decide whether float16 is safe for a probe, which sees differences between images of one prompt.
+
+    Parameters
+    ----------
+    values
+        Features (m, d).
+    ok
+        Rows (m,) that count; the others hold NaN.
+    prompt_index
+        Prompt of each row (m,), rows of one prompt adjacent.
+
+    Returns
+    -------
+    dtype
+        ``<f2`` or ``<f4``.
+    figures
+        ``noise_ratio`` is None where no pair of rows shares a prompt or float16 would overflow: nothing shows that
+        float16 is safe then, so float32 is kept. ``quantisation_noise`` is the median over channels of the RMS
+        rounding error of a pair difference, 0 for float32.
+    """
+    counted = values if ok.all() else values[ok]
+    absmax = float(max(counted.max(), -counted.min())) if counted.size else 0.0
+    first = np.flatnonzero(ok[:-1] & ok[1:] & (prompt_index[:-1] == prompt_index[1:]))
+    if absmax >= FP16_LIMIT or not len(first):
+        return "<f4", Figures(absmax, None, 0.0)
+    if len(first) > FP16_PAIRS:
+        first = first[np.linspace(0, len(first) - 1, FP16_PAIRS).astype(np.int64)]
+    signal, noise = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    for part in np.array_split(first, math.ceil(len(first) / 256)):  # in parts: bounded memory
+        a, b = values[part].astype(np.float64), values[part + 1].astype(np.float64)
+        error = (a.astype(np.float16) - a) - (b.astype(np.float16) - b)
+        # Second moments, not variances: which row of a pair comes first is arbitrary.
+        signal += np.square(a - b).sum(axis=0)
+        noise += np.square(error).sum(axis=0)
+    # A channel that never differs within a pair rounds to no difference either: 0 / 0 is no noise.
+    ratio = float(np.quantile(np.divide(noise, signal, out=np.zeros_like(noise), where=signal > 0), 0.99))
+    if ratio > FP16_NOISE_RATIO:
+        return "<f4", Figures(absmax, ratio, 0.0)
+    return "<f2", Figures(absmax, ratio, float(np.median(np.sqrt(noise / len(first)))))

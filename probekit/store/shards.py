@@ -1,0 +1,232 @@
+"""One shard on disk: found, checked against its sidecar and read by offset. HDF5 never parses a file here.
+
+m = rows of the shard, k = its prompts, d = channels.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probekit.errors import StoreError
+from probekit.store import format as fmt
+from probekit.store.files import open_regular, read_small
+
+CHUNK_BYTES = 8 * 2**20
+MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
+
+
+def shard_path(root: Path, sigma: str, draw: int, block: str) -> Path:
+    """Place of a shard: ``shards/<sigma>/<block>.h5``, further draws one folder deeper."""
+    folder = root / "shards" / sigma
+    return (folder / str(draw) if draw else folder) / f"{block}.h5"
+
+
+def read_store_file(path: Path) -> dict[str, Any]:
+    """Read and check ``store.json``.
+
+    Raises
+    ------
+    StoreError
+        If it is missing, damaged, of another format or of another major version.
+    """
+    try:
+        content = fmt.unseal(read_small(path, limit=2**24))
+    except ValueError as error:
+        msg = f"{path}: {error}; allowed: the file as the dump wrote it"
+        raise StoreError(msg) from None
+    fmt.check_version(str(path), content)
+    if not {"config", "describe", "fingerprint"} <= content.keys() or content["fingerprint"] != fmt.fingerprint(
+        content["config"]
+    ):
+        msg = f"{path}: the fingerprint is not that of the configuration beside it"
+        raise StoreError(msg)
+    return content
+
+
+def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
+    """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
+    digest, position = hashlib.sha256(), 0
+    for offset, length in [*sorted(without), (size, 0)]:
+        while position < offset:
+            part = os.pread(descriptor, min(CHUNK_BYTES, offset - position), position)
+            if not part:
+                break
+            digest.update(part)
+            position += len(part)
+        position = offset + length
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard whose sidecar is intact and whose file has the right size and metadata.
+
+    Attributes
+    ----------
+    path
+        The ``.h5`` file.
+    sidecar
+        Its commit record.
+    """
+
+    path: Path
+    sidecar: fmt.Sidecar
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    def _refuse(self, what: str) -> NoReturn:
+        msg = f"{self.path}: {what}; {MEND}"
+        raise StoreError(msg)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield a dataset's bytes as (position, buffer (at most 8 MiB)); the buffer is used again for the next chunk.
+
+        Raises
+        ------
+        StoreError
+            If the file changed, or at the end of the first complete read if the checksum does not fit.
+        """
+        record = self.sidecar.datasets[name]
+        scratch = np.empty(min(record.nbytes, CHUNK_BYTES), np.uint8)
+        yield from self._read(name, scratch, whole=False)
+
+    def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
+        """Read a whole dataset straight into a buffer of its size.
+
+        Raises
+        ------
+        StoreError
+            If the file changed or its checksum does not fit.
+        """
+        for _ in self._read(name, out, whole=True):
+            pass
+
+    def _read(self, name: str, buffer: NDArray[np.uint8], *, whole: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        record, crc = self.sidecar.datasets[name], 0
+        descriptor, size = open_regular(self.path)
+        try:
+            if size != self.sidecar.bytes:
+                self._refuse(f"{size} bytes instead of {self.sidecar.bytes}")
+            for start in range(0, record.nbytes, CHUNK_BYTES):
+                length = min(CHUNK_BYTES, record.nbytes - start)
+                part = buffer[start : start + length] if whole else buffer[:length]
+                if os.preadv(descriptor, [part.data], (record.offset or 0) + start) != length:
+                    self._refuse(f"dataset {name} ends early")
+                if name not in self._checked:
+                    crc = zlib.crc32(part.data, crc)
+                yield start, part
+        finally:
+            os.close(descriptor)
+        if name not in self._checked and crc != record.crc32:
+            self._refuse(f"dataset {name} does not have the checksum of its sidecar")
+        self._checked.add(name)
+
+    def table(self, name: str) -> NDArray[np.uint8] | NDArray[np.int64]:
+        """Read one dataset of the rows or prompts table in its own dtype and shape."""
+        record = self.sidecar.datasets[name]
+        out = np.empty(record.nbytes, np.uint8)
+        self.read_into(name, out)
+        return out.view(record.dtype).reshape(record.shape)
+
+    def texts(self, name: str, offsets: str) -> list[str]:
+        """Read a table of UTF-8 texts."""
+        data, ends = self.table(name).tobytes(), self.table(offsets).tolist()
+        if ends[0] != 0 or ends[-1] != len(data) or any(a > b for a, b in pairwise(ends)):
+            self._refuse(f"dataset {offsets} does not cut {name} into texts")
+        try:
+            return [data[a:b].decode() for a, b in pairwise(ends)]
+        except UnicodeDecodeError:
+            self._refuse(f"dataset {name} is not UTF-8")
+
+    def row_ids(self) -> list[str]:
+        """Keys of the m rows, hex, in the order of the shard."""
+        joined = self.table("rows/row_id").tobytes().hex()
+        ids = [joined[i : i + 64] for i in range(0, len(joined), 64)]
+        if fmt.block_name(ids) != self.sidecar.block:
+            self._refuse("the rows are not those of the block it is named after")
+        return ids
+
+
+def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard | str | None:
+    """Look at one shard without reading its features.
+
+    Returns
+    -------
+    Shard, str or None
+        The shard if it is done; what is wrong if it is damaged; None if it was never committed.
+    """
+    sidecar_path = path.with_suffix(".json")
+    if not sidecar_path.exists() and not sidecar_path.is_symlink():
+        return None
+    try:
+        sidecar = fmt.parse_sidecar(read_small(sidecar_path, limit=2**24))
+        descriptor, size = open_regular(path)
+    except ValueError as error:
+        return f"{sidecar_path}: {error}"
+    except StoreError as error:
+        return str(error)
+    try:
+        stored = (sidecar.format, sidecar.format_version.split(".")[0], sidecar.fingerprint)
+        if stored != (fmt.FORMAT, str(fmt.FORMAT_MAJOR), fingerprint):
+            return f"{sidecar_path}: belongs to another store or format"
+        if (sidecar.block, sidecar.sigma, sidecar.draw) != (path.stem, sigma, draw):
+            return f"{sidecar_path}: belongs to another shard"
+        if sidecar.bytes != size:
+            return f"{path}: {size} bytes instead of {sidecar.bytes}"
+        ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
+        if file_digest(descriptor, size, without=ranges) != sidecar.meta_sha256:
+            return f"{path}: its HDF5 metadata is not what was written"
+    finally:
+        os.close(descriptor)
+    return Shard(path, sidecar)
+
+
+def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
+    """Find all shards of a store.
+
+    Returns
+    -------
+    shards
+        Those that are done, sorted by (sigma, draw, block).
+    problems
+        One line for each damaged one.
+    """
+    shards: list[Shard] = []
+    problems: list[str] = []
+    for folder, sigma, draw in _shard_folders(root / "shards", problems):
+        for name in sorted(entry.name for entry in os.scandir(folder)):
+            if name.endswith(".json") and not name.startswith("."):
+                found = check_shard((folder / name).with_suffix(".h5"), fingerprint=fingerprint, sigma=sigma, draw=draw)
+                if isinstance(found, Shard):
+                    shards.append(found)
+                elif found:
+                    problems.append(found)
+    return shards, problems
+
+
+def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:
+    """Yield (folder, sigma, draw); a link in place of a folder is a problem, other names are not ours."""
+    for folder in [root, *(sorted(root.iterdir()) if root.is_dir() else [])]:
+        if folder.is_symlink():
+            problems.append(f"{folder}: is a symbolic link; allowed: a folder")
+        elif folder != root and folder.is_dir() and _is_sigma(folder.name):
+            yield folder, folder.name, 0
+            for inner in sorted(folder.iterdir()):
+                if inner.name.isdecimal() and inner.is_symlink():
+                    problems.append(f"{inner}: is a symbolic link; allowed: a folder")
+                elif inner.name.isdecimal() and inner.is_dir():
+                    yield inner, folder.name, int(inner.name)
+
+
+def _is_sigma(name: str) -> bool:
+    try:
+        return fmt.canonical_sigma(name) == name
+    except StoreError:
+        return False

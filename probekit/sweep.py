@@ -1,0 +1,357 @@
+"""Plan and run a sweep: every head on every layer set of every store, one record at a time.
+
+The plan is a list of typed records hashed from plain values. A record's results are written as one part, atomically,
+by the process that computed them; the same command again computes only the records that have no part.
+
+Every refitting loop lives here. Nothing is chosen on what is reported: the strength of a linear head comes from grouped
+cross-validation inside the training split, the layer from the validation split (marked by `probekit.results.rebuild`).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from probekit import results
+from probekit._types import FloatArray
+from probekit.config import LinearHead, MLPHead, SweepConfig, load_yaml
+from probekit.errors import ConfigError, StoreError
+from probekit.heads import (
+    BradleyTerryClassifierCV,
+    BradleyTerryMLP,
+    combination_name,
+    concatenate,
+    layer_set_name,
+    resolve_layer_sets,
+)
+from probekit.preferences import load_preferences
+from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
+from probekit.store import FeatureStore, Pairs, canonical_json
+
+Progress = Callable[[int, int, str], None]
+_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One fit: everything that determines its numbers, and where its features are.
+
+    `store` is a path and no part of the identity; `fingerprint` and `data_digest` say what is in it.
+    """
+
+    store: Path
+    fingerprint: str
+    dataset: str
+    data_digest: str
+    protocol: str
+    sigma: str
+    draw: int
+    pooling: str
+    layers: tuple[int, ...]
+    head: LinearHead | MLPHead
+    seed: int
+    resamples: int
+    level: float
+
+    @property
+    def record_id(self) -> str:
+        """SHA-256 over the plain values, full precision, without the store's path."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("store", "head")}
+        plain["head"] = self.head.model_dump(exclude={"layer_sets", "seeds"})
+        return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
+
+
+def run_sweep(
+    config: SweepConfig | Path | str,
+    *,
+    stores: Sequence[Path | str],
+    out: Path | str,
+    prefs: Path | str | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Fit the heads of a configuration on feature stores; continue where an earlier call stopped.
+
+    Parameters
+    ----------
+    config
+        The settings, or the YAML file that holds them.
+    stores
+        Feature stores; each becomes a backbone (or a control of one) in the results.
+    out
+        Folder of the run. Records that it already holds are not computed again.
+    prefs
+        Preference file that replaces the judgements kept in the stores; it must lie where its images are.
+    jobs
+        Processes, each with one BLAS thread.
+    progress
+        Called as ``progress(done, total, text)`` after every record.
+
+    Returns
+    -------
+    Path
+        The run folder; read it with `probekit.load_results`.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration asks for layers, noise levels or poolings that a store does not hold.
+    StoreError
+        If a store is damaged, or has no training, validation or test pairs.
+    """
+    if not isinstance(config, SweepConfig):
+        config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
+    out = Path(out)
+    _store.cache_clear()  # judgements may have changed since an earlier call in this process
+    _pairs.cache_clear()
+    opened = [FeatureStore(Path(path)) for path in stores]
+    judged = None if prefs is None else _bind_file(Path(prefs), out=out)
+    records = [record for store in opened for record in _plan(config, store, judged=judged)]
+    ids = [record.record_id for record in records]
+    if len(set(ids)) < len(ids):
+        twice = next(record for record in records if ids.count(record.record_id) > 1)
+        message = f"{twice.store}: the plan holds the same fit twice; name each store and each layer set once"
+        raise ConfigError(message)
+    results.write_config(
+        out, {"sweep": config.model_dump(mode="json"), "stores": [store.summary() for store in opened]}
+    )
+    done = results.done_records(out)
+    todo = [record for record in records if record.record_id not in done]
+    for count, (record, text) in enumerate(_run_all(todo, out=out, judged=judged, jobs=jobs), start=1):
+        if progress is not None:
+            progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
+    results.rebuild(out, ids)
+    return out
+
+
+def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
+    """All records of one store, in the order of the configuration."""
+    sigmas = _chosen(config.sigmas, store.sigmas, what="sigma", store=store)
+    poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
+    stored = [layer.index for layer in store.layers]
+    n_blocks = int(store.describe["n_blocks"])
+    for dataset in [judged.stem] if judged else store.judgements:
+        for split in _SPLITS:
+            if not len(_pairs(store.path, dataset, judged, split).label):
+                message = (
+                    f"{store.path}: no {split} pairs in {dataset!r}; a sweep needs train, validation and test pairs"
+                )
+                raise StoreError(message)
+        digest = _data_digest(store, dataset, judged)
+        for sigma in sigmas:
+            for pooling in poolings:
+                for draw in store.draws:
+                    for head in config.heads:
+                        for layers in resolve_layer_sets(head.layer_sets, stored=stored, n_blocks=n_blocks):
+                            for seed in head.seeds if isinstance(head, MLPHead) else [0]:
+                                yield Record(
+                                    store=store.path,
+                                    fingerprint=store.fingerprint,
+                                    dataset=dataset,
+                                    data_digest=digest,
+                                    protocol=config.protocol,
+                                    sigma=sigma,
+                                    draw=draw,
+                                    pooling=pooling,
+                                    layers=layers,
+                                    head=head,
+                                    seed=seed,
+                                    resamples=config.resamples,
+                                    level=config.level,
+                                )
+
+
+def _chosen(asked: str | list[str], held: list[str], *, what: str, store: FeatureStore) -> list[str]:
+    if asked == "all":
+        return held
+    missing = [value for value in asked if value not in held]
+    if missing:
+        message = f"{store.path}: holds no {what} {missing[0]!r}; it holds {', '.join(held)}"
+        raise ConfigError(message)
+    return list(asked)
+
+
+def _bind_file(prefs: Path, *, out: Path) -> Path:
+    """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
+    loaded = load_preferences(prefs)
+    frame = loaded.judgements(loaded.image_digests(out / "image_digests.json"))
+    path = out / "judgements" / f"{loaded.name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    frame.to_parquet(partial, index=False)
+    partial.replace(path)
+    return path
+
+
+@lru_cache(maxsize=2)
+def _store(path: Path) -> FeatureStore:
+    return FeatureStore(path)
+
+
+@lru_cache(maxsize=6)
+def _pairs(path: Path, dataset: str, judged: Path | None, split: str) -> Pairs:
+    store = _store(path)
+    if judged is None:
+        return store.pairs(split=split, judgements=dataset)
+    return store.bind(pd.read_parquet(judged)).pairs(split=split)
+
+
+def _data_digest(store: FeatureStore, dataset: str, judged: Path | None) -> str:
+    """Digest of the rows and of all judgements that a fit sees; it changes when rows or labels are added or changed."""
+    digest = hashlib.sha256()
+    row_ids = store.rows["row_id"].to_numpy()
+    for split in _SPLITS:
+        pairs = _pairs(store.path, dataset, judged, split)
+        frame = pairs.frame[["pair_id", "group", "split", "source", "weight"]].assign(
+            label=pairs.label, row_a=row_ids[pairs.rows[:, 0]], row_b=row_ids[pairs.rows[:, 1]]
+        )
+        digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _run_all(records: list[Record], *, out: Path, judged: Path | None, jobs: int) -> Iterator[tuple[Record, str]]:
+    if jobs == 1:
+        with threadpool_limits(1):
+            for record in records:
+                yield record, _run(record, out=out, judged=judged)
+        return
+    # spawn: a fork would copy the parent's thread pools in an undefined state
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        futures = {pool.submit(_run, record, out=out, judged=judged): record for record in records}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    threadpool_limits(1)
+
+
+def _run(record: Record, *, out: Path, judged: Path | None) -> str:
+    """Fit one record, write its part, and say its test accuracy."""
+    store = _store(record.store)
+    coordinates = {"sigma": record.sigma, "pooling": record.pooling, "draw": record.draw}
+    features = concatenate([store.read(layer=layer, **coordinates) for layer in record.layers])
+    pairs = {split: _pairs(record.store, record.dataset, judged, split) for split in _SPLITS}
+    train = pairs["train"]
+    groups = train.frame["group"].to_numpy()
+    weight = train.frame["weight"].to_numpy()
+    fitted: dict[str, Any]
+    if isinstance(record.head, LinearHead):
+        linear = BradleyTerryClassifierCV(Cs=record.head.strengths, cv=record.head.folds)
+        linear.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
+        scores = linear.score_items(features)
+        fitted = {
+            "strength": linear.C_,
+            "edge_of_grid": linear.edge_of_grid_,
+            "converged": linear.converged_,
+            "head_parameters": linear.n_parameters_,
+        }
+    else:
+        settings = record.head.model_dump(exclude={"kind", "name", "layer_sets", "seeds"})
+        mlp = BradleyTerryMLP(**settings, seed=record.seed)
+        mlp.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
+        scores = mlp.score_items(features)
+        fitted = {
+            "strength": np.nan,
+            "edge_of_grid": False,
+            "converged": mlp.converged_,
+            "head_parameters": mlp.n_parameters_,
+        }
+    margins = {split: scores[pairs[split].rows[:, 0]] - scores[pairs[split].rows[:, 1]] for split in _SPLITS}
+    trained = PROTOCOLS[record.protocol](margins["train"], train.label)
+    fitted["train_accuracy"] = float(np.nanmean(trained.correct))
+    rows = [
+        _facts(record, store) | fitted | row
+        for split in ("validation", "test")
+        for row in _accuracies(record, pairs[split], margins[split], split=split)
+    ]
+    kept = pd.concat(
+        pairs[split]
+        .frame[["pair_id", "group", "split", "source"]]
+        .assign(label=pairs[split].label, margin=margins[split])
+        for split in ("validation", "test")
+    )
+    results.write_part(out, record.record_id, pd.DataFrame(rows), kept)
+    test = next(row for row in rows if row["split"] == "test" and row["source"] == results.ALL_SOURCES)
+    return f"{record.head.name} {_facts(record, store)['layer_set']}: {100 * test['accuracy']:.1f} %"
+
+
+def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
+    """Give the columns that say what was fitted on what."""
+    facts = store.describe
+    single = len(record.layers) == 1
+    return {
+        "record_id": record.record_id,
+        "backbone": facts["name"],
+        "control": facts["random_weights"] or "trained",
+        "dataset": record.dataset,
+        "protocol": record.protocol,
+        "sigma": record.sigma,
+        "draw": record.draw,
+        "pooling": record.pooling,
+        "layer_set": layer_set_name(record.layers),
+        "layer": record.layers[0] if single else None,
+        "n_layers": len(record.layers),
+        "combination": combination_name(record.layers),
+        "head": record.head.name,
+        "head_kind": record.head.kind,
+        "seed": record.seed,
+        "backbone_parameters": facts["n_parameters"],
+        "width": facts["width"],
+        "n_blocks": facts["n_blocks"],
+        "relative_depth": record.layers[0] / facts["n_blocks"] if single else np.nan,
+        "training_images": facts["training_images"],
+        "store_fingerprint": record.fingerprint,
+        "data_digest": record.data_digest,
+        "probekit_version": version("dit-probekit"),
+    }
+
+
+def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str) -> Iterator[dict[str, Any]]:
+    """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap."""
+    sources = pairs.frame["source"].to_numpy()
+    groups = pairs.frame["group"].to_numpy()
+    kinds = sorted(set(sources))
+    for source in [results.ALL_SOURCES, *(kinds if len(kinds) > 1 else [])]:
+        inside = np.ones(len(sources), dtype=bool) if source == results.ALL_SOURCES else sources == source
+        outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
+        decided = ~np.isnan(outcome.correct)
+        row: dict[str, Any] = {
+            "split": split,
+            "source": source,
+            "n_pairs": outcome.n_pairs,
+            "true_ties": outcome.true_ties,
+            "predicted_ties": outcome.predicted_ties,
+            "left_out": sum(pairs.left_out.values()),
+        }
+        row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
+        if decided.any():
+            options: dict[str, Any] = {"n_boot": record.resamples, "level": record.level}
+            correct, clusters = outcome.correct[decided], groups[inside][decided]
+            interval = accuracy_interval(correct, clusters, **options)
+            row |= {
+                "accuracy": interval.estimate,
+                "low": interval.low,
+                "high": interval.high,
+                "se": interval.se,
+                "n_groups": interval.n_groups,
+                "effective_groups": interval.effective_groups,
+            }
+            if source == results.ALL_SOURCES:
+                macro = macro_interval(correct, clusters, sources[decided], **options)
+                row |= {"macro_accuracy": macro.estimate, "macro_low": macro.low, "macro_high": macro.high}
+        yield row

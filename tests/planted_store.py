@@ -1,0 +1,100 @@
+"""Feature stores whose truth is known: a quality planted at chosen layers, noise everywhere else."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from probekit._types import row_id
+from probekit.store import open_store
+
+BLOCKS, WIDTH = 3, 8
+
+
+def planted_store(
+    path: Path, *, signal: dict[int, float], seed: int, pairs: int = 400, ties: float = 0.0, control: str | None = None
+) -> Path:
+    """Write a store of `pairs` lone pairs at layers 0 to 3, 8 channels wide.
+
+    Property: at a layer in `signal` one direction carries strength x quality, where the better picture of a pair of
+    source ``easy`` has the higher quality. Pairs of source ``none`` (a quarter) are judged by a coin, and layers not in
+    `signal` know nothing.
+    """
+    rng = np.random.default_rng(seed)
+    quality = rng.normal(size=(pairs, 2))
+    source = np.where(np.arange(pairs) % 4 == 3, "none", "easy")
+    label = np.where(source == "easy", quality[:, 0] > quality[:, 1], rng.random(pairs) < 0.5).astype(float)
+    label[rng.random(pairs) < ties] = 0.5
+    prompts = [f"prompt {seed} {pair}" for pair in range(pairs)]
+    rows = pd.DataFrame(
+        [
+            {
+                "row_id": row_id(digest, prompt),
+                "prompt": prompt,
+                "image_id": f"{pair}-{side}.png",
+                "image_sha256": digest,
+                "width": 32,
+                "height": 32,
+                "file_bytes": 100,
+                "status": 0,
+            }
+            for pair, prompt in enumerate(prompts)
+            for side in "ab"
+            if (digest := hashlib.sha256(f"{seed} {pair} {side}".encode()).digest())
+        ]
+    )
+    features = {}
+    for layer in range(BLOCKS + 1):
+        values = rng.normal(size=(len(rows), WIDTH))
+        direction = rng.normal(size=WIDTH)
+        values += signal.get(layer, 0.0) * np.outer(quality.ravel(), direction / np.linalg.norm(direction))
+        features["mean", layer] = values.astype(np.float32)
+    names = ["input of blocks.0", *(f"blocks.{block}" for block in range(BLOCKS))]
+    writer = open_store(
+        path,
+        config={
+            "layers": [{"index": k, "name": name, "stream": "image"} for k, name in enumerate(names)],
+            "poolings": {"mean": "mean over image tokens"},
+            "seed": seed,
+            "random_weights": control,
+        },
+        describe={
+            "name": f"planted-{seed}",
+            "n_blocks": BLOCKS,
+            "width": WIDTH,
+            "n_parameters": 1000 * (seed + 1),
+            "random_weights": control,
+            "training_images": None,
+        },
+    )
+    for block in writer.plan(rows[["row_id", "prompt"]], sigma="0.005", rows_per_shard=300):
+        part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+        order = rows.reset_index().set_index("row_id")["index"].loc[list(block.row_ids)].to_numpy()
+        with writer.claim(block, sigma="0.005") as mine:
+            assert mine
+            taken = {key: values[order] for key, values in features.items()}
+            writer.write_shard(block, sigma="0.005", timestep=5.0, rows=part, features=taken)
+    split = np.array(["train"] * 5 + ["validation"] * 2 + ["test"] * 3)[np.arange(pairs) % 10]
+    ids = rows["row_id"].to_numpy()
+    writer.write_judgements(
+        "planted",
+        pd.DataFrame(
+            {
+                "pair_id": [f"{seed}-{pair}" for pair in range(pairs)],
+                "row_a": ids[0::2],
+                "row_b": ids[1::2],
+                "label": label,
+                "weight": 1.0,
+                "strength": np.nan,
+                "n_votes": pd.array([pd.NA] * pairs, dtype="Int64"),
+                "group": prompts,
+                "split": split,
+                "source": source,
+                "model_a": "",
+                "model_b": "",
+                "ranking_id": "",
+            }
+        ),
+    )
+    return path

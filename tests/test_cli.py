@@ -1,0 +1,186 @@
+"""Bad input gives one clear line and an exit code, never a traceback, and nothing is lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planted_store import planted_store
+
+from probekit.playground import base_folder, models
+from probekit.playground.pairs import write_pairs
+
+
+def probekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "probekit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and its bytes, but for the locks that a writer leaves empty."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), n_train=60, n_test=30, seed=5)
+
+
+@pytest.fixture(scope="module")
+def dump(pairs):
+    """Arguments of a working dump of the smallest shipped backbone."""
+    return [
+        "dump",
+        "--backbone",
+        base_folder(),
+        "--transformer",
+        models()[0].folder,
+        "--max-tokens",
+        0,
+        "--prefs",
+        pairs,
+    ]
+
+
+@pytest.fixture(scope="module")
+def store(dump, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "store"
+    done = probekit(*dump, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in errors[0]
+    assert done.returncode == code
+
+
+def test_the_same_dump_again_changes_nothing(dump, store):
+    before = tree(store)
+    assert probekit(*dump, "--out", store).returncode == 0
+    assert tree(store) == before
+
+
+def test_a_further_sigma_and_more_rows_are_added(pairs, dump, store, tmp_path):
+    import shutil
+
+    grown = tmp_path / "store"
+    shutil.copytree(store, grown)
+    shards = tree(grown / "shards")
+    assert probekit(*dump, "--out", grown, "--sigma", "0.005", "--sigma", "0.1").returncode == 0
+    assert {name: data for name, data in tree(grown / "shards").items() if name in shards} == shards
+    facts = json.loads(probekit("inspect", grown, "--json").stdout)
+    assert facts["sigmas"] == ["0.005", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--seed", 1], ["noise.seed", "0", "1"]),
+        (["--noise", "independent"], ["noise", "shared", "independent"]),
+        (["--layers", "0,1"], ["layers"]),
+        (["--max-tokens", 16], ["max_tokens", "0", "16"]),
+    ],
+)
+def test_a_store_made_with_other_settings_is_not_written_over(dump, store, options, parts):
+    before = tree(store)
+    refused(probekit(*dump, "--out", store, *options), 1, "store", *parts)
+    assert tree(store) == before
+
+
+def test_missing_images_are_listed_before_a_model_is_loaded(pairs, dump, tmp_path):
+    import shutil
+
+    shutil.copytree(pairs.parent, tmp_path / "pairs")
+    images = sorted((tmp_path / "pairs").rglob("*.png"))
+    for image in images[:2]:
+        image.unlink()
+    done = probekit(*dump[:-1], tmp_path / "pairs" / pairs.name, "--backbone", "nowhere", "--out", tmp_path / "store")
+    refused(done, 1, images[0].name, images[1].name)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_broken_picture_is_named_and_nothing_of_it_is_kept(pairs, dump, tmp_path):
+    import shutil
+
+    shutil.copytree(pairs.parent, tmp_path / "pairs")
+    image = sorted((tmp_path / "pairs").rglob("*.png"))[3]
+    image.write_bytes(image.read_bytes()[:60])
+    refused(probekit(*dump[:-1], tmp_path / "pairs" / pairs.name, "--out", tmp_path / "store"), 1, image.name)
+    assert not list((tmp_path / "store").rglob("*.h5"))
+
+
+def test_a_missing_column_is_named(dump, tmp_path):
+    path = tmp_path / "prefs.jsonl"
+    path.write_text('{"prompt": "a", "image_a": "a.png", "label": 1}\n')
+    refused(probekit(*dump[:-1], path, "--out", tmp_path / "store"), 1, "prefs.jsonl", "image_b")
+
+
+def test_a_backbone_without_a_transformer_is_named(dump, pairs, tmp_path):
+    done = probekit("dump", "--backbone", base_folder(), "--prefs", pairs, "--out", tmp_path / "store")
+    refused(done, 1, "base", "transformer")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--noise", "some"], ["noise", "'some'", "shared"]),
+        (["--sigma", "2"], ["sigma", "2"]),
+        (["--sigma", "x"], ["sigma", "x"]),
+        (["--layers", "1,x"], ["layers", "x"]),
+        (["--layers", "99"], ["99", "allowed"]),
+        (["--pooling", "median"], ["median", "mean"]),
+        (["--dtype", "int8"], ["dtype", "int8", "float32"]),
+        (["--random-weights", "zeros:1"], ["zeros", "init", "shuffled"]),
+        (["--batch-size", "0"], ["batch_size", "0"]),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(dump, options, parts, tmp_path):
+    refused(probekit(*dump, "--out", tmp_path / "store", *options), 2, *parts)
+    assert not (tmp_path / "store").exists()
+
+
+def test_options_come_from_a_file_and_from_the_command_line(dump, pairs, tmp_path):
+    path = tmp_path / "dump.yaml"
+    path.write_text(
+        f"backbone: {base_folder()}\ntransformer: {models()[0].folder}\nmax_tokens: 0\nprefs: {pairs}\nsigma: [0]\n"
+    )
+    done = probekit("dump", "--config", path, "--out", tmp_path / "store", "--layers", "1,3", "--limit", 20)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(probekit("inspect", tmp_path / "store", "--json").stdout)
+    assert facts["sigmas"] == ["0"]
+    path.write_text("backbone: x\nprefs: p\nsigmas: [0]\n")
+    refused(probekit("dump", "--config", path, "--out", tmp_path / "other"), 2, "dump.yaml", "'sigmas'", "sigma")
+
+
+def test_an_unknown_key_in_a_sweep_is_named(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("heads: [{kind: linear, layer_sets: [all], strenght: [1]}]\n")
+    store = planted_store(tmp_path / "store", signal={}, seed=0)
+    refused(
+        probekit("sweep", path, "--store", store, "--out", tmp_path / "run"), 2, "sweep.yaml", "'strenght'", "strengths"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_inspect_and_report_name_what_is_no_run(tmp_path):
+    refused(probekit("inspect", tmp_path), 2, str(tmp_path), "store.json")
+    refused(probekit("report", tmp_path, "--out", tmp_path / "page.html"), 1, str(tmp_path))
+    refused(probekit("sweep", "x.yaml", "--store", tmp_path, "--out", tmp_path / "run"), 2, "x.yaml")
+
+
+def test_inspect_says_what_a_store_and_a_run_hold(store, tmp_path):
+    shown = probekit("inspect", store).stdout
+    assert "sigmas" in shown
+    planted = planted_store(tmp_path / "store", signal={2: 1.0}, seed=0)
+    path = tmp_path / "sweep.yaml"
+    path.write_text("heads: [{kind: linear, layer_sets: [singles]}]\nresamples: 200\n")
+    assert probekit("sweep", path, "--store", planted, "--out", tmp_path / "run").returncode == 0
+    assert json.loads(probekit("inspect", tmp_path / "run", "--json").stdout)["records"] == 4

@@ -1,0 +1,76 @@
+"""Settings are checked once, and a mistake is one line that says what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from probekit.config import DumpConfig, SweepConfig, load_yaml
+from probekit.errors import ConfigError
+
+SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
+
+
+def sweep(text: str, tmp_path: Path) -> SweepConfig:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return SweepConfig.checked(load_yaml(path), source=path.name)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_shipped_sweeps_are_valid_and_say_what_they_are_for(path):
+    SweepConfig.checked(load_yaml(path), source=path.name)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Question:", "Command:", "Hardware:", "Time:", "Expected:"):
+        assert any(line.startswith(f"# {word}") for line in header), word
+
+
+def test_the_shipped_sweeps_are_the_promised_ones():
+    assert {path.stem for path in SWEEPS} >= {"demo", "depth", "dit_reward"}
+
+
+def test_numbers_written_in_any_way_mean_the_same(tmp_path):
+    config = sweep("heads: [{kind: linear, layer_sets: [singles], strengths: [1e-3]}]\nsigmas: [5e-3, 0.10]", tmp_path)
+    assert config.sigmas == ["0.005", "0.1"]
+    assert config.heads[0].strengths == [0.001]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("heads: [{kind: linear, layer_sets: [singles], strenghts: [1]}]", ["heads.0", "'strenghts'", "strengths"]),
+        ("heads: [{kind: linear, layer_sets: [singels]}]", ["layer_sets", "'singels'", "'singles' or 'all'"]),
+        ("heads: [{kind: forest, layer_sets: [all]}]", ["heads.0", "forest", "'linear', 'mlp'"]),
+        ("heads: [{kind: linear, layer_sets: [all]}]\nsigmas: [2]", ["sigmas", "2"]),
+        ("heads: [{kind: linear, layer_sets: [all]}]\nseed: 1", ["unknown key 'seed'", "allowed: heads"]),
+        ("heads: []", ["heads", "at least 1"]),
+        ("heads: &h []\nsigmas: *h", ["aliases are not allowed"]),
+        ("heads: []\nheads: []", ["duplicate key 'heads'"]),
+        ("- heads", ["key: value"]),
+        ("heads: [", ["sweep.yaml"]),
+        (
+            "heads: [{kind: linear, layer_sets: [all]}, {kind: linear, layer_sets: [singles]}]",
+            ["two heads", "'linear'"],
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(text, parts, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        sweep(text, tmp_path)
+    message = str(error.value)
+    assert "sweep.yaml" in message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_dump_settings_refuse_what_no_dump_can_do():
+    good = {"backbone": "x", "prefs": "p.jsonl", "out": "o"}
+    assert DumpConfig.checked(good | {"sigma": [0, "0.0050"]}, source="options").sigma == ["0", "0.005"]
+    for wrong in ({"sigma": ["1.5"]}, {"noise": "some"}, {"batch_size": 0}, {"layers": ["x"]}, {"sigmas": ["0"]}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            DumpConfig.checked(good | wrong, source="options")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_yaml(Path("nowhere.yaml"))

@@ -1,0 +1,146 @@
+"""A dump holds what the backbone computes, once for each row, and survives being killed at any moment."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import probekit
+from probekit.backbones import noise
+from probekit.errors import FingerprintError
+from probekit.playground import base_folder, models
+from probekit.playground.pairs import write_pairs
+
+
+@pytest.fixture(scope="module")
+def prefs_file(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), n_train=120, n_test=60, seed=5)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> "probekit.Backbone":
+    return probekit.Backbone.from_pretrained(base_folder(), transformer=models()[0].folder, max_tokens=0, device="cpu")
+
+
+def feature_bytes(store: Path) -> dict[tuple[str, str], bytes]:
+    """Every feature dataset of every shard, read with plain h5py."""
+    found: dict[tuple[str, str], bytes] = {}
+    for path in sorted(store.rglob("*.h5")):
+        with h5py.File(path) as file:
+            file["features"].visititems(
+                lambda name, item, path=path: (
+                    found.update({(path.name, name): item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
+                )
+            )
+    return found
+
+
+def test_rows_are_distinct_and_features_are_those_of_the_backbone(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file)
+    store = probekit.dump_features(backbone, prefs, tmp_path / "store", sigmas=["0.1"], batch_size=16)
+    assert store.rows["row_id"].is_unique
+    digests = prefs.image_digests()
+    rows = prefs.rows(digests)
+    assert set(rows["row_id"]) == set(store.rows["row_id"])
+    sample = rows.iloc[[0, 7, 31]]
+    latents = backbone.encode_images([Path(path) for path in sample["path"]], list(sample["image_sha256"]))
+    eps = np.stack([noise(0, prompt, 0, tuple(latents.shape[1:])).numpy() for prompt in sample["prompt"]])
+    alone = backbone.features(
+        latents,
+        list(sample["prompt"]),
+        sigma="0.1",
+        eps=torch.from_numpy(eps),
+        layers=[0, 2],
+        poolings=["mean"],
+        batch_size=1,
+    )
+    order = [list(store.rows["row_id"]).index(row) for row in sample["row_id"]]
+    for layer in (0, 2):
+        stored = store.read(layer=layer)[order]
+        # stored as float16 where the within-pair differences allow it
+        assert np.abs(stored - alone["mean", layer]).max() <= 2e-3 * np.abs(stored).max()
+
+
+def test_each_image_of_a_ranking_runs_once(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file)
+    rankings = prefs.pairs["ranking_id"] != ""
+    assert rankings.any()
+    store = probekit.dump_features(backbone, prefs, tmp_path / "store", batch_size=64)
+    assert len(store.rows) < 2 * len(prefs.pairs)
+    pairs = sum(len(store.pairs(split=split).label) for split in ("train", "validation", "test"))
+    assert pairs == len(prefs.pairs)
+
+
+def test_limited_stores_nest_and_grow(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file)
+    small = probekit.dump_features(backbone, prefs.limit(60), tmp_path / "store", batch_size=16)
+    before, rows = feature_bytes(tmp_path / "store"), set(small.rows["row_id"])
+    grown = probekit.dump_features(backbone, prefs, tmp_path / "store", batch_size=16)
+    assert rows < set(grown.rows["row_id"])
+    after = feature_bytes(tmp_path / "store")
+    assert {key: after[key] for key in before} == before
+
+
+def test_noise_schemes_are_part_of_the_store(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file).limit(20)
+    stores = {
+        scheme: probekit.dump_features(backbone, prefs, tmp_path / scheme, sigmas=["0.3"], noise=scheme)
+        for scheme in ("shared", "independent", "none")
+    }
+    features = {scheme: store.read(layer=3) for scheme, store in stores.items()}
+    assert len({store.fingerprint for store in stores.values()}) == 3
+    assert not np.allclose(features["shared"], features["independent"], atol=1e-3)
+    assert not np.allclose(features["shared"], features["none"], atol=1e-3)
+    with pytest.raises(FingerprintError, match="noise"):
+        probekit.dump_features(backbone, prefs, tmp_path / "none", sigmas=["0.3"], noise="shared")
+
+
+def test_random_weights_are_recorded_and_change_the_features(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file).limit(20)
+    folder = models()[0].folder
+    stores = {}
+    for kind in (None, "init:0", "init:1", "shuffled:0"):
+        name = str(kind).replace(":", "-")
+        stores[kind] = probekit.dump_features(
+            backbone.with_transformer(folder, random_weights=kind), prefs, tmp_path / name
+        )
+        assert stores[kind].config["random_weights"] == kind
+    last = [store.read(layer=3) for store in stores.values()]
+    assert all(not np.allclose(a, b, atol=1e-3) for i, a in enumerate(last) for b in last[:i])
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_file, tmp_path):
+    command = [
+        sys.executable, "-m", "probekit", "dump", "--backbone", str(base_folder()),
+        "--transformer", str(models()[0].folder), "--max-tokens", "0", "--prefs", str(prefs_file),
+        "--batch-size", "4", "--shard-size", "1", "--sigma", "0.005", "--sigma", "0.1", "--sigma", "0.2", "--device", "cpu",
+    ]  # fmt: skip
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    chance = random.Random(0)
+    shards = len(list((tmp_path / "whole").rglob("*.h5")))
+    assert shards >= 3
+    killed = tmp_path / "killed"
+    for wanted in (1, 2):
+        process = subprocess.Popen([*command, "--out", killed], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(killed.rglob("*.json"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--out", killed], check=True, capture_output=True)
+    assert feature_bytes(killed) == feature_bytes(tmp_path / "whole")
+    assert not list(killed.rglob(".tmp-*"))
+
+
+def test_nothing_of_this_machine_is_in_the_fingerprint(backbone, prefs_file, tmp_path):
+    store = probekit.dump_features(backbone, probekit.load_preferences(prefs_file).limit(10), tmp_path / "store")
+    assert str(Path(base_folder())) not in json.dumps(store.config)

@@ -1,0 +1,184 @@
+"""A sweep finds what was planted, finds nothing where nothing was, resumes, and refuses what a store does not hold."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted_store import planted_store
+
+import probekit
+from probekit.config import SweepConfig
+from probekit.errors import ConfigError, ProbekitError, StoreError
+from probekit.results import load_margins
+
+LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.001, 0.1, 10.0]}
+
+
+def config(*heads: dict, **settings: object) -> SweepConfig:
+    return SweepConfig.checked({"heads": list(heads or [LINEAR]), "resamples": 200} | settings, source="test")
+
+
+def test_the_planted_layer_is_found_and_chosen(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = probekit.run_sweep(
+        config(LINEAR | {"layer_sets": ["singles", "all", [1, 2]]}), stores=[store], out=tmp_path / "run"
+    )
+    frame = probekit.load_results(run)
+    test = frame.query("split == 'test' and source == 'all'").set_index("layer_set")
+    assert test.loc["2", "low"] > 0.6
+    assert list(test.index[test["chosen"]]) == ["2"]
+    for layer in "013":
+        assert test.loc[layer, "low"] < 0.5 < test.loc[layer, "high"]
+    assert test.loc["0+1+2+3", "low"] > 0.6
+    assert test.loc["1+2", "combination"] == "concat"
+
+
+def test_nothing_is_found_where_nothing_was_planted(tmp_path):
+    """Over 200 draws of labels the intervals of the held-out accuracy cover 50 % about as often as they claim."""
+    store = probekit.FeatureStore(planted_store(tmp_path / "store", signal={}, seed=1, pairs=240))
+    features = store.read(layer=1)
+    train, test = store.pairs(split="train"), store.pairs(split="test")
+    groups = test.frame["group"].to_numpy()
+    from probekit.stats import accuracy_interval, strict
+
+    covered = 0
+    for draw in range(200):
+        rng = np.random.default_rng(draw)
+        head = probekit.BradleyTerryClassifier(C=0.1).fit(
+            features, train.rows, rng.integers(0, 2, len(train.label)).astype(float)
+        )
+        labels = rng.integers(0, 2, len(test.label)).astype(float)
+        outcome = strict(head.decision_function(features, test.rows), labels)
+        interval = accuracy_interval(outcome.correct, groups, n_boot=200)
+        covered += interval.low <= 0.5 <= interval.high
+    # 95 % of 200 is 190; the binomial leaves this range once in a thousand
+    assert 179 <= covered <= 199
+
+
+def test_heads_of_both_kinds_and_seeds_are_separate_records(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    mlp = {"kind": "mlp", "layer_sets": [{"relative": [0.67, 1.0]}], "hidden": [8], "max_epochs": 4, "seeds": [0, 1]}
+    run = probekit.run_sweep(config(LINEAR, mlp), stores=[store], out=tmp_path / "run")
+    frame = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    assert frame.groupby("head").size().to_dict() == {"linear": 4, "mlp": 2}
+    assert set(frame.query("head == 'mlp'")["layer_set"]) == {"2+3"}
+    assert frame.query("head == 'mlp'")["head_parameters"].unique() == [16 * 8 + 8 + 8]
+    assert frame["record_id"].is_unique
+
+
+def test_margins_give_the_accuracy_again(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.0}, seed=3)
+    run = probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
+    frame = probekit.load_results(run).query("source == 'all'").set_index(["record_id", "split"])
+    margins = load_margins(run).query("label != 0.5")
+    right = (margins["margin"] > 0) == (margins["label"] > 0.5)
+    again = right.groupby([margins["record_id"], margins["split"]]).mean()
+    for (record, split), accuracy in again.items():
+        assert frame.loc[(record, split), "accuracy"] == pytest.approx(accuracy, abs=1e-12)
+
+
+def test_sources_are_rows_and_ties_are_counted(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0, ties=0.2)
+    run = probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
+    frame = probekit.load_results(run).query("split == 'test' and layer == 2").set_index("source")
+    assert set(frame.index) == {"all", "easy", "none"}
+    assert frame.loc["all", "true_ties"] == frame.loc[["easy", "none"], "true_ties"].sum() > 0
+    assert frame.loc["all", "n_pairs"] == frame.loc[["easy", "none"], "n_pairs"].sum()
+    assert frame.loc["easy", "accuracy"] > frame.loc["none", "accuracy"] + 0.1
+    assert frame.loc["all", "macro_accuracy"] == pytest.approx(frame.loc[["easy", "none"], "accuracy"].mean())
+
+
+def test_the_same_command_adds_only_what_is_missing(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = tmp_path / "run"
+    seen: list[str] = []
+    probekit.run_sweep(config(), stores=[store], out=run, progress=lambda d, t, text: seen.append(text))
+    parts = {path: path.read_bytes() for path in run.glob("parts/*")}
+    first = (run / "results.parquet").read_bytes()
+    assert len(seen) == len(parts) == 4
+    probekit.run_sweep(config(), stores=[store], out=run, progress=lambda d, t, text: seen.append(text))
+    assert len(seen) == 4
+    assert (run / "results.parquet").read_bytes() == first
+    probekit.run_sweep(
+        config(LINEAR | {"layer_sets": ["singles", [0, 1]]}), stores=[store], out=run,
+        progress=lambda d, t, text: seen.append(text),
+    )  # fmt: skip
+    assert len(seen) == 5
+    assert all(path.read_bytes() == content for path, content in parts.items())
+    for path in list(parts)[:2]:
+        path.unlink()
+    probekit.run_sweep(config(), stores=[store], out=run)
+    assert (run / "results.parquet").read_bytes() == first
+
+
+def test_changed_labels_are_another_record_and_another_file_binds_to_the_same_rows(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
+    before = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    held = probekit.FeatureStore(store)
+    path = store / "judgements" / f"{held.judgements[0]}.parquet"
+    frame = pd.read_parquet(path)
+    frame["label"] = 1 - frame["label"]
+    frame.to_parquet(path, index=False)
+    probekit.run_sweep(config(), stores=[store], out=run)
+    after = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    assert not set(before["record_id"]) & set(after["record_id"])
+    assert after["accuracy"].to_numpy() == pytest.approx(before["accuracy"].to_numpy())  # antisymmetric by construction
+
+
+def test_two_processes_give_the_same_bytes_as_one(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    one = probekit.run_sweep(config(), stores=[store], out=tmp_path / "one")
+    two = probekit.run_sweep(config(), stores=[store], out=tmp_path / "two", jobs=2)
+    assert (one / "results.parquet").read_bytes() == (two / "results.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "parts"),
+    [
+        ({"sigmas": ["0.3"]}, ConfigError, ["store", "sigma", "'0.3'", "0.005"]),
+        ({"poolings": ["max"]}, ConfigError, ["store", "pooling", "'max'", "mean"]),
+        ({"heads": [LINEAR | {"layer_sets": [[9]]}]}, ConfigError, ["9", "3"]),
+    ],
+)
+def test_what_a_store_does_not_hold_is_named(settings, error, parts, tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0)
+    with pytest.raises(error) as caught:
+        probekit.run_sweep(config(**settings), stores=[store], out=tmp_path / "run")
+    for part in parts:
+        assert part in str(caught.value)
+    assert not list((tmp_path / "run").glob("parts/*"))
+
+
+def test_a_store_without_test_pairs_is_refused(tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0)
+    path = next((store / "judgements").glob("*.parquet"))
+    pd.read_parquet(path).assign(split="train").to_parquet(path, index=False)
+    with pytest.raises(StoreError, match="no split 'validation'"):
+        probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
+    good = planted_store(tmp_path / "good", signal={}, seed=0)
+    with pytest.raises(ProbekitError, match="twice"):
+        probekit.run_sweep(config(), stores=[good, good], out=tmp_path / "run")
+
+
+def test_a_killed_sweep_ends_with_the_same_bytes(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    whole = probekit.run_sweep(config(), stores=[store], out=tmp_path / "whole")
+    settings = tmp_path / "sweep.yaml"
+    settings.write_text(
+        "heads: [{kind: linear, layer_sets: [singles], strengths: [0.001, 0.1, 10.0]}]\nresamples: 200\n"
+    )
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "probekit", "sweep", str(settings), "--store", str(store), "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("parts/*.parquet")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert (run / "results.parquet").read_bytes() == (whole / "results.parquet").read_bytes()
