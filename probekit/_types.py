@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from probekit.errors import ConfigError
+
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 
@@ -45,20 +47,19 @@ def row_id(image_sha256: bytes, prompt: str) -> str:
     return hashlib.sha256(image_sha256 + hashlib.sha256(prompt.encode()).digest()).hexdigest()
 
 
-def canonical_sigma(value: str) -> str:
-    """Canonical decimal text of a noise level: ``0.005``, never ``5e-3`` or ``0.0050``.
+def canonical_sigma(text: str) -> str:
+    """Write a noise level in its one form: plain decimal, ``0.005`` and never ``5e-3``.
 
     Raises
     ------
-    ValueError
-        If the text is no decimal number in [0, 1].
+    ConfigError
+        If the text is not a number in [0, 1].
     """
     try:
-        number = Decimal(value)
+        value = Decimal(text)
     except InvalidOperation:
-        number = Decimal(-1)
-    if not 0 <= number <= 1:
-        message = f"sigma must be a decimal number from 0 to 1, not {value!r}"
-        raise ValueError(message)
-    text = format(number, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
+        value = Decimal("NaN")
+    if not (value.is_finite() and 0 <= value <= 1):
+        message = f"sigma is {text!r}; allowed: a decimal number from 0 to 1, such as 0.005"
+        raise ConfigError(message)
+    return format(abs(value).normalize(), "f")

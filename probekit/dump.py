@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -23,11 +24,6 @@ from probekit.store import Block, FeatureStore, open_store, rows_per_shard
 
 Progress = Callable[[int, int, str], None]
 Noise = Literal["shared", "independent", "none"]
-_NOISE = {
-    "shared": "eps keyed by (seed, prompt, draw): one for all images of a prompt",
-    "independent": "eps keyed by (seed, image, draw)",
-    "none": "eps = 0, the mean of the noisy latent",
-}
 
 
 def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> FeatureStore:
@@ -41,7 +37,7 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
     prefs = load_preferences(settings.prefs)
     if settings.limit is not None:
         prefs = prefs.limit(settings.limit)
-    prefs.image_digests()  # missing images are named before a model is loaded
+    prefs.check_images()  # before a model is loaded
     backbone = Backbone.from_pretrained(
         settings.backbone,
         transformer=settings.transformer,
@@ -98,7 +94,8 @@ def dump_features(
     sigmas
         Noise levels as decimal text; those that the store lacks are added.
     noise
-        ``shared``: the images of a prompt see the same noise; ``independent``: each its own; ``none``: eps = 0.
+        ``shared``: the images of a prompt see the same noise; ``independent``: each its own; ``none``: eps = 0, which is
+        the mean of the noisy latent.
     pooling
         Names of `probekit.backbones.POOLINGS`.
     layers
@@ -130,11 +127,11 @@ def dump_features(
     config = backbone.fingerprint_config() | {
         "layers": [asdict(point) for point in points],
         "poolings": {name: (POOLINGS[name].__doc__ or "").splitlines()[0] for name in pooling},
-        "noise": {"scheme": noise, "definition": _NOISE[noise], "seed": None if noise == "none" else seed},
+        "noise": {"scheme": noise, "seed": None if noise == "none" else seed},
     }
     describe = backbone.describe() | {"training_images": training_images}
     writer = open_store(out, config=config, describe=describe)
-    digests = prefs.image_digests(out / "image_digests.json")
+    digests = prefs.image_digests(out / "image_digests.parquet")
     writer.write_judgements(prefs.name, prefs.judgements(digests))
     rows = prefs.rows(digests)
     size = rows_per_shard(
@@ -159,9 +156,8 @@ def dump_features(
         part = by_id.loc[list(block.row_ids)].reset_index()
         paths = [Path(path) for path in part["path"]]
         latents = backbone.encode_images(paths, list(part["image_sha256"]))
-        sizes = [Image.open(path).size for path in paths]
-        part = part.assign(width=[w for w, _ in sizes], height=[h for _, h in sizes], status=0)
-        part["file_bytes"] = [path.stat().st_size for path in paths]
+        sizes = np.array([_size(path) for path in paths])
+        part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
         eps = _noise(part, latents.shape[1:], scheme=noise, seed=seed)
         for sigma in missing:
             with writer.claim(block, sigma=sigma) as mine:
@@ -196,3 +192,9 @@ def _noise(rows: pd.DataFrame, shape: tuple[int, ...], *, scheme: Noise, seed: i
         return torch.zeros(len(rows), *shape)
     keys = rows["prompt"] if scheme == "shared" else rows["image_sha256"].map(bytes.hex)
     return torch.stack([draw_noise(seed, key, 0, shape) for key in keys])
+
+
+def _size(path: Path) -> tuple[int, int, int]:
+    """Return the width and height of an image as its header states them, and the bytes of its file."""
+    with Image.open(path) as image:
+        return *image.size, path.stat().st_size

@@ -7,8 +7,11 @@ class ProbekitError(Exception):
     exit_code = 1
 
 
-class ConfigError(ProbekitError):
-    """An option or a configuration file that cannot be used as written."""
+class ConfigError(ProbekitError, ValueError):
+    """An option or a configuration file that cannot be used as written.
+
+    It is a ValueError as well, so that pydantic adds the place to the message.
+    """
 
     exit_code = 2
 

@@ -202,6 +202,29 @@ def load_config(run: str | Path) -> dict[str, Any]:
     return config
 
 
+def describe_run(run: str | Path) -> dict[str, Any]:
+    """Plain facts of a run for ``inspect``: what was fitted, and the test accuracy of the chosen layers.
+
+    Raises
+    ------
+    ResultsError
+        If the run has no results yet or they are damaged.
+    """
+    frame = load_results(run)
+    test = frame[(frame["split"] == "test") & (frame["source"] == ALL_SOURCES)]
+    shown = ["backbone", "control", "head", "seed", "layer_set", "accuracy", "low", "high"]
+    return {
+        "path": str(run),
+        "records": int(frame["record_id"].nunique()),
+        **{
+            f"{column}s": sorted(frame[column].unique().tolist())
+            for column in ("dataset", "protocol", "sigma", "pooling", "backbone", "control", "head")
+        },
+        "test_pairs": int(test["n_pairs"].max()),
+        "chosen": test.loc[test["chosen"], shown].to_dict("records"),
+    }
+
+
 def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """Fill ``chosen``: all rows of the single layer with the best validation accuracy within `CHOICE_KEYS`.
 
@@ -259,14 +282,14 @@ def _write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) ->
         msg = f"{path.name}: a column does not have the type of the schema ({error})"
         raise ResultsError(msg) from error
     sink = pa.BufferOutputStream()
-    with ParquetWriter(sink, schema, compression="zstd") as writer:  # type: ignore[no-untyped-call]
+    with ParquetWriter(sink, schema, compression="zstd") as writer:
         writer.write_table(table.replace_schema_metadata(schema.metadata))
     _replace(path, sink.getvalue().to_pybytes())
 
 
 def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     try:
-        table = ParquetFile(path).read()  # type: ignore[no-untyped-call]
+        table = ParquetFile(path).read()
     except FileNotFoundError as error:
         msg = f"{path}: missing; run the same sweep again to compute it"
         raise ResultsError(msg) from error

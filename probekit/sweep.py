@@ -123,7 +123,7 @@ def run_sweep(
         message = f"{twice.store}: the plan holds the same fit twice; name each store and each layer set once"
         raise ConfigError(message)
     results.write_config(
-        out, {"sweep": config.model_dump(mode="json"), "stores": [store.summary() for store in opened]}
+        out, {"sweep": config.model_dump(mode="json"), "stores": [_settings(store) for store in opened]}
     )
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
@@ -132,6 +132,16 @@ def run_sweep(
             progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
     results.rebuild(out, ids)
     return out
+
+
+def _settings(store: FeatureStore) -> dict[str, Any]:
+    """Give the settings of a store that a report shows; hashes stay in the store, the fingerprint stands for them."""
+    plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
+    return (
+        {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
+        | plain
+        | store.config.get("noise", {})
+    )
 
 
 def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
@@ -184,7 +194,7 @@ def _chosen(asked: str | list[str], held: list[str], *, what: str, store: Featur
 def _bind_file(prefs: Path, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
     loaded = load_preferences(prefs)
-    frame = loaded.judgements(loaded.image_digests(out / "image_digests.json"))
+    frame = loaded.judgements(loaded.image_digests(out / "image_digests.parquet"))
     path = out / "judgements" / f"{loaded.name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")

@@ -125,6 +125,7 @@ def write_run(
     n_validation: int = 600,
     sigmas: tuple[str, ...] = ("0.005",),
     heads: tuple[str, ...] = ("linear",),
+    singles: bool = True,
     joined: bool = True,
     validation: bool = True,
     seed: int = 0,
@@ -135,7 +136,7 @@ def write_run(
     keys = []
     for net in nets:
         for sigma in sigmas:
-            for layers in [(k,) for k in range(net.n_blocks + 1)] + [tuple(range(net.n_blocks + 1))] * joined:
+            for layers in [(k,) for k in range(net.n_blocks + 1)] * singles + [tuple(range(net.n_blocks + 1))] * joined:
                 for head in heads if len(layers) > 1 else heads[:1]:
                     keys.append(_write_record(run, net, layers, head, sigma, pairs, difficulty, kinds))
     rebuild(run, keys)

@@ -1,20 +1,39 @@
 """Bad input gives one clear line and an exit code, never a traceback, and nothing is lost."""
 
+import io
 import json
+import logging
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from planted_store import planted_store
 
+from probekit.cli import main
 from probekit.playground import base_folder, models
 from probekit.playground.pairs import write_pairs
 
 
-def probekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "probekit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command's entry point in this process: importing diffusers anew for each case would take minutes."""
+    command = ["probekit", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    handlers, on_term = logging.root.handlers[:], signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        logging.root.handlers[:] = handlers
+        signal.signal(signal.SIGTERM, on_term)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -68,15 +87,13 @@ def test_the_same_dump_again_changes_nothing(dump, store):
 
 
 def test_a_further_sigma_and_more_rows_are_added(pairs, dump, store, tmp_path):
-    import shutil
-
     grown = tmp_path / "store"
     shutil.copytree(store, grown)
     shards = tree(grown / "shards")
     assert probekit(*dump, "--out", grown, "--sigma", "0.005", "--sigma", "0.1").returncode == 0
     assert {name: data for name, data in tree(grown / "shards").items() if name in shards} == shards
     facts = json.loads(probekit("inspect", grown, "--json").stdout)
-    assert facts["sigmas"] == ["0.005", "0.1"]
+    assert [at["sigma"] for at in facts["coordinates"]] == ["0.005", "0.1"]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +112,6 @@ def test_a_store_made_with_other_settings_is_not_written_over(dump, store, optio
 
 
 def test_missing_images_are_listed_before_a_model_is_loaded(pairs, dump, tmp_path):
-    import shutil
-
     shutil.copytree(pairs.parent, tmp_path / "pairs")
     images = sorted((tmp_path / "pairs").rglob("*.png"))
     for image in images[:2]:
@@ -107,8 +122,6 @@ def test_missing_images_are_listed_before_a_model_is_loaded(pairs, dump, tmp_pat
 
 
 def test_a_broken_picture_is_named_and_nothing_of_it_is_kept(pairs, dump, tmp_path):
-    import shutil
-
     shutil.copytree(pairs.parent, tmp_path / "pairs")
     image = sorted((tmp_path / "pairs").rglob("*.png"))[3]
     image.write_bytes(image.read_bytes()[:60])
@@ -155,7 +168,7 @@ def test_options_come_from_a_file_and_from_the_command_line(dump, pairs, tmp_pat
     done = probekit("dump", "--config", path, "--out", tmp_path / "store", "--layers", "1,3", "--limit", 20)
     assert done.returncode == 0, done.stderr
     facts = json.loads(probekit("inspect", tmp_path / "store", "--json").stdout)
-    assert facts["sigmas"] == ["0"]
+    assert [at["sigma"] for at in facts["coordinates"]] == ["0"]
     path.write_text("backbone: x\nprefs: p\nsigmas: [0]\n")
     refused(probekit("dump", "--config", path, "--out", tmp_path / "other"), 2, "dump.yaml", "'sigmas'", "sigma")
 
@@ -178,9 +191,18 @@ def test_inspect_and_report_name_what_is_no_run(tmp_path):
 
 def test_inspect_says_what_a_store_and_a_run_hold(store, tmp_path):
     shown = probekit("inspect", store).stdout
-    assert "sigmas" in shown
+    assert "0.005" in shown
     planted = planted_store(tmp_path / "store", signal={2: 1.0}, seed=0)
     path = tmp_path / "sweep.yaml"
     path.write_text("heads: [{kind: linear, layer_sets: [singles]}]\nresamples: 200\n")
     assert probekit("sweep", path, "--store", planted, "--out", tmp_path / "run").returncode == 0
     assert json.loads(probekit("inspect", tmp_path / "run", "--json").stdout)["records"] == 4
+
+
+def test_from_the_shell_an_error_is_one_line_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "probekit", "inspect", tmp_path], capture_output=True, text=True, check=False
+    )
+    refused(done, 2, str(tmp_path))
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

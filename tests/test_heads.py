@@ -368,7 +368,7 @@ for beginning in wanted:
         ({"sample_weight": np.full(80, -1.0)}, "sample_weight of pair 0 is -1.0"),
         ({"sample_weight": np.zeros(80)}, "all sample weights are 0"),
         ({"X": np.full((160, 6), np.nan)}, "pair 0 hold NaN"),
-        ({"X": np.ones((160, 6))}, "none of the 6 channels"),
+        ({"X": np.full((160, 6), 0.1)}, "none of the 6 channels"),
         ({"X": np.ones(160)}, "X has shape"),
     ],
 )

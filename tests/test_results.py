@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic_run import Net, write_run
 
 from probekit import results
 from probekit.errors import ResultsError
-from synthetic_run import Net, write_run
 
 SMALL = (Net("2x8", 2, 8),)
 
@@ -163,7 +163,7 @@ def test_another_format_is_refused(run, monkeypatch):
         ({"split": "dev"}, "column split holds 'dev'; allowed: train, validation, test"),
         ({"head_kind": "tree"}, "column head_kind holds 'tree'"),
         ({"accuracy": 61.9}, r"column accuracy holds 61\.9; allowed: 0 to 1"),
-        ({"source": "all"}, "two rows for split 'validation', source 'all'"),
+        ({"source": "all"}, "two rows for split 'test', source 'all'"),
         ({"backbone": None}, "column backbone has missing values"),
         ({"width": "wide"}, "type of the schema"),
         ({"record_id": "other"}, "column record_id holds"),

@@ -208,8 +208,8 @@ def test_band_is_wider_than_one_interval_and_survives_flat_layers():
     assert band.low[2] < single.low < single.high < band.high[2]
     np.testing.assert_allclose(band.estimate, correct.mean(axis=1))
     flat = simultaneous_band(np.vstack([correct, np.ones(correct.shape[1])]), groups)
-    np.testing.assert_allclose(flat.low[:6], band.low)
-    assert flat.quantile == band.quantile
+    np.testing.assert_allclose(flat.low[:6], band.low, atol=0.003)
+    assert band.quantile < flat.quantile < band.quantile + 0.2
     assert flat.high[6] == 1
     assert 0.9 < flat.low[6] < 1
     nothing = simultaneous_band(np.ones((2, 30)), np.arange(30))

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from probekit._types import row_id
-from probekit.errors import FingerprintError, StoreError
-from probekit.store import FeatureStore, canonical_json, canonical_sigma, open_store
+from probekit._types import canonical_sigma, row_id
+from probekit.errors import ConfigError, FingerprintError, StoreError
+from probekit.store import FeatureStore, canonical_json, open_store
 from probekit.store import format as fmt
 from probekit.store.files import TEMP
 from probekit.store.writer import _pack
@@ -222,6 +222,8 @@ def test_foreign_folders_are_refused(tmp_path):
         open_store(tmp_path, config=CONFIG, describe={})
     with pytest.raises(StoreError, match=r"a file; allowed"):
         open_store(tmp_path / "thesis.tex", config=CONFIG, describe={})
+    with pytest.raises(StoreError, match=r"cannot be written \(Not a directory\); allowed"):
+        open_store(tmp_path / "thesis.tex" / "store", config=CONFIG, describe={})
     with pytest.raises(StoreError, match=r"no store.json"):
         FeatureStore(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
@@ -402,7 +404,7 @@ def test_sigma_has_one_spelling(value):
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "nan", "inf", "low", ""])
 def test_sigma_is_a_number(text):
-    with pytest.raises(StoreError, match=r"sigma is .*; allowed: a decimal number from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"sigma is .*; allowed: a decimal number from 0 to 1"):
         canonical_sigma(text)
 
 

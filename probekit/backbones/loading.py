@@ -58,12 +58,11 @@ def locate(model_id: str, *, revision: str | None, without_transformer: bool) ->
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         msg = f"{model_id}: no such folder, and not a hub id (owner/name)"
         raise BackboneError(msg)
-    from diffusers import DiffusionPipeline
-
     skipped = {"transformer": None} if without_transformer else {}
     try:
+        pipeline = _diffusers_class("DiffusionPipeline")
         with _quiet():
-            found = DiffusionPipeline.download(model_id, revision=revision, use_safetensors=True, **skipped)
+            found = pipeline.download(model_id, revision=revision, use_safetensors=True, **skipped)
     except (OSError, ValueError) as error:
         msg = f"{model_id}: cannot be had from the hub or its cache ({_in_short(error)})"
         raise BackboneError(msg) from error
@@ -96,9 +95,7 @@ def transformer_family(folder: Path) -> Family:
 
 def load_transformer(folder: Path, family: Family, dtype: torch.dtype, random: RandomWeights | None) -> Component:
     """Load a transformer, or make the random one that `random` describes of it; on the CPU, ready to run."""
-    import diffusers
-
-    cls = getattr(diffusers, family.transformer)
+    cls = _diffusers_class(family.transformer)
     if random is not None and random.kind == "init":
         config = {key: value for key, value in _read_json(folder / "config.json").items() if not key.startswith("_")}
         with _quiet():
@@ -112,9 +109,7 @@ def load_transformer(folder: Path, family: Family, dtype: torch.dtype, random: R
 
 def load_base(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Component]:
     """Load every component of the pipeline except its transformer, on the CPU; those left out of the index are None."""
-    import diffusers
-
-    wanted = set(inspect.signature(getattr(diffusers, family.pipeline)).parameters) - {"transformer"}
+    wanted = set(inspect.signature(_diffusers_class(family.pipeline)).parameters) - {"transformer"}
     components: dict[str, Component] = {}
     for name in sorted(wanted):
         library, class_name = source.component(name)
@@ -134,10 +129,9 @@ def load_base(source: Source, family: Family, dtype: torch.dtype) -> dict[str, C
 
 def build_pipeline(family: Family, components: dict[str, Component], where: str) -> Component:
     """Join components to a pipeline after checking that transformer and base fit together."""
-    import diffusers
-
+    cls = _diffusers_class(family.pipeline)
     with _quiet():
-        pipe = getattr(diffusers, family.pipeline)(**components)
+        pipe = cls(**components)
     for width in family.widths(pipe):
         if not width.agrees:
             relation = "needs at least" if width.at_least else "has"
@@ -164,6 +158,12 @@ def config_hash(folder: Path) -> str:
         if not key.startswith("_") and key not in ("transformers_version", "torch_dtype", "dtype")
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _diffusers_class(name: str) -> Component:
+    """Import a class of diffusers, which takes seconds for a pipeline, and only when a backbone is loaded."""
+    with _quiet():
+        return getattr(importlib.import_module("diffusers"), name)
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ _CV_GAP = 1e-7
 """Gap to the optimum of the fits inside a cross-validation; refits go down to the estimator's own ``tol``."""
 
 
-class PairHead(BaseEstimator):  # type: ignore[no-untyped-call]
+class PairHead(BaseEstimator):  # type: ignore[misc]
     """What all heads share: scores of rows in, probabilities of pairs out."""
 
     n_features_in_: int
@@ -87,7 +87,7 @@ class PairHead(BaseEstimator):  # type: ignore[no-untyped-call]
         return np.stack([expit(-margins), expit(margins)], axis=1)
 
 
-class _LinearHead(PairHead):  # type: ignore[no-untyped-call]
+class _LinearHead(PairHead):
     """Fitted state of the linear heads."""
 
     coef_: FloatArray
@@ -113,7 +113,7 @@ class _LinearHead(PairHead):  # type: ignore[no-untyped-call]
         self.n_parameters_ = int(kept.sum())
 
 
-class BradleyTerryClassifier(_LinearHead):  # type: ignore[no-untyped-call]
+class BradleyTerryClassifier(_LinearHead):
     """Exact linear Bradley-Terry head: logistic regression on differences, without intercept.
 
     Parameters
@@ -194,7 +194,7 @@ class BradleyTerryClassifier(_LinearHead):  # type: ignore[no-untyped-call]
         return self
 
 
-class BradleyTerryClassifierCV(_LinearHead):  # type: ignore[no-untyped-call]
+class BradleyTerryClassifierCV(_LinearHead):
     """`BradleyTerryClassifier` that chooses C by grouped cross-validation, then refits on all pairs.
 
     All folds and strengths share one factorisation and one channel scale, that of all pairs given to `fit`; C is the

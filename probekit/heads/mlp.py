@@ -22,7 +22,7 @@ from probekit.heads.linear import (
 )
 
 
-class BradleyTerryMLP(PairHead):  # type: ignore[no-untyped-call]
+class BradleyTerryMLP(PairHead):
     """Bradley-Terry head with hidden layers; by default the shape of DiT-Reward's head.
 
     Rows are standardised by mean and standard deviation of the rows it is trained on. A share of the groups is held out
@@ -146,12 +146,12 @@ class BradleyTerryMLP(PairHead):  # type: ignore[no-untyped-call]
             raise HeadError(message)
 
         fitted = rows[np.unique(local[~held_out])]
-        spread = fitted.std(axis=0)
+        # rounding of the mean gives constant channels a tiny deviation
+        spread = np.where((fitted != fitted[0]).any(axis=0), fitted.std(axis=0), 0.0)
         if not spread.any():
             message = f"none of the {X.shape[1]} channels varies over the rows; there is nothing to fit"
             raise HeadError(message)
         scale = with_floor(spread)
-        self.n_features_in_ = X.shape[1]
         self._mean = fitted.mean(axis=0)
         # A dropped channel is multiplied by zero, so that it reaches the network as a constant.
         self._gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
@@ -194,6 +194,7 @@ class BradleyTerryMLP(PairHead):  # type: ignore[no-untyped-call]
         self.n_parameters_ = sum(weight.numel() + bias.numel() for weight, bias in self._layers)
         if self._linear is not None:
             self.n_parameters_ += self._linear.n_parameters_
+        self.n_features_in_ = X.shape[1]
         return self
 
     def _held_out(self, groups: NDArray[Any]) -> NDArray[np.bool_]:

@@ -146,8 +146,9 @@ def solve(basis: Basis, label: Tensor, weight: Tensor, strength: Tensor, *, tol:
     strength
         C (columns,): as in scikit-learn, larger is weaker.
     tol
-        A column has converged when its estimated gap to the optimum (a mean log-loss) is at most this, and its estimated
-        distance from it at most sqrt(tol) of its length. The second matters on separable data, where the loss is flat.
+        A column has converged when its estimated gap to the optimum (a mean log-loss) is at most this, and its
+        estimated distance from it at most sqrt(tol) of its length. The second matters on separable data, where the loss
+        is flat.
     max_iter
         Iterations after which a column is returned as it is.
     """
@@ -192,11 +193,11 @@ def solve(basis: Basis, label: Tensor, weight: Tensor, strength: Tensor, *, tol:
             if not stays.any():
                 break
             active, a, margins, chance = active[stays], a[stays], margins[stays], chance[stays]
-            weight, lam, gradient, inverse = weight[stays], lam[stays], gradient[stays], inverse[stays]
+            weight, lam, gradient, inverse, newton = (x[stays] for x in (weight, lam, gradient, inverse, newton))
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         direction = -_two_loop(gradient, inverse, history)
         uphill = (direction * gradient).sum(1) >= 0
-        direction[uphill] = -(gradient * inverse)[uphill]
+        direction[uphill] = -newton[uphill]
         ahead = direction @ rows.T
         t, chance = _line_search(a, direction, margins, ahead, (direction * gradient).sum(1), label, weight, lam)
         step, previous = t * direction, gradient
@@ -270,6 +271,8 @@ def _line_search(
         newton = torch.where(high.isinf(), newton.clamp(max=4 * t), newton)
         inside = (newton > low) & (newton < high)
         t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
+    else:
+        chance = (margins + t[:, None] * ahead).sigmoid()
     return t[:, None], chance
 
 

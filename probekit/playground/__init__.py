@@ -1,7 +1,7 @@
 """The playground: tiny text-to-image transformers that were really trained, and pictures to judge them on.
 
-Real curves from tiny trained models, not a reproduction of any published one. Importing this package loads neither torch
-nor diffusers.
+Real curves from tiny trained models, not a reproduction of any published one. Importing this package loads neither
+torch nor diffusers.
 """
 
 import json
@@ -45,7 +45,7 @@ class PlaygroundModel:
 
 
 def base_folder() -> Path:
-    """Return the folder of the pipeline that all shipped transformers share: VAE, text encoders, tokenizers, scheduler."""
+    """Return the pipeline folder that all transformers share: VAE, text encoders, tokenizers and scheduler."""
     return _weights() / "base"
 
 
@@ -72,5 +72,6 @@ def models() -> list[PlaygroundModel]:
 def _weights() -> Path:
     folder = Path(str(resources.files(__name__))) / "weights"
     if not (folder / "training.json").is_file():
-        raise BackboneError(f"the playground's weights are missing: no training.json in {folder}")
+        message = f"the playground's weights are missing: no training.json in {folder}"
+        raise BackboneError(message)
     return folder

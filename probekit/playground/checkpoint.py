@@ -1,11 +1,10 @@
 """Training state in one safetensors file: weights, averaged weights and AdamW moments, written atomically.
 
-Batches, noise and learning rates of the training loops are pure functions of (seed, step), so these tensors and the step
-are all that a resumed run needs to continue exactly where the killed one stopped.
+Batches, noise and learning rates of the training loops are pure functions of (seed, step), so these tensors and the
+step are all that a resumed run needs to continue exactly where the killed one stopped.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping
     partial = path.with_name(path.name + ".partial")
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(contiguous, partial, metadata={"record": json.dumps(meta)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

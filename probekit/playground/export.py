@@ -6,21 +6,29 @@ each, all in fp16 safetensors; ``WEIGHTS/training.json`` records how each of the
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from probekit.playground.architectures import (
+    AutoencoderKL,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    new_text_encoder,
+    new_transformer,
+    new_vae,
+)
 from probekit.playground.checkpoint import read_tensors
-from probekit.playground.scenes import caption, draw, sample_scene
-from probekit.playground.train_dit import new_transformer
-from probekit.playground.train_text import new_text_encoder
-from probekit.playground.train_vae import new_vae, to_pixels
+from probekit.playground.scenes import Picture, SceneKind, caption, draw, sample_scene
+from probekit.playground.train_vae import to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +51,7 @@ def export_base(out: Path, weights: Path) -> None:
         encoder = new_text_encoder(tokenizer, seed=0)
         encoder.load_state_dict({k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")})
         encoder.half().save_pretrained(base / name)
-        tokenizer.save_pretrained(base / name.replace("text_encoder", "tokenizer"))
+        shutil.copytree(out / "tokenizer", base / name.replace("text_encoder", "tokenizer"), dirs_exist_ok=True)
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(base / "scheduler")
     index = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -79,12 +87,12 @@ def export_transformers(out: Path, weights: Path) -> None:
         logger.info(f"exported {name}")
 
 
-def load_pipeline(weights: Path, name: str) -> StableDiffusion3Pipeline:
+def load_pipeline(weights: Path, name: str) -> Any:
     """Load a shipped model the way any user would."""
-    transformer = SD3Transformer2DModel.from_pretrained(weights / "transformers" / name, torch_dtype=torch.float32)
+    transformer = SD3Transformer2DModel.from_pretrained(weights / "transformers" / name, low_cpu_mem_usage=False)
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        weights / "base", transformer=transformer, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-    )
+        weights / "base", transformer=transformer, text_encoder_3=None, tokenizer_3=None, low_cpu_mem_usage=False
+    ).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -92,7 +100,18 @@ def load_pipeline(weights: Path, name: str) -> StableDiffusion3Pipeline:
 def sample_grid(weights: Path, names: list[str], path: Path, *, guidance: float = 4.0, steps: int = 28) -> list[str]:
     """Generate the same ten captions with each model, a row each below the drawn scenes; return the captions."""
     rng = np.random.default_rng(SAMPLE_SEED)
-    kinds = ("single", "single", "count", "count", "count", "pair", "pair", "pair", "pair", "pair")
+    kinds: tuple[SceneKind, ...] = (
+        "single",
+        "single",
+        "count",
+        "count",
+        "count",
+        "pair",
+        "pair",
+        "pair",
+        "pair",
+        "pair",
+    )
     scenes = [sample_scene(rng, kind) for kind in kinds]
     captions = [caption(scene) for scene in scenes]
     rows = [np.concatenate([draw(scene) for scene in scenes], axis=1)]
@@ -118,7 +137,7 @@ def reconstruction_grid(weights: Path, path: Path) -> None:
     """Draw fresh scenes above their VAE reconstructions."""
     rng = np.random.default_rng(SAMPLE_SEED + 1)
     pictures = np.stack([draw(sample_scene(rng)) for _ in range(30)])
-    vae = AutoencoderKL.from_pretrained(weights / "base" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(weights / "base" / "vae", low_cpu_mem_usage=False).float()
     decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(pictures))).latent_dist.mode()).sample.clamp(-1, 1)
     decoded_pictures = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
     rows = []
@@ -127,18 +146,18 @@ def reconstruction_grid(weights: Path, path: Path) -> None:
     _save_enlarged(np.concatenate(rows, axis=0), path)
 
 
-def load_base(weights: Path, device: str) -> tuple[AutoencoderKL, CLIPTokenizer, list[CLIPTextModelWithProjection]]:
+def load_base(weights: Path, device: str) -> tuple[Any, Any, list[Any]]:
     """Load the frozen parts in fp32 as they are shipped, so that transformers are trained on exactly these."""
     base = weights / "base"
-    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).to(device)
+    vae = AutoencoderKL.from_pretrained(base / "vae", low_cpu_mem_usage=False).float().to(device)
     encoders = [
-        CLIPTextModelWithProjection.from_pretrained(base / name, dtype=torch.float32).to(device)
+        CLIPTextModelWithProjection.from_pretrained(base / name).float().to(device)
         for name in ("text_encoder", "text_encoder_2")
     ]
     return vae, CLIPTokenizer.from_pretrained(base / "tokenizer"), encoders
 
 
-def _save_enlarged(pixels: np.ndarray[Any, Any], path: Path) -> None:
+def _save_enlarged(pixels: Picture, path: Path) -> None:
     image = Image.fromarray(pixels)
     image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST).save(path, optimize=True)
 

@@ -22,10 +22,10 @@ tradeoff    right but degraded against clean but wrong                   no earl
 The seven kinds from colour to relation are *swap-balanced*: both pictures appear under both captions and the winner is
 reversed, in one group, so whatever looks at the pictures only, or at the text only, is right exactly half of the time.
 
-Captions are split between train, validation and test by a hash, pictures are drawn from a random stream that training of
-the playground's models never used, and no picture occurs in two groups. No caption does either, except in `count`, which
-keeps the captions of crowds to itself: there a group is at most the three numbers of one kind of thing. So groups stay
-small, and intervals over groups honest but narrow.
+Captions are split between train, validation and test by a hash, pictures are drawn from a random stream that training
+of the playground's models never used, and no picture occurs in two groups. No caption does either, except in `count`,
+which keeps the captions of crowds to itself: there a group is at most the three numbers of one kind of thing. So groups
+stay small, and intervals over groups honest but narrow.
 """
 
 import json
@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from probekit.errors import ConfigError
 from probekit.playground.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -67,6 +68,7 @@ DEGRADATIONS = ("blur", "noise", "blocks", "fade")
 # Utilities of the trade-off kind, in logits: a wrong attribute costs 2, full degradation costs 4.
 MISMATCH_COST = 2.0
 DEGRADATION_COST = 4.0
+MAX_ATTEMPTS = 50_000  # in a row, before captions count as used up
 # Share of captions in each split; two captions of a group must fall into the same one.
 _CAPTION_LIMITS = {"train": 0.5, "validation": 0.7, "test": 1.0}
 
@@ -95,8 +97,8 @@ class _Unit:
 def write_pairs(out: Path, *, n_train: int, n_test: int, seed: int) -> Path:
     """Write a preference set; the same arguments give the same bytes.
 
-    Kinds are equally frequent in every split, except for ties, of which there are a quarter as many. Numbers are rounded
-    up to whole groups, so the file holds at least as many pairs as asked for.
+    Kinds are equally frequent in every split, except for ties, of which there are a quarter as many. Numbers are
+    rounded up to whole groups, so the file holds at least as many pairs as asked for.
 
     Parameters
     ----------
@@ -151,8 +153,14 @@ def _units(
 ) -> Iterator[_Unit]:
     """Yield units until they hold `count` rows, rejecting captions of other splits, and what was seen before."""
     make = _MAKERS[kind]
-    rows = 0
+    rows, attempts = 0, 0
     while rows < count:
+        attempts += 1
+        if attempts > MAX_ATTEMPTS:
+            message = (
+                f"cannot draw {count} {split} pairs of kind {kind}: there are not enough captions; ask for fewer pairs"
+            )
+            raise ConfigError(message)
         unit = make(rng, lambda text: _split_of(text, seed) == split)
         if unit is None:
             continue
@@ -162,7 +170,7 @@ def _units(
         if len(set(keys)) < len(keys) or not seen.isdisjoint(keys):
             continue
         seen.update(keys)
-        rows += len(unit.rows)
+        rows, attempts = rows + len(unit.rows), 0
         yield unit
 
 
@@ -314,13 +322,13 @@ def edit_count(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, things=(*scene.things, *free)[:number])
 
 
-def swap_colours(scene: Scene, rng: np.random.Generator) -> Scene:  # noqa: ARG001 - all edits have one signature
+def swap_colours(scene: Scene, rng: np.random.Generator) -> Scene:
     """Exchange the colours of the two things."""
     first, second = scene.things
     return replace(scene, things=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
 
 
-def swap_places(scene: Scene, rng: np.random.Generator) -> Scene:  # noqa: ARG001
+def swap_places(scene: Scene, rng: np.random.Generator) -> Scene:
     """Exchange the places of the two things, which reverses their relation."""
     first, second = scene.things
     things = (replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))

@@ -1,9 +1,9 @@
 """Drawn scenes: 32 x 32 anti-aliased pictures of coloured shapes, each with its caption.
 
-A scene is one object ("a small red circle on a white background"), two objects in a relation ("a small red circle left of
-a large blue square on a black background") or one to three of a kind ("three small green crosses on a grey background").
-Everything follows from the `Scene` record: `draw` and `caption` are pure functions of it, so an edited record gives a
-picture that differs from the first one in that attribute only.
+A scene is one object ("a small red circle on a white background"), two objects in a relation ("a small red circle left
+of a large blue square on a black background") or one to three of a kind ("three small green crosses on a grey
+background"). Everything follows from the `Scene` record: `draw` and `caption` are pure functions of it, so an edited
+record gives a picture that differs from the first one in that attribute only.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The sentence that describes a scene completely, apart from exact positions."""
+    """Describe a scene completely, apart from exact positions."""
     first = scene.things[0]
     ground = f"on a {scene.background} background"
     if scene.kind == "count":
@@ -153,7 +153,7 @@ def sample_scene(rng: np.random.Generator, kind: SceneKind | None = None) -> Sce
 
 
 def crowd(rng: np.random.Generator, model: Thing, number: int) -> tuple[Thing, ...]:
-    """`number` copies of a thing in distinct quarters of the picture."""
+    """Place `number` copies of a thing in distinct quarters of the picture."""
     quarters = rng.permutation(4)[:number]
     jitter = rng.uniform(-0.5, 0.5, size=(number, 2))
     return tuple(

@@ -1,8 +1,9 @@
 """Train the playground family: ``python -m probekit.playground.train STAGE --out DIR``.
 
-Stages, in order: ``scenes`` draws the training pictures, ``vae`` and ``text`` train the frozen parts, ``encode`` writes
-latents and prompt embeddings, ``dit`` trains one transformer, ``export`` writes diffusers folders. The same command again
-continues an interrupted stage.
+Stages, in order: ``scenes`` draws the training pictures, ``vae`` and ``text`` train the frozen parts, ``export`` writes
+them as diffusers folders, ``encode`` computes latents and prompt embeddings with the exported parts, ``dit`` trains one
+transformer, and ``export`` again writes all transformers there are. The same command again continues an interrupted
+stage.
 """
 
 import json
@@ -109,7 +110,7 @@ def dit(
     seed: Seed = 0,
     device: Device = "cpu",
     save_every: SaveEvery = 500,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = False,  # noqa: FBT002
 ) -> None:
     """Train one transformer."""
     from probekit.playground.train_dit import EncodedScenes, train_dit
@@ -138,6 +139,17 @@ def export(out: Out, weights: Weights) -> None:
     if (out / "vae.safetensors").exists() and (out / "text.safetensors").exists():
         export_base(out, weights)
     export_transformers(out, weights)
+
+
+@app.command()
+def pictures(weights: Weights) -> None:
+    """Write what there is to look at: samples of every exported transformer, reconstructions of the VAE."""
+    from probekit.playground.export import reconstruction_grid, sample_grid
+
+    reconstruction_grid(weights, weights / "reconstructions.png")
+    names = sorted(folder.name for folder in (weights / "transformers").iterdir())
+    captions = sample_grid(weights, names, weights / "samples.png")
+    logger.info("\n".join(["samples.png: drawn, then " + ", ".join(names), *captions]))
 
 
 @app.callback()

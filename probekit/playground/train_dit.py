@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from probekit.playground.architectures import new_transformer
 from probekit.playground.checkpoint import load_training, save_training, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -52,8 +51,8 @@ class EncodedScenes:
 @torch.no_grad()
 def encode_captions(
     captions: list[str],
-    tokenizer: CLIPTokenizer,
-    encoders: Iterable[CLIPTextModelWithProjection],
+    tokenizer: Any,
+    encoders: Iterable[Any],
     *,
     device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,36 +72,6 @@ def encode_captions(
     return torch.cat(prompts), torch.cat(pooled)
 
 
-def new_transformer(*, blocks: int, width: int, seed: int) -> SD3Transformer2DModel:
-    """Build an untrained transformer: adaLN projections start at zero, with open gates (bias 0.3)."""
-    torch.manual_seed(seed)
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=8,
-        out_channels=8,
-        num_layers=blocks,
-        attention_head_dim=16,
-        num_attention_heads=width // 16,
-        joint_attention_dim=128,
-        caption_projection_dim=width,
-        pooled_projection_dim=128,
-        pos_embed_max_size=4,
-        qk_norm="rms_norm",
-    )
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")):
-                module.weight.zero_()
-                module.bias.zero_()
-                if module.out_features == 6 * width:  # shift, scale, gate of attention; shift, scale, gate of the MLP
-                    gates = module.bias.view(6, width)
-                    gates[2] = gates[5] = 0.3
-        model.proj_out.weight.zero_()
-        model.proj_out.bias.zero_()
-    return model
-
-
 def flow_loss(
     model: torch.nn.Module,
     scenes: EncodedScenes,
@@ -112,7 +81,7 @@ def flow_loss(
     dropout: float,
     device: str,
 ) -> torch.Tensor:
-    """The flow-matching loss of a batch; everything random comes from `draw`."""
+    """Compute the flow-matching loss of a batch; everything random comes from `draw`."""
     clean = scenes.latents[rows].float()
     noise = torch.randn(clean.shape, generator=draw)
     t = torch.sigmoid(0.2 + 1.2 * torch.randn(len(rows), generator=draw))
@@ -132,10 +101,11 @@ def flow_loss(
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, scenes: EncodedScenes, *, device: str) -> float:
-    """The loss on the last scenes, which are never trained on, with the same noise every time."""
+    """Compute the loss on the last scenes, which are never trained on, with the same noise every time."""
     draw = torch.Generator().manual_seed(0)
-    rows = torch.arange(len(scenes.latents) - HELD_OUT, len(scenes.latents)).split(64)
-    losses = [flow_loss(model, scenes, part, draw=draw, dropout=0.0, device=device) for part in rows]
+    starts = range(len(scenes.latents) - HELD_OUT, len(scenes.latents), 64)
+    batches = [torch.arange(start, start + 64) for start in starts]
+    losses = [flow_loss(model, scenes, rows, draw=draw, dropout=0.0, device=device) for rows in batches]
     return torch.stack(losses).mean().item()
 
 
@@ -171,7 +141,7 @@ def train_dit(
     """
     steps = math.ceil(images / batch)
     model = new_transformer(blocks=blocks, width=width, seed=seed).to(device)
-    average = new_transformer(blocks=blocks, width=width, seed=seed).to(device).requires_grad_(False)
+    average = new_transformer(blocks=blocks, width=width, seed=seed).to(device).requires_grad_(requires_grad=False)
     parameters, averaged = list(model.parameters()), list(average.parameters())
     peak = LEARNING_RATES.get(width, 1.2e-3 * math.sqrt(128 / width))
     optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
@@ -190,7 +160,7 @@ def train_dit(
         rows = torch.randint(len(scenes.latents) - HELD_OUT, (batch,), generator=draw)
         loss = flow_loss(model, scenes, rows, draw=draw, dropout=CAPTION_DROPOUT, device=device)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, steps, peak)

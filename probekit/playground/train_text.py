@@ -4,7 +4,6 @@ Every picture is scored against the captions of its batch and against hard negat
 changed, the two objects' colours or shapes swapped, or the relation reversed. The picture network is then discarded.
 """
 
-import json
 import logging
 import math
 import random
@@ -13,62 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from probekit.playground.architectures import MAX_TOKENS, TEXT_WIDTH, build_tokenizer, new_text_encoder
 from probekit.playground.checkpoint import load_training, save_training, write_tensors
 from probekit.playground.scenes import BACKGROUNDS, COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES
 from probekit.playground.train_vae import to_pixels
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 64
-MAX_TOKENS = 16
 NEGATIVES = 4
 LOG_EVERY = 200
 _PLURALS = {plural: shape for shape, plural in SHAPES.items()}
 _GROUPS = (tuple(COLOURS), tuple(SHAPES), tuple(SHAPES.values()), tuple(SIZES), tuple(BACKGROUNDS))
-
-
-def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Build a CLIPTokenizer whose byte-pair merges join every word of the captions into one token."""
-    words = sorted({word for caption in captions for word in caption.split()})
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator(words, trainer)
-    learned = learner.get_vocab()
-    vocabulary = {token: index for index, token in enumerate(sorted(learned, key=learned.__getitem__))}
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer, *, seed: int) -> CLIPTextModelWithProjection:
-    """Build an untrained text encoder with the playground's shape."""
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModelWithProjection(config)
-    with torch.no_grad():  # CLIP's 0.02 is meant for far longer training
-        for name, parameter in encoder.named_parameters():
-            if "embedding" in name:
-                parameter.mul_(20)
-    return encoder
 
 
 class PictureNetwork(torch.nn.Module):
@@ -87,7 +43,7 @@ class PictureNetwork(torch.nn.Module):
             torch.nn.Linear(64 * 16, 256),
             torch.nn.GELU(),
         )
-        self.heads = torch.nn.ModuleList([torch.nn.Linear(256, WIDTH) for _ in range(2)])
+        self.heads = torch.nn.ModuleList([torch.nn.Linear(256, TEXT_WIDTH) for _ in range(2)])
         self.log_scale = torch.nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -133,8 +89,7 @@ def train_text(
     save_every: int,
 ) -> None:
     """Train, or continue training, and write the tokenizer and ``text.safetensors`` with both encoders."""
-    tokenizer = build_tokenizer(captions)
-    tokenizer.save_pretrained(out / "tokenizer")
+    tokenizer = build_tokenizer(captions, out / "tokenizer")
     modules: dict[str, torch.nn.Module] = {
         "text_encoder": new_text_encoder(tokenizer, seed=seed + 1).to(device),
         "text_encoder_2": new_text_encoder(tokenizer, seed=seed + 2).to(device),
@@ -158,7 +113,7 @@ def train_text(
         negatives = [hard_negative(caption, rng) for caption in positives for _ in range(NEGATIVES)]
         tokens = tokenizer(positives + negatives, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         same = torch.tensor([identities[caption] for caption in positives], device=device)
-        duplicates = (same[:, None] == same[None, :]).fill_diagonal_(False)
+        duplicates = (same[:, None] == same[None, :]).fill_diagonal_(0)
         target = torch.arange(batch, device=device)
         loss = torch.zeros((), device=device)
         hits = 0.0
@@ -172,7 +127,7 @@ def train_text(
             loss = loss + 0.5 * functional.cross_entropy(among.T, target)
             hits += (among.diagonal()[:, None] > own).float().mean().item() / 2
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))

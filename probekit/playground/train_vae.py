@@ -11,35 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
+from probekit.playground.architectures import new_vae
 from probekit.playground.checkpoint import load_training, save_training, write_tensors
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = 512
 CROP = 16
 CROP_SHARE = 0.5
 KL_WEIGHT = 1e-5
 LOG_EVERY = 200
-
-
-def new_vae() -> AutoencoderKL:
-    """Build an untrained VAE with the playground's shape."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        sample_size=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    )
 
 
 def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
@@ -49,13 +31,13 @@ def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 def train_vae(
     pictures: torch.Tensor, *, out: Path, steps: int, batch: int, seed: int, device: str, save_every: int
-) -> AutoencoderKL:
+) -> None:
     """Train, or continue training, and write ``vae.safetensors`` with the measured latent statistics.
 
     Parameters
     ----------
     pictures
-        uint8, (N, 32, 32, 3); the last 512 are held out for the reported PSNR.
+        uint8, (N, 32, 32, 3); the last `HELD_OUT` are held out for the reported PSNR.
     out
         The working folder; ``vae.state.safetensors`` there is continued when it exists.
     steps, batch, seed, device, save_every
@@ -68,7 +50,7 @@ def train_vae(
     meta: dict[str, Any] = {"step": 0, "curve": []}
     if state.exists():
         meta = load_training(state, modules={"vae": vae}, optimiser=optimiser)
-    training = pictures[:-512]
+    training = pictures[:-HELD_OUT]
     start, first = time.perf_counter(), meta["step"]
     for step in range(meta["step"], steps):
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -80,9 +62,9 @@ def train_vae(
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draw).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        loss = _reconstruction_loss(decoded, pixels) + KL_WEIGHT * posterior.kl().mean()
+        loss: torch.Tensor = _reconstruction_loss(decoded, pixels) + KL_WEIGHT * posterior.kl().mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, steps)
@@ -95,15 +77,14 @@ def train_vae(
             meta["step"] = step + 1
             save_training(state, modules={"vae": vae}, optimiser=optimiser, meta=meta)
     _finish(vae, pictures, out=out, meta=meta, device=device)
-    return vae
 
 
-def _finish(vae: AutoencoderKL, pictures: torch.Tensor, *, out: Path, meta: dict[str, Any], device: str) -> None:
+def _finish(vae: Any, pictures: torch.Tensor, *, out: Path, meta: dict[str, Any], device: str) -> None:
     """Measure latent statistics and held-out PSNR, set the scaling factors, and write the weights."""
     latents = encode_pictures(vae, pictures[:4096], device=device, scaled=False)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    held_out = pictures[-512:]
+    held_out = pictures[-HELD_OUT:]
     with torch.no_grad():
         modes = encode_pictures(vae, held_out, device=device, scaled=False).to(device)
         decoded = vae.decode(modes).sample.clamp(-1, 1).cpu()
@@ -116,12 +97,11 @@ def _finish(vae: AutoencoderKL, pictures: torch.Tensor, *, out: Path, meta: dict
 
 @torch.no_grad()
 def encode_pictures(
-    vae: AutoencoderKL, pictures: torch.Tensor, *, device: str, scaled: bool = True, batch: int = 512
+    vae: Any, pictures: torch.Tensor, *, device: str, scaled: bool = True, batch: int = 512
 ) -> torch.Tensor:
     """Encode to posterior modes, (N, 8, 8, 8); `scaled` applies the pipeline's (z - shift) * scale."""
-    modes = torch.cat(
-        [vae.encode(to_pixels(part.to(device))).latent_dist.mode().cpu() for part in pictures.split(batch)]
-    )
+    parts = [pictures[start : start + batch].to(device) for start in range(0, len(pictures), batch)]
+    modes = torch.cat([vae.encode(to_pixels(part)).latent_dist.mode().cpu() for part in parts])
     return (modes - vae.config.shift_factor) * vae.config.scaling_factor if scaled else modes
 
 

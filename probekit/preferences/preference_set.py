@@ -79,6 +79,16 @@ class PreferenceSet:
         renumbered = {side: np.searchsorted(used, pairs[side]) for side in ("item_a", "item_b")}
         return replace(self, items=self.items.iloc[used].reset_index(drop=True), pairs=pairs.assign(**renumbered))
 
+    def check_images(self) -> None:
+        """Look for every image file without reading any.
+
+        Raises
+        ------
+        ImageError
+            If files are missing; names the first ten and counts all.
+        """
+        self._stamps()
+
     def image_digests(self, cache: Path | None = None) -> dict[str, bytes]:
         """SHA-256 of the bytes of each distinct image file, by absolute path.
 
@@ -92,6 +102,17 @@ class PreferenceSet:
         ImageError
             If files are missing, before any is read; names the first ten and counts all.
         """
+        keys = self._stamps()
+        known = _read_cache(cache)
+        digests = {key: known[key] if key in known else _file_digest(key[0]) for key in keys}
+        if cache is not None and digests.keys() - known.keys():
+            # One entry per path: an old one of a changed file goes.
+            entries = {key[0]: (key, value) for key, value in (known | digests).items()}
+            _write_cache(cache, dict(entries.values()))
+        return {key[0]: digest for key, digest in digests.items()}
+
+    def _stamps(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of each distinct image file."""
         paths = self.items["path"].unique().tolist()
         status = [_file_status(path) for path in paths]
         missing = [path for path, found in zip(paths, status, strict=True) if found is None]
@@ -99,15 +120,7 @@ class PreferenceSet:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             msg = f"{self.path}: {len(missing)} image files are missing: {', '.join(missing[:10])}{more}"
             raise ImageError(msg)
-        stamps = [found for found in status if found is not None]
-        known = _read_cache(cache)
-        keys = [(path, *stamp) for path, stamp in zip(paths, stamps, strict=True)]
-        digests = {key: known[key] if key in known else _file_digest(key[0]) for key in keys}
-        if cache is not None and digests.keys() - known.keys():
-            # One entry per path: an old one of a changed file goes.
-            entries = {key[0]: (key, value) for key, value in (known | digests).items()}
-            _write_cache(cache, dict(entries.values()))
-        return {key[0]: digest for key, digest in digests.items()}
+        return [(path, *found) for path, found in zip(paths, status, strict=True) if found is not None]
 
     def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
         """Rows of a feature store that these preferences need, each once, in the order of the items.

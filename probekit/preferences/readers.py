@@ -244,13 +244,13 @@ def _is_number(value: object) -> bool:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, str) or _is_number(value):
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (ValueError, OverflowError):
-            return None
-        return None if math.isnan(number) else number
-    return None
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
 
 
 def _is_count(number: float) -> bool:

@@ -107,10 +107,12 @@ def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> s
     """Caption of the scaling figure, with what random weights leave of the effect of size."""
     models = trained_models(reported_rows(frame))
     if not sizes:
-        return "One size only: this sets the backbone against its random weights and says nothing about scaling."
+        return "All backbones have the same size, so this says nothing about scaling."
     parts = [size_sentence(layers, effects, models[0].label, models[-1].label) for layers, effects in sizes.items()]
     if not control_kinds(frame):
         parts.append("Without random-weights controls the effect of width alone is unknown.")
+    else:
+        parts.append("Bars of random weights: range over seeds.")
     parts.append(
         "A contrast between these checkpoints on the same pairs, not a law for others: blocks, width and parameters"
         " change together."
@@ -165,6 +167,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
         "The chosen layer is the best on validation. Layers close to it may be as good, and with few validation pairs"
         " the choice is noisy.",
     ]
+    if not (rows["combination"] == "single").any():
+        items.append("The run has no heads on single layers, so it says nothing about depth.")
     if (rows["layer"] == 0).any():
         items.append(
             "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"
@@ -197,7 +201,7 @@ def _largest(chosen: pd.DataFrame, label: str, n_blocks: int) -> list[str]:
         share = f"{percent(chosen['accuracy'].mean())} % of the test pairs"
         layers = f"the layers chosen on validation order {share} as their labels do"
         return [f"{label}: {layers} (mean of {len(chosen)} training seeds)."]
-    return [f"{label}: without validation rows no layer is chosen, so there is no single-layer result."]
+    return [f"{label}: no layer is chosen, for want of single-layer heads or of validation rows."]
 
 
 def _points(effect: Effect) -> str:

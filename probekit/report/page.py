@@ -30,7 +30,6 @@ from probekit.report.select import (
     narrow,
     reported_rows,
     settings,
-    sources,
     trained_models,
     training_series,
 )
@@ -121,9 +120,10 @@ def _section(
         links = {kind.upper(): quote(f"{folder.name}/{stem.name}.{kind}") for kind in ("svg", "png", "csv")}
         figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
 
-    if models:
+    if (frame["combination"] == "single").any() and models:
         add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
-        if not scaling_points(frame, setting=setting).empty:
+    if models:
+        if len(models) > 1 and not scaling_points(frame, setting=setting).empty:
             add(
                 "scaling",
                 "Accuracy against size",
@@ -139,7 +139,7 @@ def _section(
                 training_points,
                 captions.training_caption(frame, lengths),
             )
-        if len(sources(frame)) > 1:
+        if len(kinds_points(frame, setting=setting)["source"].unique()) > 1:
             add("kinds", "Kinds of pairs", kinds_figure, kinds_points, captions.kinds_caption(frame, setting))
     everything = trained_models(frame, every_length=True)
     effects = {

@@ -61,13 +61,15 @@ class Model:
 def settings(frame: pd.DataFrame) -> list[Setting]:
     """Return the primary setting of each data set: what the run lists first, with a linear head if any.
 
+    A head that was fitted on single layers comes before others, since depth is drawn with it.
+
     The rows of a results table are in the order of the run's configuration.
     """
     found = []
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
-        linear = rows[rows["head_kind"] == "linear"]
-        first = (linear if len(linear) else rows).iloc[0]
+        single, linear = rows["combination"] == "single", rows["head_kind"] == "linear"
+        first = next(part for part in (rows[single & linear], rows[single], rows[linear], rows) if len(part)).iloc[0]
         found.append(
             Setting(
                 dataset=str(dataset),

@@ -1,5 +1,6 @@
 """Figures over backbones: accuracy against parameters, and against training length at one shape."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from probekit._types import FloatArray
-from probekit.report.figures import DASHES, WORDS, figure_legend, in_percent
+from probekit.report.marks import DASHES, control_handles, figure_legend, in_percent, short_name
 from probekit.report.points import ONE_HEAD, SEED_RANGE, scaling_points, training_points
 from probekit.report.select import ALL_LAYERS, CHOSEN, Setting
 from probekit.report.style import (
+    CHANCE,
+    FAINT,
     MUTED,
     WIDTH,
     colours,
@@ -22,7 +25,6 @@ from probekit.report.style import (
     look,
     new_figure,
     percent_axis,
-    readable,
 )
 
 TITLES = {CHOSEN: "Single layer chosen on validation", ALL_LAYERS: "All layers together"}
@@ -44,22 +46,23 @@ def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level
     points = in_percent(scaling_points(frame, setting=setting), "scaling")
     models = points.drop_duplicates("model")
     palette = dict(zip(models["model"], colours(len(models)), strict=True))
-    sizes = sorted(models["parameters"].unique())
+    sizes = sorted({float(size) for size in models["parameters"]})
+    margin = max((sizes[-1] / sizes[0]) ** 0.11, 1.3)
+    shown = _apart(sizes, sizes[-1] / sizes[0] * margin**2)
     with look():
         figure, panels = _panels([name for name in TITLES if name in set(points["layers"])])
         for axes, layers in panels:
             here = points[points["layers"] == layers]
-            percent_axis(axes, pd.concat([points["low"], points["high"] + 2]))  # room for the names
             _scaling_panel(axes, here, palette)
-            ratio = sizes[-1] / sizes[0]
-            axes.set_xlim(sizes[0] / max(ratio**0.11, 1.3), sizes[-1] * max(ratio**0.11, 1.3))
-            shown = _apart(sizes, ratio)
+            axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
             log_axis(axes, shown, [in_millions(size) for size in shown])
-            for model, x in zip(models["model"], models["parameters"], strict=True):
-                _name(axes, here[(here["model"] == model)], float(x), palette[model])
+        headroom = max(_name_models(axes, points, layers, palette) for axes, layers in panels)
+        percent_axis(panels[0][0], pd.concat([points["low"], points["high"]]), headroom=headroom)
+        for axes, _ in panels[1:]:
+            axes.axhline(CHANCE, color=FAINT, linewidth=0.9, zorder=1)
         figure.supxlabel("Parameters of the transformer", fontsize=8)
         figure.supylabel("Test accuracy (%)", fontsize=8)
-        figure_legend(figure, _handles(points, level), columns=4)
+        figure_legend(figure, _handles(points, level), columns=3)
     return figure
 
 
@@ -78,7 +81,7 @@ def training_figure(frame: pd.DataFrame, *, setting: Setting | None = None, leve
     points = in_percent(training_points(frame, setting=setting), "training")
     series = list(points["series"].unique())
     palette = dict(zip(series, colours(len(series)), strict=True))
-    lengths = sorted(int(images) for images in points["training_images"].unique() if images > 0)
+    lengths = sorted({float(images) for images in points["training_images"] if images > 0})
     start = lengths[0] / max(3.0, (lengths[-1] / lengths[0]) ** 0.3)  # where a log axis can show 0
     with look():
         figure, panels = _panels([name for name in TITLES if name in set(points["layers"])], height=2.6)
@@ -121,7 +124,7 @@ def training_figure(frame: pd.DataFrame, *, setting: Setting | None = None, leve
             fontsize=8,
         )
         figure.supylabel("Test accuracy (%)", fontsize=8)
-        figure_legend(figure, _handles(points, level), columns=4)
+        figure_legend(figure, _handles(points, level), columns=3)
     return figure
 
 
@@ -150,7 +153,7 @@ def _scaling_panel(axes: Axes, points: pd.DataFrame, palette: dict[str, str]) ->
             if trained:
                 heads = mine[mine["interval"] == ONE_HEAD]
                 x = _dodged(heads["parameters"].astype(float).to_numpy())
-                _bars(axes, x, heads, colour, fmt="o", markersize=5 if len(heads) == 1 else 4)
+                _bars(axes, x, heads, colour, fmt="o", markersize=5.0 if len(heads) == 1 else 4.0)
                 if len(heads) > 1:
                     axes.plot(x, heads["accuracy"], color=colour, linewidth=0.7, zorder=3)
             else:
@@ -171,7 +174,7 @@ def _training_line(axes: Axes, points: pd.DataFrame, colour: str, start: float) 
     x = trained["training_images"].astype(float).to_numpy()
     line = trained.groupby("training_images")["accuracy"].mean()
     axes.plot(line.index.astype(float), line.to_numpy(), color=colour, linewidth=1.5, zorder=3)
-    _bars(axes, x, trained, colour, fmt="o", markersize=5)
+    _bars(axes, x, trained, colour, fmt="o", markersize=5.0)
     random = points[(points["weights"] == "init") & (points["interval"] == SEED_RANGE)]
     if len(random):
         _bars(axes, np.array([start]), random, colour, fmt="o", markersize=4.5, hollow=True)
@@ -197,20 +200,39 @@ def _bars(
     )
 
 
-def _name(axes: Axes, points: pd.DataFrame, x: float, colour: str) -> None:
-    """Write a model's name above its highest interval."""
-    top = points[(points["weights"] == "trained")]["high"].max()
-    if top == top:
-        label(
-            axes,
-            x,
-            float(top),
-            str(points["model"].iloc[0]).replace(" (", "\n("),
-            readable(colour),
-            ha="center",
-            va="bottom",
-            offset=(0, 3),
-        )
+def _name_models(axes: Axes, points: pd.DataFrame, layers: str, palette: dict[str, str]) -> float:
+    """Write each model's name above its interval, one above the other where names would touch.
+
+    Returns
+    -------
+    float
+        Room needed above the highest interval of the figure, as a share of the range of the data.
+    """
+    known = pd.concat([points["low"], points["high"]])
+    span = max(known.max(), CHANCE + 5) - min(known.min(), CHANCE)
+    left, right = np.log(axes.get_xlim())
+    trained = points[(points["layers"] == layers) & (points["weights"] == "trained")]
+    boxes: list[tuple[float, float, float, float]] = []  # left, right, bottom, top as shares of panel and data range
+    for model, rows in trained.groupby("model", sort=False):
+        lines = [short_name(part) for part in re.split(r" (?=\(\d+ seeds\)$)", str(model))]
+        centre = float((np.log(rows["parameters"].iloc[0]) - left) / (right - left))
+        half = 0.011 * max(map(len, lines)) + 0.01
+        middle = min(max(centre, half), 1 - half)
+        top = (rows["high"].max() - known.min()) / span
+        bottom, height = top + 0.02, 0.065 * len(lines)
+        while any(
+            middle - half < box[1] and box[0] < middle + half and bottom < box[3] and box[2] < bottom + height
+            for box in boxes
+        ):
+            bottom += 0.01
+        # the bar below a name keeps later names off it
+        boxes += [(middle - half, middle + half, bottom, bottom + height), (centre - 0.01, centre + 0.01, 0, bottom)]
+        x, y = float(np.exp(left + middle * (right - left))), known.min() + bottom * span
+        label(axes, x, float(y), "\n".join(lines), palette[str(model)], ha="center", va="bottom", linespacing=1.0)
+        if bottom > top + 0.03:
+            ends = [known.min() + (top + 0.005) * span, y]
+            axes.plot([rows["parameters"].iloc[0]] * 2, ends, color=palette[str(model)], linewidth=0.5, zorder=1)
+    return max(0.0, max(box[3] for box in boxes) - (known.max() - known.min()) / span)
 
 
 def _dodged(x: FloatArray) -> FloatArray:
@@ -219,12 +241,12 @@ def _dodged(x: FloatArray) -> FloatArray:
 
 
 def _apart(values: Sequence[float], ratio: float) -> list[float]:
-    """Keep tick values whose labels do not touch: at least a tenth of the axis apart."""
+    """Keep tick values whose labels do not touch, the largest always: an eighth of the axis apart."""
     kept: list[float] = []
-    for value in values:
-        if not kept or value / kept[-1] > max(ratio**0.1, 1.05):
+    for value in reversed(values):
+        if not kept or kept[-1] / value > max(ratio**0.125, 1.05):
             kept.append(float(value))
-    return kept
+    return kept[::-1]
 
 
 def _count(images: float) -> str:
@@ -238,21 +260,5 @@ def _count(images: float) -> str:
 
 
 def _handles(points: pd.DataFrame, level: float) -> list[Line2D]:
-    handles = [Line2D([], [], color=MUTED, marker="o", markersize=5, label=f"trained, {100 * level:g} % interval")]
-    for kind in [kind for kind in DASHES if kind in set(points["weights"])]:
-        seeds = int(points[points["weights"] == kind]["n_seeds"].max())
-        text = f"{WORDS[kind]}, mean and range of {seeds} seed{'s' * (seeds > 1)}"
-        marker = "o" if kind == "init" else "s"
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=MUTED,
-                linestyle=DASHES[kind],
-                marker=marker,
-                markersize=4.5,
-                markerfacecolor="white",
-                label=text,
-            )
-        )
-    return handles
+    text = f"trained, {100 * level:g} % interval"
+    return [Line2D([], [], color=MUTED, marker="o", markersize=5, label=text), *control_handles(points, marker=True)]

@@ -1,5 +1,6 @@
 """One look for every figure, and the same bytes each time a figure is saved."""
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from io import BytesIO
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import FuncFormatter
 
 INK, MUTED, FAINT, BEHIND = "#22262b", "#5f6b76", "#a9b2ba", "#d5dadf"
 WIDTH = 7.2  # inches: a full-width figure of a two-column paper
@@ -44,6 +45,7 @@ _RC: dict[str, Any] = {
     "xtick.major.size": 2.5,
     "ytick.major.size": 0,
     "text.color": INK,
+    "text.parse_math": False,  # names come from files; a dollar sign in one is a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 7.5,
     "lines.solid_capstyle": "round",
@@ -89,13 +91,15 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def percent_axis(axes: Axes, values: Iterable[float], *, step: float | None = None) -> None:
-    """Scale the y axis to `values` (in %), chance included, and draw the chance line."""
+def percent_axis(axes: Axes, values: Iterable[float], *, headroom: float = 0.0) -> None:
+    """Scale the y axis to `values` (in %) and chance, with room for text above, and draw the chance line."""
     known = [value for value in values if value == value]
     low, high = min([CHANCE, *known]), max([CHANCE + 5, *known])
     room = 0.06 * (high - low)
-    axes.set_ylim(max(0.0, low - room), min(100.0, high + room))
-    axes.yaxis.set_major_locator(MultipleLocator(step or (5 if high - low < 22 else 10)))
+    axes.set_ylim(max(-room, low - room), high + room + headroom * (high - low))
+    step = 5 if high - low < 22 else 10
+    axes.set_yticks(range(step * math.ceil(max(0.0, low - room) / step), 101, step))
+    axes.set_ylim(max(-room, low - room), high + room + headroom * (high - low))  # ticks must not widen it
     axes.axhline(CHANCE, color=FAINT, linewidth=0.9, zorder=1)
 
 
@@ -107,7 +111,7 @@ def log_axis(axes: Axes, ticks: Sequence[float], labels: Sequence[str]) -> None:
     axes.tick_params(axis="x", which="minor", length=0)
 
 
-def label(axes: Axes, x: float, y: float, text: str, colour: str, **options: Any) -> Text:
+def label(axes: Axes, x: float | int, y: float | int, text: str, colour: str, **options: Any) -> Text:
     """Write a direct label, with a white rim so that lines may pass behind it."""
     offset = options.pop("offset", (0, 0))
     options = {"color": readable(colour), "fontsize": 7.5, "zorder": 6, **options}
@@ -130,12 +134,12 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     return [placed[order.index(i)] for i in range(len(values))]
 
 
-def in_millions(parameters: float) -> str:
+def in_millions(parameters: float | int) -> str:
     """Large numbers in short: 0.26 M, 4.7 M, 8.1 B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if parameters >= size or (unit == "M" and parameters >= 1e5):
             value = parameters / size
-            return f"{value:.{2 if value < 0.995 else 1 if value < 99.95 else 0}f} {unit}"
+            return f"{value:.{2 if value < 0.995 else 1 if value < 9.95 else 0}f} {unit}"
     return f"{parameters:.0f}"
 
 

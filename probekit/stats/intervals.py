@@ -145,8 +145,9 @@ def simultaneous_band(
     """Accuracies of several heads on the same pairs, with limits that cover all of them together.
 
     The limits are theta +- q se on the logit scale, q the ``level`` quantile of the largest |t| over the layers in a
-    resample. Layers with fewer than ten groups of the rarer outcome (or no variance) stay out of the maximum; theirs
-    are Korn-Graubard limits at Bonferroni's level.
+    resample. Layers with fewer than ten groups of the rarer outcome (or no variance) leave the maximum; they get
+    Korn-Graubard limits at Bonferroni's level, and the maximum over the others may miss only in their share of all
+    layers. (Without that, 24 layers near the limit of ten were covered 83 % of the time instead of 95.)
 
     Parameters
     ----------
@@ -176,7 +177,8 @@ def simultaneous_band(
                 for counts in resamples(len(size), n_boot, seed)
             ]
         )
-        quantile = float(np.quantile(np.abs(t).max(axis=1), level))
+        # The layers in the maximum may miss no more often than their share of all layers, as the others miss as well.
+        quantile = float(np.quantile(np.abs(t).max(axis=1), 1 - (1 - level) * usable.mean()))
         a = estimate[usable]
         reach = quantile * se[usable] / (a * (1 - a))
         low[usable], high[usable] = expit(logit(a) - reach), expit(logit(a) + reach)

@@ -5,7 +5,6 @@ from probekit.store.format import (
     FORMAT,
     FORMAT_VERSION,
     canonical_json,
-    canonical_sigma,
     fingerprint,
     rows_per_shard,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "Pairs",
     "StoreWriter",
     "canonical_json",
-    "canonical_sigma",
     "fingerprint",
     "open_store",
     "rows_per_shard",

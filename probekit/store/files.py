@@ -34,20 +34,34 @@ def _flock(descriptor: int, operation: int) -> bool:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock that belongs to a file, waiting for another holder to leave."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock that belongs to a file, waiting for another holder to leave.
+
+    Raises
+    ------
+    StoreError
+        If the folder cannot be written.
+    """
     path = target.with_name(LOCK + target.name)
+    try:
+        descriptor = _create_lock(path)
+    except OSError as error:
+        msg = f"{target.parent}: cannot be written ({error.strerror or error}); allowed: a folder for a feature store"
+        raise StoreError(msg) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _create_lock(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         held = _flock(descriptor, fcntl.LOCK_EX)
         # The holder before us may have removed the lock file while we waited for it: then the lock is worth nothing.
         if not held or os.fstat(descriptor).st_nlink:
-            break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+            return descriptor
         os.close(descriptor)
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,24 +60,6 @@ def canonical_json(value: Any) -> str:
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Hex SHA-256 of the canonical JSON of a configuration."""
     return hashlib.sha256(canonical_json(dict(config)).encode()).hexdigest()
-
-
-def canonical_sigma(text: str) -> str:
-    """Write a noise level in its one form: plain decimal, ``0.005`` and never ``5e-3``.
-
-    Raises
-    ------
-    StoreError
-        If the text is not a number in [0, 1].
-    """
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not (value.is_finite() and 0 <= value <= 1):
-        msg = f"sigma is {text!r}; allowed: a decimal number from 0 to 1, such as 0.005"
-        raise StoreError(msg)
-    return format(abs(value).normalize(), "f")
 
 
 def seal(content: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probekit._types import LayerPoint
+from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular
@@ -117,7 +117,7 @@ class FeatureStore:
             If the store lacks the coordinates or some rows lack features there, or a shard is damaged.
         """
         layer = self._choose("layer", layer, [point.index for point in self.layers])
-        sigma = self._choose("sigma", None if sigma is None else fmt.canonical_sigma(sigma), self.sigmas)
+        sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
         pooling = self._choose("pooling", pooling, self.poolings)
         draw = self._choose("draw", draw, self.draws)
         name = fmt.dataset_name(pooling, layer)

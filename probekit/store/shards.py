@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from probekit.errors import StoreError
+from probekit._types import canonical_sigma
+from probekit.errors import ConfigError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 
@@ -227,6 +228,6 @@ def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str,
 
 def _is_sigma(name: str) -> bool:
     try:
-        return fmt.canonical_sigma(name) == name
-    except StoreError:
+        return canonical_sigma(name) == name
+    except ConfigError:
         return False

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from probekit._types import canonical_sigma
 from probekit.errors import FingerprintError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import (
@@ -81,7 +82,6 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
     if foreign and "store.json" not in foreign:
         msg = f"{root}: holds {foreign[0]!r} and no store.json; allowed: a new or empty folder, or a feature store"
         raise StoreError(msg)
-    root.mkdir(parents=True, exist_ok=True)
     remove_dead_files(root)
     file = root / "store.json"
     with locked(file):
@@ -122,7 +122,7 @@ class StoreWriter:
 
     def missing(self, row_ids: Sequence[str], *, sigma: str, draw: int = 0) -> list[str]:
         """Row keys without a committed shard at this noise level and draw, in the given order."""
-        coordinates = (fmt.canonical_sigma(sigma), draw)
+        coordinates = (canonical_sigma(sigma), draw)
         done: set[str] = set()
         for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
             if (shard.sidecar.sigma, shard.sidecar.draw) == coordinates:
@@ -172,7 +172,7 @@ class StoreWriter:
 
         Waits while another process holds it, so two identical commands do each shard once.
         """
-        sigma = fmt.canonical_sigma(sigma)
+        sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         with locked(path):
             yield not isinstance(check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw), Shard)
@@ -213,7 +213,7 @@ class StoreWriter:
         if rows["row_id"].tolist() != list(block.row_ids) or features.keys() != wanted:
             msg = f"block {block.name} needs its {len(block.row_ids)} rows in order and features for {sorted(wanted)}"
             raise ValueError(msg)
-        sigma = fmt.canonical_sigma(sigma)
+        sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         planned = sum(values.size for values in features.values()) * 4 + MARGIN_BYTES

@@ -31,8 +31,9 @@ def macro(rng, n_groups, accuracy):
     parts, groups = zip(*(clustered(rng, n_groups, accuracy=accuracy + shift) for shift in shifts), strict=True)
     kinds = np.repeat([0, 1, 2], [len(group) for group in groups])
     kept = rng.random(len(kinds)) < np.array([1.0, 0.6, 0.3])[kinds]
-    found = macro_interval(np.hstack([part[0] for part in parts])[kept], np.hstack(groups)[kept], kinds[kept],
-    n_boot=1000) return found.low <= accuracy <= found.high
+    correct = np.hstack([part[0] for part in parts])
+    found = macro_interval(correct[kept], np.hstack(groups)[kept], kinds[kept], n_boot=1000)
+    return found.low <= accuracy <= found.high
 
 
 def paired(rng, n_groups, accuracy):
@@ -58,15 +59,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     checks = [interval, macro, paired, band]
-    print("groups accuracy " + " ".join(f"{check.__name__:>8}" for check in checks))  # noqa: T201
+    sys.stdout.write("groups accuracy " + " ".join(f"{check.__name__:>8}" for check in checks) + "\n")
     for n_groups in options.groups:
         for accuracy in options.accuracies:
             rates = []
             for check in checks:
                 rng = np.random.default_rng([options.seed, n_groups, int(1000 * accuracy)])
                 rates.append(np.mean([check(rng, n_groups, accuracy) for _ in range(options.runs)]))
-            print(f"{n_groups:6d} {accuracy:8.2f} " + " ".join(f"{100 * rate:8.1f}" for rate in rates), flush=True)  #
-            noqa: T201
+            row = " ".join(f"{100 * rate:8.1f}" for rate in rates)
+            sys.stdout.write(f"{n_groups:6d} {accuracy:8.2f} {row}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

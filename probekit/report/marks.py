@@ -1,0 +1,165 @@
+"""The marks that figures share: curves, levels, direct labels and the legend. Accuracies here are in %."""
+
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from probekit.errors import ResultsError
+from probekit.report.points import ONE_HEAD, SEED_RANGE
+from probekit.report.select import ALL_LAYERS
+from probekit.report.style import BEHIND, CHANCE, MUTED, label
+
+DASHES = {"init": (0, (0.9, 1.7)), "shuffled": (0, (3, 1.4, 0.9, 1.4))}
+WORDS = {"init": "random weights (init)", "shuffled": "random weights (shuffled)"}
+LONGEST_NAME = 16
+
+
+def in_percent(points: pd.DataFrame, figure: str) -> pd.DataFrame:
+    """Accuracies in %, or an error where there is nothing to draw."""
+    if points.empty:
+        msg = f"no points for the {figure} figure; it needs test rows of at least one trained backbone"
+        raise ResultsError(msg)
+    return points.assign(**{name: points[name] * 100 for name in ("accuracy", "low", "high")})
+
+
+def short_name(name: str) -> str:
+    """Shorten a long name from the front, at a separator: what tells checkpoints apart stands at the end."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    tails = [name[match.end() :] for match in re.finditer(r"[-_/ ]", name)]
+    fitting = [tail for tail in tails if 0 < len(tail) < LONGEST_NAME]
+    return "\N{HORIZONTAL ELLIPSIS}" + (fitting[0] if fitting else name[1 - LONGEST_NAME :])
+
+
+def curve(
+    axes: Axes, points: pd.DataFrame, colour: str, *, width: float, band: bool = False, marker: bool = False
+) -> None:
+    """Trained single layers: a line for each backbone (training seeds are several)."""
+    trained = points[(points["weights"] == "trained") & (points["layers"] == "single")]
+    zorder = 2 if colour == BEHIND else 4
+    names = trained["backbone"].unique()
+    for name in names:
+        line = trained[trained["backbone"] == name].sort_values("layer")
+        axes.plot(
+            line["relative_depth"],
+            line["accuracy"],
+            color=colour,
+            linewidth=width / len(names) ** 0.35,
+            zorder=zorder,
+            marker="o" if marker else "",
+            markersize=2.8 if len(line) < 20 else 2.0,
+        )
+        if band:
+            axes.fill_between(
+                line["relative_depth"],
+                line["low"],
+                line["high"],
+                color=colour,
+                alpha=0.2 / len(names) ** 0.6,
+                linewidth=0,
+                zorder=zorder - 1,
+            )
+
+
+def random_curves(axes: Axes, points: pd.DataFrame, colour: str, *, seeds: bool) -> None:
+    """Random weights: the mean over seeds dotted, single seeds thin."""
+    single = points[(points["layers"] == "single") & (points["weights"] != "trained")]
+    for (kind, name), line in single.groupby(["weights", "backbone"], sort=False):
+        line = line.sort_values("layer")
+        if name == "mean":
+            style = DASHES[str(kind)]
+            axes.plot(line["relative_depth"], line["accuracy"], color=colour, linewidth=1.5, linestyle=style, zorder=3)
+        elif seeds:
+            axes.plot(line["relative_depth"], line["accuracy"], color=colour, linewidth=0.5, alpha=0.35, zorder=2)
+
+
+def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None:
+    """All layers together: diamonds beyond the last block, filled for trained and hollow for random weights."""
+    for weights, rows in points[points["layers"] == ALL_LAYERS].groupby("weights", sort=False):
+        trained = weights == "trained"
+        rows = rows[rows["interval"] == (ONE_HEAD if trained else SEED_RANGE)]
+        if not trained and not line:
+            continue
+        level = rows["accuracy"].mean()
+        axes.errorbar(
+            [1.06],
+            [level],
+            yerr=[[level - rows["low"].min()], [rows["high"].max() - level]] if line else None,
+            fmt="D",
+            markersize=4 if trained else 3.2,
+            color=colour,
+            elinewidth=0.9,
+            markerfacecolor=colour if trained else "white",
+            zorder=5,
+            clip_on=False,
+        )
+        if trained and line:
+            axes.plot([0, 1.06], [level, level], color=colour, linewidth=0.9, linestyle=(0, (5, 2)), zorder=3)
+            text = f"all layers: {level:.1f}" + (" (mean)" if len(rows) > 1 else "")
+            label(axes, 0, float(level), text, colour, va="bottom", offset=(0, 1.5))
+
+
+def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: float) -> None:
+    """Ring the chosen layer and write its accuracy beside the band, above it only where the text has room.
+
+    Parameters
+    ----------
+    axes, points, colour
+        Where, what, in which colour.
+    text_height
+        Height of a line of text in percentage points.
+    """
+    chosen = points[points["chosen"] & (points["weights"] == "trained")]
+    if chosen.empty:
+        return
+    ring = {"color": colour, "markerfacecolor": "white", "markersize": 6.0, "zorder": 5}
+    axes.plot(chosen["relative_depth"], chosen["accuracy"], "o", **ring)  # type: ignore[arg-type]
+    place = float(chosen["relative_depth"].mean())
+    side = "left" if place < 0.2 else "right" if place > 0.75 else "center"
+    reach = {"left": (0.0, 0.45), "right": (0.45, 0.0), "center": (0.22, 0.22) if len(chosen) == 1 else (0.45, 0.45)}[
+        side
+    ]
+    depth = points["relative_depth"]
+    near = points[(points["layers"] == "single") & (depth > place - reach[0]) & (depth < place + reach[1])]
+    trained, random = near[near["weights"] == "trained"], near[near["weights"] != "trained"]
+    joined = points[(points["layers"] == ALL_LAYERS) & (points["weights"] == "trained")]
+    ceiling = joined["accuracy"].min() if len(joined) else axes.get_ylim()[1]
+    above = ceiling - trained["high"].max() - (text_height if place < 0.45 else 0)  # its name stands on the left
+    below = trained["low"].min() - max([CHANCE, *random["accuracy"]])
+    up = bool(above > max(1.3 * text_height, below))
+    numbers = ", ".join(map(str, sorted(set(chosen["layer"]))))
+    text = f"layer{'s' * (',' in numbers)} {numbers}: {chosen['accuracy'].mean():.1f}"
+    height = float(trained["high"].max() if up else trained["low"].min())
+    options = {"ha": side, "va": "bottom" if up else "top", "offset": (0, 1 if up else -1)}
+    label(axes, place, height, text + " (mean)" * (len(chosen) > 1), colour, **options)
+
+
+def control_handles(points: pd.DataFrame, *, colour: str = MUTED, of: str = "", marker: bool = False) -> list[Line2D]:
+    """Legend entries of the kinds of random weights that are drawn."""
+    means = points[points["interval"] == SEED_RANGE]
+    handles = []
+    for kind in [kind for kind in DASHES if kind in set(means["weights"])]:
+        seeds = int(means[means["weights"] == kind]["n_seeds"].max())
+        text = f"{of}, {WORDS[kind]}" if of else f"{WORDS[kind]}, {seeds} seed{'s' * (seeds > 1)}"
+        handle = Line2D([], [], color=colour, linewidth=1.5, linestyle=DASHES[kind], label=text)
+        if marker:
+            handle.set(marker="o" if kind == "init" else "s", markersize=4.5, markerfacecolor="white")
+        handles.append(handle)
+    return handles
+
+
+def figure_legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
+    """Put one legend above the panels."""
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper center",
+        ncols=min(columns, len(handles)),
+        handlelength=2.2,
+        columnspacing=1.3,
+        borderaxespad=0.1,
+    )

@@ -1,0 +1,368 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import Net, with_controls, write_run
+
+from probekit.errors import ResultsError
+from probekit.report import (
+    build_report,
+    depth_figure,
+    depth_points,
+    kinds_figure,
+    kinds_points,
+    scaling_figure,
+    scaling_points,
+    training_figure,
+    training_points,
+)
+from probekit.report.captions import found, size_sentence
+from probekit.report.effects import Effect, Verdicts, joining_effects, random_margins, size_effects
+from probekit.report.page import store_tables
+from probekit.report.select import control_rows, narrow, settings, trained_models
+from probekit.report.style import colours, in_millions, readable, spread
+from probekit.report.tables import other_settings_table, warnings_list
+from probekit.results import load_margins, load_results
+
+NETS = (
+    Net("2x16-seed0", 2, 16),
+    Net("2x16-seed1", 2, 16),
+    Net("3x32", 3, 32),
+    Net("3x32-early", 3, 32, 30_000),
+)
+KINDS = ("colour", "shape")
+SIZE = {"n_test": 240, "n_validation": 90}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "family"
+    write_run(folder, with_controls(NETS, n_init=2), kinds=KINDS, heads=("linear", "mlp"), **SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frame(run):
+    return load_results(run)
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    return build_report(run, tmp_path_factory.mktemp("page") / "report.html")
+
+
+def single(tmp_path, **options):
+    """Write a run of one backbone."""
+    folder = tmp_path / "single"
+    write_run(folder, (Net("only", 3, 32, None),), **(SIZE | {"kinds": ()} | options))
+    return folder
+
+
+def test_the_csv_holds_the_numbers_of_the_frame(page, frame):
+    points = pd.read_csv(page.parent / "report_figures" / "depth.csv")
+    test = frame[(frame["split"] == "test") & (frame["source"] == "all") & (frame["head"] == "linear")]
+    trained = test[(test["control"] == "trained") & (test["combination"] == "single")]
+    drawn = points[(points["weights"] == "trained") & (points["layers"] == "single")]
+    shown = trained[trained["backbone"] != "3x32-early"]  # only the longest training is drawn over depth
+    both = shown.merge(drawn, on=["backbone", "layer"], suffixes=("", "_drawn"), validate="one_to_one")
+    assert len(both) == len(shown) == len(drawn)
+    for name in ("accuracy", "low", "high", "relative_depth"):
+        np.testing.assert_allclose(both[name], both[f"{name}_drawn"], rtol=1e-12)
+    assert (both["chosen"] == both["chosen_drawn"]).all()
+
+
+def test_control_means_are_means_over_seeds(frame):
+    points = depth_points(frame)
+    mean = points[(points["weights"] == "init") & (points["backbone"] == "mean") & (points["layers"] == "single")]
+    seeds = points[(points["weights"] == "init") & (points["backbone"] != "mean") & (points["layers"] == "single")]
+    by_layer = seeds.groupby(["model", "layer"])["accuracy"].agg(["mean", "min", "max"])
+    indexed = mean.set_index(["model", "layer"]).loc[by_layer.index]
+    np.testing.assert_allclose(indexed[["accuracy", "low", "high"]], by_layer)
+    assert (mean["n_seeds"] == 2).all()
+
+
+def test_scaling_points_are_the_chosen_layers(frame):
+    points = scaling_points(frame)
+    chosen = frame[frame["chosen"] & (frame["split"] == "test") & (frame["source"] == "all")]
+    expected = chosen[chosen["control"] == "trained"].set_index("backbone")["accuracy"]
+    drawn = points[(points["weights"] == "trained") & (points["layers"] == "chosen layer")]
+    drawn = drawn[drawn["backbone"] != "mean"].set_index("backbone")["accuracy"]
+    pd.testing.assert_series_equal(drawn.sort_index(), expected.drop("3x32-early").sort_index(), check_index_type=False)
+
+
+def test_training_starts_from_untrained_weights_of_the_same_shape(frame):
+    points = training_points(frame)
+    assert sorted(points["training_images"].unique()) == [0, 30_000, 300_000]
+    assert set(points[points["training_images"] == 0]["weights"]) == {"init"}
+    assert set(points["series"]) == {"3x32"}
+
+
+def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
+    again = build_report(run, tmp_path / "report.html")
+    assert again.read_bytes() == page.read_bytes()
+    files = sorted(path.name for path in (page.parent / "report_figures").iterdir())
+    assert files == sorted(
+        f"{name}.{kind}" for name in ("depth", "kinds", "scaling", "training") for kind in ("csv", "png", "svg")
+    )
+    for name in files:
+        ours, theirs = (folder / "report_figures" / name for folder in (page.parent, tmp_path))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_drawing_leaves_the_callers_style_alone(frame):
+    before = dict(mpl.rcParams)
+    depth_figure(frame)
+    assert dict(mpl.rcParams) == before
+
+
+class Reader(HTMLParser):
+    """Collects ids, addresses that a browser would load, and the visible text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.loads, self.tags, self.words = [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.loads += [attrs[name] for name in ("src", "href", "xlink:href", "srcset", "data") if name in attrs]
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_is_self_contained(page):
+    text = page.read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert not {"script", "link", "img", "iframe", "object"} & reader.tags
+    assert not [load for load in reader.loads if re.match(r"(?i)(https?:)?//|data:|file:", load)]
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert len(set(reader.ids)) == len(reader.ids)
+    used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text)
+    assert set(used) <= set(reader.ids)
+    for load in reader.loads:
+        assert load.startswith("#") or (page.parent / load).is_file()
+
+
+def test_the_page_names_no_folder_of_the_machine(page, run):
+    text = page.read_text(encoding="utf-8")
+    assert run.name in text
+    assert str(run.parent) not in text
+
+
+def test_every_chosen_layer_and_its_interval_is_on_the_page(page, frame):
+    text = "".join(Reader(page.read_text(encoding="utf-8")).words)
+    chosen = frame[frame["chosen"] & (frame["split"] == "test") & (frame["source"] == "all")]
+    for row in chosen[chosen["control"] == "trained"].itertuples():
+        assert f"{100 * row.accuracy:.1f}" in text
+        assert f"[{100 * row.low:.1f}, {100 * row.high:.1f}]" in text
+        assert row.backbone in text
+
+
+def test_headline_effects_come_from_the_margins(run, frame):
+    """An independent computation with numpy only: mean right answers of the same pairs."""
+    primary = narrow(frame)
+    verdicts = Verdicts(run, "strict")
+    margins = load_margins(run)
+    margins = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
+    right = (margins["margin"] > 0) == (margins["label"] > 0.5)
+    accuracy = right.groupby(margins["record_id"]).mean()
+    chosen = primary[primary["chosen"] & (primary["split"] == "test") & (primary["source"] == "all")]
+    value = {
+        (backbone, control): accuracy[record]
+        for backbone, control, record in chosen[["backbone", "control", "record_id"]].to_numpy()
+    }
+    random = {shape: np.mean([value[shape, f"init:{seed}"] for seed in (0, 1)]) for shape in ("2x16-seed0", "3x32")}
+    small = np.mean([value["2x16-seed0", "trained"], value["2x16-seed1", "trained"]])
+    found_margins = {m.model: m for m in random_margins(primary, verdicts) if m.layers == "chosen layer"}
+    assert found_margins["3x32"].effect.estimate == pytest.approx(value["3x32", "trained"] - random["3x32"])
+    assert found_margins["2x16 (2 seeds)"].effect.estimate == pytest.approx(small - random["2x16-seed0"])
+    trained, control, left = size_effects(primary, verdicts)["chosen layer"]
+    assert trained.estimate == pytest.approx(value["3x32", "trained"] - small)
+    assert control.estimate == pytest.approx(random["3x32"] - random["2x16-seed0"])
+    assert left.estimate == pytest.approx(trained.estimate - control.estimate)
+    for effect in (trained, control, left, *(m.effect for m in found_margins.values())):
+        assert effect.low < effect.estimate < effect.high
+
+
+def test_a_difference_of_differences_is_wider_than_neither_side_allows(run, frame):
+    effects = size_effects(narrow(frame), Verdicts(run, "strict"))["all layers"]
+    widths = [effect.high - effect.low for effect in effects]
+    assert max(widths[:2]) < widths[2] < 1.5 * sum(widths[:2])
+
+
+@pytest.mark.parametrize("estimate", [0.05, -0.05])
+def test_sentences_keep_the_sign(estimate):
+    effect = Effect("a - b", estimate, estimate - 0.02, estimate + 0.02, 0.03, 100)
+    words = "above" if estimate > 0 else "below"
+    text = size_sentence("chosen layer", [effect], "small", "large")
+    assert text == f"At the layer chosen on validation, large is 5.0 points [3.0, 7.0] {words} small."
+
+
+def test_an_effect_around_zero_is_not_called_one():
+    effect = Effect("a - b", 0.01, -0.01, 0.03, 0.03, 100)
+    text = size_sentence("all layers", [effect], "small", "large")
+    assert text == "With all layers together, large cannot be told (+1.0 points [\N{MINUS SIGN}1.0, +3.0]) from small."
+
+
+def test_names_from_files_are_escaped(tmp_path):
+    evil = "<script>alert('{}')</script>&\"</svg>"
+    nets = with_controls((Net(evil, 2, 16, None), Net("$\\frac{x$", 3, 32, None)), n_init=1)
+    write_run(tmp_path / "run", nets, kinds=("<b>bold</b>", "$_$"), **SIZE)
+    text = build_report(tmp_path / "run", tmp_path / "a b&c" / "<p>.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>bold" not in text
+    assert text.count("</svg>") == 3
+
+
+def test_one_backbone_without_controls_kinds_or_joined_layers(tmp_path):
+    folder = single(tmp_path, joined=False)
+    text = build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "no random-weights controls" in text
+    assert "no head on all layers together" in text
+    files = {path.name for path in (tmp_path / "out_figures").glob("*.svg")}
+    assert files == {"depth.svg"}
+
+
+def test_joined_layers_alone_need_no_depth_figure(tmp_path):
+    nets = with_controls((Net("a", 2, 16, None), Net("b", 3, 32, None)), n_init=1)
+    write_run(tmp_path / "run", nets, kinds=KINDS, singles=False, **SIZE)
+    text = build_report(tmp_path / "run", tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "says nothing about depth" in text
+    assert not (tmp_path / "out_figures" / "depth.svg").exists()
+    assert (tmp_path / "out_figures" / "scaling.svg").is_file()
+
+
+def test_without_validation_no_layer_is_chosen(tmp_path):
+    folder = single(tmp_path, validation=False)
+    text = build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "for want of single-layer heads or of validation rows" in text
+    assert "have no validation rows" in text
+
+
+def test_random_weights_alone_say_so(tmp_path):
+    write_run(tmp_path / "run", (Net("only", 2, 16, None, "init:0"),), kinds=(), **SIZE)
+    text = build_report(tmp_path / "run", tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "no trained backbone" in text
+    with pytest.raises(ResultsError, match="no points for the depth figure"):
+        depth_figure(load_results(tmp_path / "run"))
+
+
+def test_several_settings_are_listed_and_the_first_is_drawn(tmp_path):
+    frame = load_results(single(tmp_path, sigmas=("0.1", "0.005"), heads=("mlp", "linear")))
+    assert settings(frame)[0].sigma == "0.1"
+    assert settings(frame)[0].head == "mlp"  # the only head that was fitted on single layers here
+    others = other_settings_table(frame)
+    assert list(others["Sigma"]) == ["0.005"]
+    assert set(depth_points(frame, setting=replace(settings(frame)[0], sigma="0.005"))["accuracy"]) == set(
+        frame[(frame["sigma"] == "0.005") & (frame["split"] == "test") & (frame["head"] == "mlp")]["accuracy"]
+    )
+
+
+def test_a_linear_head_is_preferred_to_an_earlier_mlp(frame):
+    reordered = pd.concat([frame[frame["head"] == "mlp"], frame[frame["head"] == "linear"]])
+    assert settings(reordered)[0].head == "linear"
+
+
+def test_kinds_without_decided_pairs_are_named_and_not_drawn(frame):
+    tied = frame.copy()
+    tied.loc[tied["source"] == "shape", ["accuracy", "low", "high"]] = np.nan
+    assert set(kinds_points(tied)["source"]) == {"colour"}
+    assert len(kinds_figure(tied).axes) == 1
+
+
+def test_models_join_seeds_and_drop_shorter_training(frame):
+    assert [model.label for model in trained_models(frame)] == ["2x16 (2 seeds)", "3x32"]
+    labels = [model.label for model in trained_models(frame, every_length=True)]
+    assert labels == ["2x16 (2 seeds)", "3x32-early", "3x32"]
+
+
+def test_untrained_controls_of_the_same_shape_stand_in(frame):
+    early = next(model for model in trained_models(frame, every_length=True) if model.label == "3x32-early")
+    assert set(control_rows(frame, early)["backbone"]) == {"3x32"}
+    shuffled = frame.assign(control=frame["control"].str.replace("init", "shuffled"))
+    assert control_rows(shuffled, early).empty  # shuffled weights are a model's own
+
+
+def test_all_figures_draw_a_family_with_both_kinds_of_controls(tmp_path):
+    nets = with_controls(NETS[2:], n_init=1, n_shuffled=1)
+    write_run(tmp_path / "run", nets, kinds=KINDS, **SIZE)
+    frame = load_results(tmp_path / "run")
+    assert len(depth_figure(frame).axes) == 1
+    assert len(scaling_figure(frame).axes) == 2
+    assert len(training_figure(frame).axes) == 2
+    assert set(depth_points(frame)["weights"]) == {"trained", "init", "shuffled"}
+
+
+def test_warnings_name_what_a_reader_must_know(frame):
+    broken = frame.assign(edge_of_grid=True, converged=False, effective_groups=20.0, predicted_ties=3)
+    text = " ".join(warnings_list(broken))
+    for words in (
+        "edge of the grid",
+        "did not converge",
+        "fewer than 50 effective groups",
+        "left out",
+        "true ties",
+        "equal scores",
+    ):
+        assert words in text
+    calm = frame.assign(edge_of_grid=False, converged=True, effective_groups=500.0, left_out=0, true_ties=0)
+    assert warnings_list(calm) == []
+
+
+def test_joining_is_compared_with_the_chosen_layer(run, frame):
+    effects = joining_effects(narrow(frame), Verdicts(run, "strict"))
+    assert set(effects) == {"2x16 (2 seeds)", "3x32"}
+    assert effects["3x32"].estimate > 0
+
+
+def test_sentences_for_seeds_of_the_largest_model(frame):
+    small = frame[frame["backbone"].str.startswith("2x16")]
+    assert "mean of 2 training seeds" in found(small, [], {}, {}, {})[0]
+
+
+def test_facts_of_stores_are_split_into_shared_and_differing():
+    stores = [{"path": f"/secret/{name}", "noise": {"seed": 0}, "id": name * 40} for name in "ab"]
+    common, differing = store_tables(stores)
+    assert common.to_dict("records") == [{"Setting": "noise.seed", "Value": "0"}]
+    assert differing.to_dict("list") == {"store": ["a", "b"], "id": ["a" * 12 + "…", "b" * 12 + "…"]}
+    assert all(table.empty for table in store_tables([]))
+
+
+def test_a_folder_as_page_is_refused(run, tmp_path):
+    with pytest.raises(ResultsError, match="is a folder; name the page"):
+        build_report(run, tmp_path)
+
+
+def test_label_heights_keep_order_and_distance():
+    placed = spread([60.0, 60.1, 70.0, 60.2], 2.0)
+    assert placed == pytest.approx([58.1, 60.1, 70.0, 62.1])
+    ordered = sorted(placed)
+    assert all(b - a >= 2.0 - 1e-9 for a, b in pairwise(ordered))
+
+
+def test_colours_are_ordered_in_lightness_and_text_is_readable():
+    def lightness(colour):
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), mpl.colors.to_rgb(colour), strict=True))
+
+    ladder = [lightness(colour) for colour in colours(6)]
+    assert ladder == sorted(ladder, reverse=True)
+    assert lightness(readable(colours(6)[0])) < ladder[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(254_000, "0.25 M"), (999_168, "1.0 M"), (8.1e9, "8.1 B"), (2_432, "2.4 k"), (12, "12")]
+)
+def test_sizes_in_words(n, text):
+    assert in_millions(n) == text
