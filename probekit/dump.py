@@ -94,10 +94,10 @@ def dump_features(
     sigmas
         Noise levels as decimal text; those that the store lacks are added.
     noise
-        ``shared``: the images of a prompt see the same noise; ``independent``: each its own; ``none``: eps = 0, which is
+        ``shared``: the images of a prompt see the same noise; ``independent``: each its own; ``none``: eps = 0,
         the mean of the noisy latent.
     pooling
-        Names of `probekit.backbones.POOLINGS`.
+        Names of `probekit.backbones.capture.POOLINGS`.
     layers
         ``all`` or layer numbers; 0 = tokens entering the first block, k = tokens after block k.
     batch_size

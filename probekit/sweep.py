@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,8 @@ def run_sweep(
 def _settings(store: FeatureStore) -> dict[str, Any]:
     """Give the settings of a store that a report shows; hashes stay in the store, the fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
-    return (
-        {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
-        | plain
-        | store.config.get("noise", {})
-    )
+    facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
+    return facts | plain | dict(store.config.get("noise", {}))
 
 
 def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
@@ -158,27 +156,24 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
                 )
                 raise StoreError(message)
         digest = _data_digest(store, dataset, judged)
-        for sigma in sigmas:
-            for pooling in poolings:
-                for draw in store.draws:
-                    for head in config.heads:
-                        for layers in resolve_layer_sets(head.layer_sets, stored=stored, n_blocks=n_blocks):
-                            for seed in head.seeds if isinstance(head, MLPHead) else [0]:
-                                yield Record(
-                                    store=store.path,
-                                    fingerprint=store.fingerprint,
-                                    dataset=dataset,
-                                    data_digest=digest,
-                                    protocol=config.protocol,
-                                    sigma=sigma,
-                                    draw=draw,
-                                    pooling=pooling,
-                                    layers=layers,
-                                    head=head,
-                                    seed=seed,
-                                    resamples=config.resamples,
-                                    level=config.level,
-                                )
+        for sigma, pooling, draw, head in product(sigmas, poolings, store.draws, config.heads):
+            seeds = head.seeds if isinstance(head, MLPHead) else [0]
+            for layers, seed in product(resolve_layer_sets(head.layer_sets, n_blocks, stored=stored), seeds):
+                yield Record(
+                    store=store.path,
+                    fingerprint=store.fingerprint,
+                    dataset=dataset,
+                    data_digest=digest,
+                    protocol=config.protocol,
+                    sigma=sigma,
+                    draw=draw,
+                    pooling=pooling,
+                    layers=layers,
+                    head=head,
+                    seed=seed,
+                    resamples=config.resamples,
+                    level=config.level,
+                )
 
 
 def _chosen(asked: str | list[str], held: list[str], *, what: str, store: FeatureStore) -> list[str]:
@@ -253,8 +248,12 @@ def _one_thread() -> None:
 def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     """Fit one record, write its part, and say its test accuracy."""
     store = _store(record.store)
-    coordinates = {"sigma": record.sigma, "pooling": record.pooling, "draw": record.draw}
-    features = concatenate([store.read(layer=layer, **coordinates) for layer in record.layers])
+    features = concatenate(
+        [
+            store.read(layer=layer, sigma=record.sigma, pooling=record.pooling, draw=record.draw)
+            for layer in record.layers
+        ]
+    )
     pairs = {split: _pairs(record.store, record.dataset, judged, split) for split in _SPLITS}
     train = pairs["train"]
     groups = train.frame["group"].to_numpy()

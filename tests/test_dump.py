@@ -121,7 +121,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_fi
     command = [
         sys.executable, "-m", "probekit", "dump", "--backbone", str(base_folder()),
         "--transformer", str(models()[0].folder), "--max-tokens", "0", "--prefs", str(prefs_file),
-        "--batch-size", "4", "--shard-size", "1", "--sigma", "0.005", "--sigma", "0.1", "--sigma", "0.2", "--device", "cpu",
+        "--batch-size", "4", "--shard-size", "1", "--sigma", "0.005", "--sigma", "0.1", "--sigma", "0.2",
+        "--device", "cpu",
     ]  # fmt: skip
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
     chance = random.Random(0)

@@ -8,7 +8,7 @@ import numpy as np
 from probekit._types import FloatArray
 from probekit.errors import ConfigError, HeadError
 
-LayerSetSpec = str | Sequence[int] | Mapping[str, Sequence[float]]
+LayerSetSpec = str | Sequence[int] | Mapping[Literal["relative"], Sequence[float]]
 """``"singles"``, ``"all"``, layer numbers, or ``{"relative": depths}``."""
 
 

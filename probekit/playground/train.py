@@ -147,7 +147,11 @@ def pictures(weights: Weights) -> None:
     from probekit.playground.export import reconstruction_grid, sample_grid
 
     reconstruction_grid(weights, weights / "reconstructions.png")
-    names = sorted(folder.name for folder in (weights / "transformers").iterdir())
+    records = json.loads((weights / "training.json").read_text(encoding="utf-8"))
+    shapes = {
+        name: (record["parameters"], record["fraction"]) for name, record in records.items() if "blocks" in record
+    }
+    names = sorted(shapes, key=lambda name: (*shapes[name], name))
     captions = sample_grid(weights, names, weights / "samples.png")
     logger.info("\n".join(["samples.png: drawn, then " + ", ".join(names), *captions]))
 

@@ -56,7 +56,7 @@ def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level
             _scaling_panel(axes, here, palette)
             axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
             log_axis(axes, shown, [in_millions(size) for size in shown])
-        headroom = max(_name_models(axes, points, layers, palette) for axes, layers in panels)
+        headroom = max(0.0, *(_name_models(axes, points, layers, palette) for axes, layers in panels))
         percent_axis(panels[0][0], pd.concat([points["low"], points["high"]]), headroom=headroom)
         for axes, _ in panels[1:]:
             axes.axhline(CHANCE, color=FAINT, linewidth=0.9, zorder=1)
@@ -209,7 +209,7 @@ def _name_models(axes: Axes, points: pd.DataFrame, layers: str, palette: dict[st
         Room needed above the highest interval of the figure, as a share of the range of the data.
     """
     known = pd.concat([points["low"], points["high"]])
-    span = max(known.max(), CHANCE + 5) - min(known.min(), CHANCE)
+    span = float(max(known.max(), CHANCE + 5) - min(known.min(), CHANCE))
     left, right = np.log(axes.get_xlim())
     trained = points[(points["layers"] == layers) & (points["weights"] == "trained")]
     boxes: list[tuple[float, float, float, float]] = []  # left, right, bottom, top as shares of panel and data range
@@ -232,7 +232,7 @@ def _name_models(axes: Axes, points: pd.DataFrame, layers: str, palette: dict[st
         if bottom > top + 0.03:
             ends = [known.min() + (top + 0.005) * span, y]
             axes.plot([rows["parameters"].iloc[0]] * 2, ends, color=palette[str(model)], linewidth=0.5, zorder=1)
-    return max(0.0, max(box[3] for box in boxes) - (known.max() - known.min()) / span)
+    return float(max((box[3] for box in boxes), default=0.0)) - float(known.max() - known.min()) / span
 
 
 def _dodged(x: FloatArray) -> FloatArray:
