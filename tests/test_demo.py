@@ -18,7 +18,7 @@ def test_the_demo_and_the_shipped_configuration_are_the_same():
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    small = [model for model in models() if model.blocks == 3 and model.width == 48][:1]
+    small = [model for model in models() if model.name in ("3x48-seed0", "6x48")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TRAIN_PAIRS", 400)
         patch.setattr(demo, "TEST_PAIRS", 300)
@@ -28,8 +28,8 @@ def out(tmp_path_factory):
         page = demo.run_demo(folder, progress=lambda done, total, text: seen.append((done, total, text)))
         assert page == folder / "report.html"
         stages = {text.split()[0]: (done, total) for done, total, text in seen}
-        assert stages["dump"] == (2, 2)
-        assert stages["sweep"] == (10, 10)
+        assert stages["dump"] == (4, 4)
+        assert stages["sweep"] == (26, 26)
         before = (folder / "run" / "results.parquet").read_bytes()
         again = []
         demo.run_demo(folder, progress=lambda done, total, text: again.append(text))
@@ -49,7 +49,9 @@ def test_the_page_and_its_figures_are_there(out):
 
 def test_before_the_first_block_no_text_has_been_seen(out):
     """Swap-balanced content pairs show each picture under both captions: layer 0 is at 50 % by construction."""
-    frame = probekit.load_results(out / "run").query("split == 'test' and layer == 0 and control == 'trained'")
+    frame = probekit.load_results(out / "run").query(
+        "split == 'test' and layer == 0 and control == 'trained' and backbone == '6x48'"
+    )
     content = frame[frame["source"].isin(["colour", "background", "count", "size", "shape", "binding", "relation"])]
     assert len(content) == 7
     assert (content["accuracy"] == 0.5).all()

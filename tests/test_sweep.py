@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,9 @@ import pytest
 from planted_store import planted_store
 
 import probekit
-from probekit.config import SweepConfig
+from probekit.config import SweepConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError, StoreError
+from probekit.heads import resolve_layer_sets
 from probekit.results import load_margins
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.001, 0.1, 10.0]}
@@ -182,3 +184,12 @@ def test_a_killed_sweep_ends_with_the_same_bytes(tmp_path):
     process.wait()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert (run / "results.parquet").read_bytes() == (whole / "results.parquet").read_bytes()
+
+
+def test_the_dit_reward_layers_are_the_stated_ones():
+    """{16, 24, 29, 38} of 38 blocks, the paper's 0-based {15, 23, 28, 37}; the same depths of 24 blocks."""
+    path = Path(__file__).parent.parent / "sweeps" / "dit_reward.yaml"
+    (head,) = (head for head in SweepConfig.checked(load_yaml(path), source=path.name).heads if head.kind == "mlp")
+    assert resolve_layer_sets(head.layer_sets, 38) == [(16, 24, 29, 38)]
+    assert resolve_layer_sets(head.layer_sets, 24) == [(10, 15, 18, 24)]
+    assert head.hidden == [1024, 16]

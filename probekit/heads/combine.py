@@ -1,14 +1,14 @@
 """Layer sets: which layers go into one head, and how their features become one matrix."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from probekit._types import FloatArray
 from probekit.errors import ConfigError, HeadError
 
-LayerSetSpec = str | Sequence[int] | Mapping[Literal["relative"], Sequence[float]]
+LayerSetSpec = str | Sequence[int] | Mapping[Any, Sequence[float]]
 """``"singles"``, ``"all"``, layer numbers, or ``{"relative": depths}``."""
 
 

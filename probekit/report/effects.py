@@ -189,4 +189,4 @@ def training_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[
 
 
 def _images(model: Model) -> str:
-    return f"{model.images or 0:,}".replace(",", " ")
+    return f"{model.images or 0:,}"

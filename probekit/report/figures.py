@@ -153,6 +153,7 @@ def _grid(n: int, *, panel_height: float, columns: int | None = None) -> tuple[F
 def _overview(axes: Axes, points: pd.DataFrame, palette: dict[str, str], *, gap: float) -> None:
     """All trained models in one panel, named at the last layer."""
     axes.set_title("Trained, together")
+    axes.tick_params(labelbottom=True)  # its scale is not that of the panel below
     ends = []
     for model, colour in palette.items():
         mine = points[points["model"] == model]

@@ -125,7 +125,7 @@ def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: f
         side
     ]
     depth = points["relative_depth"]
-    near = points[(points["layers"] == "single") & (depth > place - reach[0]) & (depth < place + reach[1])]
+    near = points[(points["layers"] == "single") & (depth >= place - reach[0]) & (depth <= place + reach[1])]
     trained, random = near[near["weights"] == "trained"], near[near["weights"] != "trained"]
     joined = points[(points["layers"] == ALL_LAYERS) & (points["weights"] == "trained")]
     ceiling = joined["accuracy"].min() if len(joined) else axes.get_ylim()[1]

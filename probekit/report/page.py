@@ -80,7 +80,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("page.html.j2").render(
-        title=run.resolve().name,
+        title="/".join(run.resolve().parts[-2:]),
         level=level,
         sections=sections,
         others=tables.other_settings_table(frame),
