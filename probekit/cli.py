@@ -208,8 +208,12 @@ def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: temporary files are removed on the way out."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def main() -> None:
@@ -218,12 +222,12 @@ def main() -> None:
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)]
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except ProbekitError as error:
         err_console.print(f"error: {error}", markup=False, highlight=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err_console.print("interrupted; the same command resumes")
-        sys.exit(130)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        err_console.print("stopped; what is done is kept, and the same command resumes")
+        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
