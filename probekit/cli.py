@@ -208,12 +208,12 @@ def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception: temporary files are removed on the way out."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, as an exception that typer lets through: temporary files are removed on the way out."""
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise _Stopped(signum)
 
 
 def main() -> None:
@@ -222,12 +222,13 @@ def main() -> None:
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)]
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except ProbekitError as error:
         err_console.print(f"error: {error}", markup=False, highlight=False)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except _Stopped as stop:
         err_console.print("stopped; what is done is kept, and the same command resumes")
-        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
+        sys.exit(128 + stop.args[0])

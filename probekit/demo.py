@@ -6,13 +6,12 @@ process a core works through the dumps, because importing diffusers takes longer
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probekit._workers import run_in_processes
 from probekit.config import LinearHead, SweepConfig
 from probekit.playground import PlaygroundModel, base_folder, models
 from probekit.playground.pairs import write_pairs
@@ -60,20 +59,15 @@ def run_demo(out: Path | str, *, progress: Progress | None = None) -> Path:
         The report.
     """
     out = Path(out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     prefs = out / "pairs" / "preferences.jsonl"
     if not prefs.exists():
         write_pairs(prefs.parent, n_train=TRAIN_PAIRS, n_test=TEST_PAIRS, seed=0)
     dumps = _dumps()
-    # spawn: a fork would copy torch's thread pools in an undefined state
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {
-            pool.submit(_run, dump, out=out, prefs=prefs): dump for dump in sorted(dumps, key=_cost, reverse=True)
-        }
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if progress is not None:
-                progress(done, len(dumps), f"dump {futures[future].store}")
+    work = run_in_processes(partial(_run, out=out, prefs=prefs), sorted(dumps, key=_cost, reverse=True), jobs=cores)
+    for done, (dump, _) in enumerate(work, start=1):
+        if progress is not None:
+            progress(done, len(dumps), f"dump {dump.store}")
     run = run_sweep(
         SWEEP,
         stores=[out / "stores" / dump.store for dump in dumps],
@@ -118,10 +112,5 @@ def _base(cache: Path) -> "Backbone":
     """Load the shared parts, once in each process."""
     from probekit.backbones import Backbone
 
-    return Backbone.from_pretrained(base_folder(), transformer=models()[0].folder, max_tokens=0, cache=cache)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    transformer = models()[0].folder
+    return Backbone.from_pretrained(base_folder(), transformer=transformer, max_tokens=0, device="cpu", cache=cache)

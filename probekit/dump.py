@@ -4,6 +4,7 @@ A row is a distinct (prompt, image), so the backbone runs at most once per pair 
 ranking uses several times. Work goes block by block; a block is committed or it is not, and only missing ones are done.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -107,7 +108,7 @@ def dump_features(
     training_images
         Images the transformer was trained on, where known; x-axis of the plot against training length.
     shard_size
-        Largest shard in MiB.
+        Largest shard in MiB; also the most memory for the latents of a block.
     progress
         Called as ``progress(done, total, text)`` with rows.
 
@@ -126,7 +127,7 @@ def dump_features(
     out = Path(out)
     config = backbone.fingerprint_config() | {
         "layers": [asdict(point) for point in points],
-        "poolings": {name: (POOLINGS[name].__doc__ or "").splitlines()[0] for name in pooling},
+        "poolings": {name: POOLINGS[name].definition for name in pooling},
         "noise": {"scheme": noise, "seed": None if noise == "none" else seed},
     }
     describe = backbone.describe() | {"training_images": training_images}
@@ -134,9 +135,10 @@ def dump_features(
     digests = prefs.image_digests(out / "image_digests.parquet")
     writer.write_judgements(prefs.name, prefs.judgements(digests))
     rows = prefs.rows(digests)
-    size = rows_per_shard(
-        n_layers=len(points), n_poolings=len(pooling), width=backbone.width, shard_bytes=shard_size * 2**20
-    )
+    shard_bytes = shard_size * 2**20
+    size = rows_per_shard(n_layers=len(points), n_poolings=len(pooling), width=backbone.width, shard_bytes=shard_bytes)
+    # The latents of a block are held at once as well; of few layers they are the larger part.
+    size = max(1, min(size, shard_bytes // (4 * math.prod(backbone.latent_shape))))
     # A block is encoded once for all the noise levels that still lack it.
     todo: dict[str, tuple[Block, list[str]]] = {}
     for sigma in sigmas:

@@ -10,21 +10,19 @@ cross-validation inside the training split, the layer from the validation split 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from probekit import results
-from probekit._types import FloatArray
+from probekit._types import FloatArray, IntArray
+from probekit._workers import run_in_processes
 from probekit.config import LinearHead, MLPHead, SweepConfig, load_yaml
 from probekit.errors import ConfigError, StoreError
 from probekit.heads import (
@@ -35,11 +33,13 @@ from probekit.heads import (
     layer_set_name,
     resolve_layer_sets,
 )
+from probekit.heads.linear import PairHead
 from probekit.preferences import load_preferences
 from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs, canonical_json
 
 Progress = Callable[[int, int, str], None]
+FIT_VERSION = "1"  # part of every record's identity: raised when the same settings would give other numbers
 _SPLITS = ("train", "validation", "test")
 
 
@@ -51,6 +51,9 @@ class Record:
     """
 
     store: Path
+    backbone: str
+    control: str
+    training_images: int | None
     fingerprint: str
     dataset: str
     data_digest: str
@@ -68,7 +71,7 @@ class Record:
     def record_id(self) -> str:
         """SHA-256 over the plain values, full precision, without the store's path."""
         plain = {key: value for key, value in vars(self).items() if key not in ("store", "head")}
-        plain["head"] = self.head.model_dump(exclude={"layer_sets", "seeds"})
+        plain |= {"head": self.head.model_dump(exclude={"layer_sets", "seeds"}), "fit_version": FIT_VERSION}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
 
 
@@ -118,25 +121,37 @@ def run_sweep(
     opened = [FeatureStore(Path(path)) for path in stores]
     judged = None if prefs is None else _bind_file(Path(prefs), out=out)
     records = [record for store in opened for record in _plan(config, store, judged=judged)]
+    _check_distinct(records)
     ids = [record.record_id for record in records]
-    if len(set(ids)) < len(ids):
-        twice = next(record for record in records if ids.count(record.record_id) > 1)
-        message = f"{twice.store}: the plan holds the same fit twice; name each store and each layer set once"
-        raise ConfigError(message)
     results.write_config(
         out, {"sweep": config.model_dump(mode="json"), "stores": [_settings(store) for store in opened]}
     )
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
-    for count, (record, text) in enumerate(_run_all(todo, out=out, judged=judged, jobs=jobs), start=1):
+    fits = run_in_processes(partial(_run, out=out, judged=judged), todo, jobs=jobs)
+    for count, (record, text) in enumerate(fits, start=1):
         if progress is not None:
             progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
     results.rebuild(out, ids)
     return out
 
 
+def _check_distinct(records: list[Record]) -> None:
+    """Refuse two fits that the results could not tell apart, such as two backbones of one name."""
+    seen: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        source = (record.backbone, record.control, record.dataset, record.sigma, record.draw, record.pooling)
+        first = seen.setdefault((*source, record.layers, record.head.name, record.seed), record)
+        if first is not record:
+            message = (
+                f"{first.store} and {record.store}: both are {record.backbone!r} ({record.control}); allowed: each "
+                "backbone once; give the second another name (dump it again with --name, which computes nothing)"
+            )
+            raise ConfigError(message)
+
+
 def _settings(store: FeatureStore) -> dict[str, Any]:
-    """Give the settings of a store that a report shows; hashes stay in the store, the fingerprint stands for them."""
+    """Give the settings of a store that a report shows; hashes stay in the store, its fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
     facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
     return facts | plain | dict(store.config.get("noise", {}))
@@ -161,6 +176,9 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
             for layers, seed in product(resolve_layer_sets(head.layer_sets, n_blocks, stored=stored), seeds):
                 yield Record(
                     store=store.path,
+                    backbone=store.describe["name"],
+                    control=store.describe["random_weights"] or "trained",
+                    training_images=store.describe["training_images"],
                     fingerprint=store.fingerprint,
                     dataset=dataset,
                     data_digest=digest,
@@ -220,29 +238,9 @@ def _data_digest(store: FeatureStore, dataset: str, judged: Path | None) -> str:
         frame = pairs.frame[["pair_id", "group", "split", "source", "weight"]].assign(
             label=pairs.label, row_a=row_ids[pairs.rows[:, 0]], row_b=row_ids[pairs.rows[:, 1]]
         )
-        digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
+        for table in (frame, pairs.excluded[["pair_id", "source", "reason"]]):
+            digest.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
     return digest.hexdigest()
-
-
-def _run_all(records: list[Record], *, out: Path, judged: Path | None, jobs: int) -> Iterator[tuple[Record, str]]:
-    if jobs == 1:
-        with threadpool_limits(1):
-            for record in records:
-                yield record, _run(record, out=out, judged=judged)
-        return
-    # spawn: a fork would copy the parent's thread pools in an undefined state
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {pool.submit(_run, record, out=out, judged=judged): record for record in records}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _one_thread() -> None:
-    threadpool_limits(1)
 
 
 def _run(record: Record, *, out: Path, judged: Path | None) -> str:
@@ -262,7 +260,7 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     if isinstance(record.head, LinearHead):
         linear = BradleyTerryClassifierCV(Cs=record.head.strengths, cv=record.head.folds)
         linear.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-        scores = linear.score_items(features)
+        head: PairHead = linear
         fitted = {
             "strength": linear.C_,
             "edge_of_grid": linear.edge_of_grid_,
@@ -273,14 +271,14 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
         settings = record.head.model_dump(exclude={"kind", "name", "layer_sets", "seeds"})
         mlp = BradleyTerryMLP(**settings, seed=record.seed)
         mlp.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-        scores = mlp.score_items(features)
+        head = mlp
         fitted = {
             "strength": np.nan,
             "edge_of_grid": False,
             "converged": mlp.converged_,
             "head_parameters": mlp.n_parameters_,
         }
-    margins = {split: scores[pairs[split].rows[:, 0]] - scores[pairs[split].rows[:, 1]] for split in _SPLITS}
+    margins = {split: _margins(head, features, pairs[split].rows) for split in _SPLITS}
     trained = PROTOCOLS[record.protocol](margins["train"], train.label)
     fitted["train_accuracy"] = float(np.nanmean(trained.correct))
     rows = [
@@ -299,14 +297,20 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     return f"{record.head.name} {_facts(record, store)['layer_set']}: {100 * test['accuracy']:.1f} %"
 
 
+def _margins(head: PairHead, features: FloatArray, rows: IntArray) -> FloatArray:
+    """Score the rows of pairs (n, 2) only: other rows of the store may have no features."""
+    used, place = np.unique(rows, return_inverse=True)
+    return head.decision_function(features[used], place.reshape(rows.shape))
+
+
 def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     """Give the columns that say what was fitted on what."""
     facts = store.describe
     single = len(record.layers) == 1
     return {
         "record_id": record.record_id,
-        "backbone": facts["name"],
-        "control": facts["random_weights"] or "trained",
+        "backbone": record.backbone,
+        "control": record.control,
         "dataset": record.dataset,
         "protocol": record.protocol,
         "sigma": record.sigma,
@@ -323,7 +327,7 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
         "width": facts["width"],
         "n_blocks": facts["n_blocks"],
         "relative_depth": record.layers[0] / facts["n_blocks"] if single else np.nan,
-        "training_images": facts["training_images"],
+        "training_images": record.training_images,
         "store_fingerprint": record.fingerprint,
         "data_digest": record.data_digest,
         "probekit_version": version("dit-probekit"),
@@ -334,7 +338,8 @@ def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str
     """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap."""
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
-    kinds = sorted(set(sources))
+    excluded = pairs.excluded
+    kinds = sorted({*sources, *excluded["source"]})
     for source in [results.ALL_SOURCES, *(kinds if len(kinds) > 1 else [])]:
         inside = np.ones(len(sources), dtype=bool) if source == results.ALL_SOURCES else sources == source
         outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
@@ -345,7 +350,7 @@ def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str
             "n_pairs": outcome.n_pairs,
             "true_ties": outcome.true_ties,
             "predicted_ties": outcome.predicted_ties,
-            "left_out": sum(pairs.left_out.values()),
+            "left_out": len(excluded) if source == results.ALL_SOURCES else int((excluded["source"] == source).sum()),
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         if decided.any():

@@ -13,13 +13,20 @@ BLOCKS, WIDTH = 3, 8
 
 
 def planted_store(
-    path: Path, *, signal: dict[int, float], seed: int, pairs: int = 400, ties: float = 0.0, control: str | None = None
+    path: Path,
+    *,
+    signal: dict[int, float],
+    seed: int,
+    pairs: int = 400,
+    ties: float = 0.0,
+    broken: int = 0,
+    control: str | None = None,
 ) -> Path:
     """Write a store of `pairs` lone pairs at layers 0 to 3, 8 channels wide.
 
     Property: at a layer in `signal` one direction carries strength x quality, where the better picture of a pair of
     source ``easy`` has the higher quality. Pairs of source ``none`` (a quarter) are judged by a coin, and layers not in
-    `signal` know nothing.
+    `signal` know nothing. The first picture of each of the first `broken` pairs has no finite features.
     """
     rng = np.random.default_rng(seed)
     quality = rng.normal(size=(pairs, 2))
@@ -49,6 +56,7 @@ def planted_store(
         values = rng.normal(size=(len(rows), WIDTH))
         direction = rng.normal(size=WIDTH)
         values += signal.get(layer, 0.0) * np.outer(quality.ravel(), direction / np.linalg.norm(direction))
+        values[: 2 * broken : 2] = np.nan
         features["mean", layer] = values.astype(np.float32)
     names = ["input of blocks.0", *(f"blocks.{block}" for block in range(BLOCKS))]
     writer = open_store(

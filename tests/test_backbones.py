@@ -404,7 +404,7 @@ def test_fingerprint_names_what_changes_the_numbers(base: Path, backbone: Backbo
     assert json.loads(json.dumps(config)) == config
     assert set(config["weights"]) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
     assert {"tokenizer", "tokenizer_2", "vae", "transformer"} < set(config["files"])
-    assert (config["model"], config["max_tokens"], config["resolution"]) == ("base", 0, RESOLUTION)
+    assert (config["model"], config["max_tokens"], config["resolution"]) == (None, 0, RESOLUTION)
     default = Backbone.from_pretrained(base, resolution=8).fingerprint_config()
     assert (default["max_tokens"], default["resolution"]) == (256, 8)
     assert (

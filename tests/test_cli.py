@@ -23,7 +23,8 @@ def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command's entry point in this process: importing diffusers anew for each case would take minutes."""
     command = ["probekit", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
-    handlers, on_term = logging.root.handlers[:], signal.getsignal(signal.SIGTERM)
+    handlers = logging.root.handlers[:]
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
             main()
@@ -32,13 +33,14 @@ def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = stop.code or 0
     finally:
         logging.root.handlers[:] = handlers
-        signal.signal(signal.SIGTERM, on_term)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file and its bytes, but for the locks that a writer leaves empty."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock-"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -12,12 +12,26 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from probekit.errors import ConfigError
-from probekit.playground import base_folder, checkpoint, models, pairs, scenes, train, train_dit, train_vae
+from probekit.playground import (
+    base_folder,
+    checkpoint,
+    edits,
+    models,
+    pairs,
+    scenes,
+    train,
+    train_dit,
+    train_vae,
+)
 from probekit.playground.architectures import new_transformer
 from probekit.playground.checkpoint import read_tensors, write_tensors
 from probekit.playground.export import load_base, load_pipeline
 
 WEIGHTS = base_folder().parent
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
 
 
 def sampled(count, *, seed=5):
@@ -61,7 +75,7 @@ def test_pictures_show_what_their_captions_say():
 
 @pytest.mark.parametrize(
     ("edit", "attribute"),
-    [(pairs.edit_colour, "colour"), (pairs.edit_shape, "shape"), (pairs.edit_size, "size")],
+    [(edits.edit_colour, "colour"), (edits.edit_shape, "shape"), (edits.edit_size, "size")],
 )
 def test_an_edit_changes_one_attribute_only(edit, attribute):
     rng = np.random.default_rng(0)
@@ -77,7 +91,7 @@ def test_an_edit_changes_one_attribute_only(edit, attribute):
 def test_counting_keeps_what_stays():
     rng = np.random.default_rng(0)
     for scene in (scenes.sample_scene(rng, "count") for _ in range(100)):
-        other = pairs.edit_count(scene, rng)
+        other = edits.edit_count(scene, rng)
         common = min(len(scene.things), len(other.things))
         assert len(scene.things) != len(other.things)
         assert scene.things[:common] == other.things[:common]
@@ -205,6 +219,35 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path):
     assert contents[0] == contents[1]
 
 
+@pytest.mark.parametrize("stage", ["save", "replace"])
+def test_a_set_with_a_file_is_complete(stage, tmp_path, monkeypatch):
+    def killed(self, *args, **kwargs):
+        raise Killed
+
+    whole = pairs.write_pairs(tmp_path / "whole", n_train=60, n_test=30, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image if stage == "save" else Path, stage, killed)
+        with pytest.raises(Killed):
+            pairs.write_pairs(tmp_path / "killed", n_train=60, n_test=30, seed=1)
+    assert not (tmp_path / "killed" / "preferences.jsonl").exists()
+    path = pairs.write_pairs(tmp_path / "killed", n_train=60, n_test=30, seed=1)
+    found = [
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+        for folder in (whole.parent, path.parent)
+    ]
+    assert found[0] == found[1]
+
+
+def test_another_set_is_never_written_over(tmp_path):
+    path = pairs.write_pairs(tmp_path, n_train=60, n_test=30, seed=1)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
+    assert pairs.write_pairs(tmp_path, n_train=60, n_test=30, seed=1) == path
+    for change in ({"seed": 2}, {"n_train": 30}):
+        with pytest.raises(ConfigError, match=r"preferences\.jsonl: .*choose another folder"):
+            pairs.write_pairs(tmp_path, **({"n_train": 60, "n_test": 30, "seed": 1} | change))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")} == before
+
+
 def test_too_many_pairs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "MAX_ATTEMPTS", 1)
     with pytest.raises(ConfigError, match="ask for fewer pairs"):
@@ -294,10 +337,6 @@ def test_the_vae_keeps_the_pictures(fresh_scenes):
 # Training
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
 def kill_after_saving(*args, **kwargs):
     checkpoint.save_training(*args, **kwargs)
     raise Killed
@@ -345,3 +384,49 @@ def test_a_killed_training_continues_where_it_was(stage, options, result, workin
     assert tensors.keys() == expected.keys()
     for key, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "changes"),
+    [
+        (
+            "dit",
+            {"--images": "16", "--batch": "8", "--keep-at": "0.5", "--name": "x"},
+            {
+                "blocks": ("2", 3, 2),
+                "width": ("64", 48, 64),
+                "seed": ("1", 0, 1),
+                "images": ("32", 16, 32),
+                "batch": ("4", 8, 4),
+                "keep-at": ("1", [0.5], [1.0]),
+            },
+        ),
+        (
+            "vae",
+            {"--steps": "2", "--batch": "2"},
+            {"seed": ("1", 0, 1), "steps": ("4", 2, 4), "batch": ("4", 2, 4)},
+        ),
+        (
+            "text",
+            {"--steps": "2", "--batch": "8"},
+            {"seed": ("1", 0, 1), "steps": ("4", 2, 4), "batch": ("4", 8, 4)},
+        ),
+    ],
+)
+def test_a_training_is_never_continued_with_other_settings(stage, options, changes, working_folder, monkeypatch):
+    folder, _ = working_folder
+    for module in (train_dit, train_vae):
+        monkeypatch.setattr(module, "HELD_OUT", 64)
+
+    def invoke(options):
+        words = [word for option in options.items() for word in option]
+        return CliRunner().invoke(train.app, [stage, *words, "--out", str(folder)])
+
+    assert invoke(options).exit_code == 0
+    before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    for key, (value, stored, asked) in changes.items():
+        error = invoke(options | {f"--{key}": value}).exception
+        assert isinstance(error, ConfigError)
+        assert f"{key.replace('-', '_')} {stored}, not {asked};" in str(error)
+    assert {file: file.read_bytes() for file in folder.glob("*.safetensors")} == before
+    assert invoke(options).exit_code == 0

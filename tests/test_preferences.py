@@ -45,7 +45,6 @@ def test_the_four_files_say_the_same(tmp_path, suffix):
     reference = load_preferences(write(tmp_path / "reference.jsonl", RECORDS))
     pd.testing.assert_frame_equal(prefs.pairs, reference.pairs)
     pd.testing.assert_frame_equal(prefs.items, reference.items)
-    assert prefs.split_digest == reference.split_digest
     assert prefs.name == "votes"
     assert prefs.items["prompt"].tolist() == ["a cat"] * 3 + ['a "dog",\nred'] * 2 + ["NA"] * 2
     assert prefs.items["image"].tolist() == ["1.png", "2.png", "sub/3.png", "4.png", "5.png", "4.png", "6.png"]
@@ -217,17 +216,19 @@ def test_limits_nest_and_keep_groups_whole(tmp_path):
 def test_digests_rows_and_judgements(tmp_path):
     for i, name in enumerate(["1.png", "2.png", "4.png", "5.png", "6.png", "sub/3.png"]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"same" if i in (0, 1) else str(i).encode())
+        (tmp_path / name).write_bytes(b"same" if name in ("2.png", "sub/3.png") else str(i).encode())
     prefs = load_preferences(write(tmp_path / "p.json", RECORDS))
     cache = tmp_path / "cache" / "digests.parquet"
     digests = prefs.image_digests(cache)
     assert digests == prefs.image_digests()
-    assert digests[str(tmp_path / "sub/3.png")] == sha256(b"5").digest()
+    assert digests[str(tmp_path / "4.png")] == sha256(b"2").digest()
     rows, judgements = prefs.rows(digests), prefs.judgements(digests)
     assert len(rows) == 6  # two files of the same bytes under one prompt are one row
-    assert rows["row_id"][1] == row_id(sha256(b"5").digest(), "a cat")
+    assert rows["row_id"][1] == row_id(sha256(b"same").digest(), "a cat")
     assert set(judgements["row_a"]) | set(judgements["row_b"]) == set(rows["row_id"])
-    assert judgements["row_b"][1] == judgements["row_a"][0]
+    assert judgements["row_a"][1] == judgements["row_b"][0]
+    assert judgements["group"].tolist() == prefs.pairs["group"].tolist()
+    assert judgements["split"].tolist() == prefs.pairs["split"].tolist()
     judgements.to_parquet(tmp_path / "j.parquet")
     again = pd.read_parquet(tmp_path / "j.parquet")
     assert again["label"].tolist() == [1, 0.5, 0.25, 0]
@@ -241,6 +242,87 @@ def test_digests_rows_and_judgements(tmp_path):
     assert changed[str(tmp_path / "5.png")] == bytes.fromhex("ab" * 32)
     cache.write_bytes(b"damaged")
     assert prefs.image_digests(cache)[str(tmp_path / "5.png")] == digests[str(tmp_path / "5.png")]
+
+
+def judged(tmp_path, content, records):
+    """Load records over files with the given content; return the set and its judgements."""
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    prefs = load_preferences(write(tmp_path / "p.jsonl", [record | {"label": 1} for record in records]))
+    return prefs, prefs.judgements(prefs.image_digests())
+
+
+def test_a_pair_of_one_picture_is_left_out(tmp_path, caplog):
+    content = {"1": "one", "2": "one", "3": "two"}
+    records = [{"prompt": "p", "image_a": "1", "image_b": "2"}, {"prompt": "p", "image_a": "1", "image_b": "3"}]
+    prefs, judgements = judged(tmp_path, content, records)
+    assert judgements["pair_id"].tolist() == prefs.pairs["pair_id"].tolist()[1:]
+    assert (judgements["row_a"] != judgements["row_b"]).all()
+    assert f"{prefs.path}: 1 pairs left out: both files are the same picture" in caplog.messages
+
+
+def test_equal_pictures_under_two_names_do_not_leak(tmp_path, caplog):
+    """A test picture under another name in train: that pair goes; unconnected pairs keep group and split."""
+    content = {"1": "same", "2": "b", "3": "c", "4": "same", "5": "e", "6": "f", "7": "g", "8": "h"}
+    records = [
+        {"prompt": "a", "image_a": "1", "image_b": "2", "split": "train"},
+        {"prompt": "b", "image_a": "3", "image_b": "4", "split": "test"},
+        {"prompt": "c", "image_a": "5", "image_b": "6", "split": "train"},
+        {"prompt": "d", "image_a": "7", "image_b": "8", "split": "validation"},
+    ]
+    prefs, judgements = judged(tmp_path, content, records)
+    assert prefs.dropped == {}
+    assert judgements["pair_id"].tolist() == prefs.pairs["pair_id"].tolist()[1:]
+    assert judgements["split"].tolist() == ["test", "train", "validation"]
+    assert judgements["group"][1:].tolist() == prefs.pairs["group"][2:].tolist()
+    assert caplog.messages == [
+        f"{prefs.path}: equal pictures under different names join the groups of 2 pairs",
+        f"{prefs.path}: 1 pairs left out: train connected to test",
+    ]
+    # The same pictures in one split: the pairs stay and share a group.
+    _, judgements = judged(tmp_path, content, [record | {"split": "train"} for record in records])
+    assert len(judgements) == 4
+    assert judgements["group"][0] == judgements["group"][1]
+    assert judgements["group"].nunique() == 3
+
+
+@pytest.mark.parametrize(("prompts", "groups"), [(20, 1), (21, 21)])
+def test_placeholders_are_known_by_content(tmp_path, prompts, groups):
+    content = {f"{side}{i}": "black" if side == "b" else f"{i}" for i in range(prompts) for side in "ab"}
+    records = [{"prompt": f"p{i}", "image_a": f"a{i}", "image_b": f"b{i}", "split": "train"} for i in range(prompts)]
+    prefs, judgements = judged(tmp_path, content, records)
+    assert prefs.pairs["group"].nunique() == prompts
+    assert judgements["group"].nunique() == groups
+
+
+def test_a_placeholder_of_the_whole_file_stays_one_under_a_limit(tmp_path):
+    content = {"black": "black"} | {f"a{i}": f"{i}" for i in range(21)}
+    records = [{"prompt": f"p{i}", "image_a": f"a{i}", "image_b": "black"} for i in range(21)]
+    part = judged(tmp_path, content, records)[0].limit(5)
+    assert part.judgements(part.image_digests())["group"].nunique() == 5
+
+
+def test_loading_says_what_was_left_out(tmp_path, caplog):
+    caplog.set_level("INFO")
+    records = [
+        {"prompt": f"p{i}", "image_a": f"{i}", "image_b": f"black{k}", "label": 1, "split": "train", "spilt": "test"}
+        for k in range(6)
+        for i in range(21)
+    ]
+    records += [records[0] | {"split": "test", "image_b": "other"}]
+    path = write(tmp_path / "p.jsonl", records)
+    load_preferences(path)
+    names = ", ".join(f"{tmp_path}/black{k}" for k in range(5))
+    assert caplog.messages == [
+        f"{path}: columns not used: spilt",
+        f"{path}: 6 images under > 20 prompts do not join groups: {names}, ...",
+        f"{path}: 6 pairs left out: train connected to test",
+        f"{path}: 121 pairs, 21 prompts, 21 groups, largest 6 pairs",
+    ]
+    caplog.clear()
+    winner = {"prompt": "p", "chosen": "a", "rejected": "b", "label": 0.3}
+    load_preferences(write(tmp_path / "q.json", [winner]))
+    assert caplog.messages[0] == f"{tmp_path}/q.json: columns not used: label"
 
 
 def test_all_missing_images_are_named(tmp_path):

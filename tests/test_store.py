@@ -350,6 +350,7 @@ def test_bad_rows_are_nan_and_their_pairs_counted(tmp_path):
             "row_b": [ids[1], ids[4], ids[7], "0" * 64, ids[10]],
             "label": [1.0, 0.0, 0.5, 1.0, np.nan],
             "split": ["train", "train", "train", "test", "test"],
+            "group": list("12345"),
             "source": list("vwxyz"),
         }
     )
@@ -361,6 +362,13 @@ def test_bad_rows_are_nan_and_their_pairs_counted(tmp_path):
         np.testing.assert_array_equal(np.isnan(store.read(layer=layer)).any(axis=1), store.rows["status"] != 0)
     pairs = store.pairs()
     assert pairs.left_out == {"missing_rows": 1, "bad_status": 2, "no_label": 1}
+    assert pairs.excluded.columns.tolist() == ["pair_id", "source", "split", "reason"]
+    assert pairs.excluded.to_numpy().tolist() == [
+        ["a", "v", "train", "bad_status"],
+        ["b", "w", "train", "bad_status"],
+        ["d", "y", "test", "missing_rows"],
+        ["e", "z", "test", "no_label"],
+    ]
     assert pairs.frame["source"].tolist() == ["x"]
     assert store.rows["row_id"][pairs.rows[0]].tolist() == [ids[6], ids[7]]
     assert pairs.label.tolist() == [0.5]
@@ -374,6 +382,95 @@ def test_bad_rows_are_nan_and_their_pairs_counted(tmp_path):
         store.pairs(judgements="other")
     with pytest.raises(StoreError, match=r"judgements are named '../up'"):
         writer.write_judgements("../up", frame)
+
+
+def judged(rows, pairs):
+    """Judgements of the first `pairs` pairs of neighbouring rows, with the columns that the format demands."""
+    ids = rows["row_id"].to_numpy()
+    return pd.DataFrame(
+        {
+            "pair_id": [f"pair {i}" for i in range(pairs)],
+            "row_a": ids[0 : 2 * pairs : 2],
+            "row_b": ids[1 : 2 * pairs : 2],
+            "label": 1.0,
+            "group": [f"group {i}" for i in range(pairs)],
+            "split": "train",
+        }
+    )
+
+
+def test_judgements_are_never_lost(tmp_path):
+    rows = table(4, images=2)
+    writer, whole = dump(tmp_path, rows), judged(rows, 4)
+    path = writer.write_judgements("votes", whole[:3])
+    writer.write_judgements("votes", whole.assign(label=0.0)[::-1])  # more pairs, other labels, another order
+    assert FeatureStore(tmp_path).pairs().label.tolist() == [0.0] * 4
+    before = path.read_bytes()
+    other = whole.assign(pair_id=[f"other {i}" for i in range(4)])
+    for frame, lost in ((whole[:1], 3), (other, 4)):
+        with pytest.raises(StoreError) as info:
+            writer.write_judgements("votes", frame)
+        assert str(info.value) == (
+            f"{path}: {lost} of its 4 pairs are not in the new set of this name; "
+            f"use a preference file of another name, or delete {path} to replace it"
+        )
+        assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["votes.parquet"]
+    writer.write_judgements("other", other)
+    path.unlink()
+    writer.write_judgements("votes", whole[:1])
+    assert len(FeatureStore(tmp_path).pairs(judgements="votes").label) == 1
+    whole.drop(columns="pair_id").to_parquet(path)
+    with pytest.raises(StoreError, match="4 of its 4 pairs are not in the new set"):
+        writer.write_judgements("votes", whole)
+    path.write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=r"votes.parquet: cannot be read as Parquet \(.*\); delete it"):
+        writer.write_judgements("votes", whole)
+
+
+def test_judgements_of_others_get_defaults_or_a_message(tmp_path):
+    rows = table(3, images=2)
+    dump(tmp_path, rows)
+    store, frame = FeatureStore(tmp_path), judged(rows, 3)
+    bound = store.bind(frame).pairs().frame
+    assert bound["source"].tolist() == [""] * 3
+    assert bound["weight"].tolist() == [1.0] * 3
+    holes = frame.assign(source=["kind", None, "kind"], weight=[2.0, 3.0, np.nan])
+    bound = store.bind(holes).pairs().frame
+    assert bound["source"].tolist() == ["kind", "", "kind"]
+    assert bound["weight"].tolist() == [2.0, 3.0, 1.0]
+    assert store.bind(frame.assign(source=None)).pairs().frame["source"].tolist() == [""] * 3
+    for column in frame:
+        with pytest.raises(StoreError, match=f"the judgements have no column '{column}'; needed: pair_id, row_a, "):
+            store.bind(frame.drop(columns=column))
+    with pytest.raises(StoreError, match="1 judgements have no 'group'; allowed: a value in each"):
+        store.bind(frame.assign(group=["x", None, "y"]))
+
+
+def test_facts_of_the_backbone_can_be_corrected(tmp_path, caplog):
+    rows = table(2)
+    dump(tmp_path, rows)
+    file = tmp_path / "store.json"
+    before, fingerprint = file.read_bytes(), FeatureStore(tmp_path).fingerprint
+    shards = shard_bytes(tmp_path)
+    open_store(tmp_path, config=CONFIG, describe={"name": "tiny"})
+    assert file.read_bytes() == before
+    assert not caplog.records
+    writer = open_store(tmp_path, config=CONFIG, describe={"name": "tinier", "training_images": 10})
+    assert writer.describe == {"name": "tinier", "training_images": 10}
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{file}: name was "tiny", is now "tinier"',
+        f"{file}: training_images was absent, is now 10",
+    ]
+    store = FeatureStore(tmp_path)
+    assert (store.describe, store.fingerprint) == (writer.describe, fingerprint)
+    assert json.loads(file.read_bytes())["provenance"] == json.loads(before)["provenance"]
+    assert shard_bytes(tmp_path) == shards
+    after = file.read_bytes()
+    with pytest.raises(FingerprintError):
+        open_store(tmp_path, config=CONFIG | {"noise": None}, describe={"name": "wrong"})
+    assert file.read_bytes() == after
+    assert not left_overs(tmp_path)
 
 
 def test_wrong_coordinates(tmp_path):

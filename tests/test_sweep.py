@@ -13,7 +13,7 @@ from planted_store import planted_store
 
 import probekit
 from probekit.config import SweepConfig, load_yaml
-from probekit.errors import ConfigError, ProbekitError, StoreError
+from probekit.errors import ConfigError, StoreError
 from probekit.heads import resolve_layer_sets
 from probekit.results import load_margins
 
@@ -40,24 +40,21 @@ def test_the_planted_layer_is_found_and_chosen(tmp_path):
 
 
 def test_nothing_is_found_where_nothing_was_planted(tmp_path):
-    """Over 200 draws of labels the intervals of the held-out accuracy cover 50 % about as often as they claim."""
-    store = probekit.FeatureStore(planted_store(tmp_path / "store", signal={}, seed=1, pairs=240))
-    features = store.read(layer=1)
-    train, test = store.pairs(split="train"), store.pairs(split="test")
-    groups = test.frame["group"].to_numpy()
-    from probekit.stats import accuracy_interval, strict
+    """Over 200 draws of labels, the interval of the chosen layer covers 50 % about as often as it claims.
 
+    The whole line runs each time: strengths by cross-validation, layers by validation, accuracy on test.
+    """
+    path = planted_store(tmp_path / "store", signal={}, seed=1, pairs=240)
+    (file,) = (path / "judgements").glob("*.parquet")
+    judgements = pd.read_parquet(file)
     covered = 0
     for draw in range(200):
-        rng = np.random.default_rng(draw)
-        head = probekit.BradleyTerryClassifier(C=0.1).fit(
-            features, train.rows, rng.integers(0, 2, len(train.label)).astype(float)
-        )
-        labels = rng.integers(0, 2, len(test.label)).astype(float)
-        outcome = strict(head.decision_function(features, test.rows), labels)
-        interval = accuracy_interval(outcome.correct, groups, n_boot=200)
-        covered += interval.low <= 0.5 <= interval.high
-    # 95 % of 200 is 190; the binomial leaves this range once in a thousand
+        labels = np.random.default_rng(draw).integers(0, 2, len(judgements)).astype(float)
+        judgements.assign(label=labels).to_parquet(file, index=False)
+        run = probekit.run_sweep(config(), stores=[path], out=tmp_path / str(draw))
+        (chosen,) = probekit.load_results(run).query("chosen and split == 'test' and source == 'all'").itertuples()
+        covered += chosen.low <= 0.5 <= chosen.high
+    # 95 % of 200 is 190; a binomial with that chance leaves this range once in a thousand
     assert 179 <= covered <= 199
 
 
@@ -162,9 +159,26 @@ def test_a_store_without_test_pairs_is_refused(tmp_path):
     pd.read_parquet(path).assign(split="train").to_parquet(path, index=False)
     with pytest.raises(StoreError, match="no split 'validation'"):
         probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
-    good = planted_store(tmp_path / "good", signal={}, seed=0)
-    with pytest.raises(ProbekitError, match="twice"):
-        probekit.run_sweep(config(), stores=[good, good], out=tmp_path / "run")
+
+
+def test_two_stores_that_the_results_could_not_tell_apart_are_refused(tmp_path):
+    first = planted_store(tmp_path / "first", signal={}, seed=0)
+    second = planted_store(tmp_path / "second", signal={2: 1.0}, seed=0)
+    with pytest.raises(ConfigError, match=r"first and .*second: both are 'planted-0' \(trained\).*--name"):
+        probekit.run_sweep(config(), stores=[first, second], out=tmp_path / "run")
+    control = planted_store(tmp_path / "control", signal={}, seed=0, control="init:0")
+    frame = probekit.load_results(probekit.run_sweep(config(), stores=[first, control], out=tmp_path / "run"))
+    assert set(frame["control"]) == {"trained", "init:0"}
+
+
+def test_rows_without_features_are_left_out_and_counted_by_source(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0, broken=9)
+    run = probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
+    frame = probekit.load_results(run).query("layer == 2").set_index(["split", "source"])
+    # pairs 0 to 8, of which 3 and 7 are of source "none"; 5 and 6 of ten are validation, 7 and 8 test
+    assert frame.loc[("test", ["all", "easy", "none"]), "left_out"].tolist() == [2, 1, 1]
+    assert frame.loc[("validation", ["all", "easy", "none"]), "left_out"].tolist() == [2, 2, 0]
+    assert frame.loc[("test", "all"), "n_pairs"] == 118
 
 
 def test_a_killed_sweep_ends_with_the_same_bytes(tmp_path):

@@ -37,6 +37,8 @@ from probekit.backbones.loading import (
 from probekit.backbones.weights import RandomWeights, state_hash
 from probekit.errors import ConfigError
 
+EXTRACTOR_VERSION = "1"  # part of every fingerprint: raised when the same settings would give other features
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -264,11 +266,11 @@ class Backbone:
         """Return every setting of the backbone that changes features, as plain JSON values."""
         vae = self._base.components["vae"]
         return {
-            "model": self.model_id if self.revision is not None else self._base.source.name,
+            "extractor": EXTRACTOR_VERSION,
+            "model": self.model_id if self.revision is not None else None,  # folders are told apart by their weights
             "revision": self.revision,
             "class": self._family.transformer,
             "pipeline": self._family.pipeline,
-            "transformer": _name(self._folder),
             "random_weights": None if self._random is None else str(self._random),
             "weights": self._weights,
             "files": {"transformer": config_hash(self._folder), **self._base.files},
@@ -297,6 +299,7 @@ class Backbone:
             "n_parameters": self.n_parameters,
             "resolution": self.resolution,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
             "random_weights": None if self._random is None else str(self._random),
         }
 
@@ -324,4 +327,6 @@ class Backbone:
 
 
 def _name(folder: Path) -> str:
-    return folder.resolve().name
+    """Name a transformer after its folder, or after the checkpoint that a folder called ``transformer`` lies in."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "transformer" else folder.name

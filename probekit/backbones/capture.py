@@ -7,6 +7,7 @@ cut short instead would be silently wrong for families whose later blocks depend
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,20 @@ class _Done(BaseException):
     """Leaves the forward pass after the last wanted layer."""
 
 
-def mean(tokens: torch.Tensor) -> torch.Tensor:
-    """Mean over the image tokens, accumulated in float32: (b, t, d) to (b, d)."""
-    return tokens.mean(dim=1, dtype=torch.float32)
+@dataclass(frozen=True)
+class Pooling:
+    """How image tokens (b, t, d) become one vector (b, d'); the definition is part of a store's fingerprint."""
+
+    definition: str
+    pool: Callable[[torch.Tensor], torch.Tensor]
 
 
-POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"mean": mean}
+POOLINGS = {
+    "mean": Pooling(
+        definition="1: mean over the image tokens, accumulated in float32",
+        pool=lambda tokens: tokens.mean(dim=1, dtype=torch.float32),
+    )
+}
 
 
 def check_poolings(poolings: Sequence[str]) -> None:
@@ -87,7 +96,7 @@ def pooled_layers(
             msg = f"layer {layer} of {family.transformer} gives {tuple(tokens.shape)}, not {n_tokens} image tokens"
             raise BackboneError(msg)
         for name in poolings:
-            pooled[name, layer] = POOLINGS[name](tokens)
+            pooled[name, layer] = POOLINGS[name].pool(tokens)
         if layer == last:
             raise _Done
 

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from probekit.errors import ConfigError
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -48,10 +50,26 @@ def save_training(
 
 
 def load_training(
-    path: Path, *, modules: Mapping[str, torch.nn.Module], optimiser: torch.optim.Optimizer
+    path: Path,
+    *,
+    modules: Mapping[str, torch.nn.Module],
+    optimiser: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Restore what `save_training` saved, in place, and return its `meta`."""
+    """Restore what `save_training` saved, in place, and return its `meta`.
+
+    Raises
+    ------
+    ConfigError
+        If `meta` does not hold these settings: batches and learning rates follow from them, the length included.
+    """
     tensors, meta = read_tensors(path)
+    for key, asked in settings.items():
+        if meta.get(key) != asked:
+            message = (
+                f"{path}: was trained with {key} {meta.get(key)}, not {asked}; ask for the same or delete the file"
+            )
+            raise ConfigError(message)
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})

@@ -26,36 +26,42 @@ Captions are split between train, validation and test by a hash, pictures are dr
 of the playground's models never used, and no picture occurs in two groups. No caption does either, except in `count`,
 which keeps the captions of crowds to itself: there a group is at most the three numbers of one kind of thing. So groups
 stay small, and intervals over groups honest but narrow.
+
+What was found (``probekit demo``, 8x128, linear head, test pairs; readable: the 95 % interval lies above 0.5). The
+predicted order in depth failed: layer 2 of 8 reads every swap-balanced kind. Binding and relation, predicted late or
+absent, go from 0.50 at layer 1 to 0.87 and 0.83 at layer 2, further than colour (0.56, then 0.71). Count, predicted for
+the middle, has 0.74 at layer 1. Size and shape are readable before the middle too, but weakly: 0.57 at layer 2, then
+0.70 and 0.63 at layer 8. As predicted: degradation from layer 0 (0.67); background, colour and ranking from layer 1;
+the trade-off from layer 4, at most 0.64. Not all of it is learnt: at layer 1, untrained copies have 0.67 to 0.79 in
+count, 0.74 to 0.80 in background and 0.57 to 0.62 in colour.
 """
 
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from probekit.errors import ConfigError
-from probekit.playground.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    NUMBERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Picture,
-    Scene,
-    SceneKind,
-    Thing,
-    caption,
-    crowd,
-    draw,
-    sample_scene,
+from probekit.playground.edits import (
+    DEGRADATIONS,
+    degrade,
+    edit_background,
+    edit_colour,
+    edit_count,
+    edit_shape,
+    edit_size,
+    relayout,
+    swap_colours,
+    swap_places,
 )
+from probekit.playground.scenes import Picture, Scene, SceneKind, caption, draw, sample_scene
+from probekit.store.files import write_atomically
 
 FLIP_SHARE = 0.05
 VALIDATION_SHARE = 0.15
@@ -64,7 +70,6 @@ SWAPPED_KINDS = ("colour", "background", "size", "count", "shape", "binding", "r
 KIND_WEIGHTS: dict[str, float] = (
     {"degradation": 1.0} | dict.fromkeys(SWAPPED_KINDS, 1.0) | {"ranking": 1.0, "tie": 0.25, "tradeoff": 1.0}
 )
-DEGRADATIONS = ("blur", "noise", "blocks", "fade")
 # Utilities of the trade-off kind, in logits: a wrong attribute costs 2, full degradation costs 4.
 MISMATCH_COST = 2.0
 DEGRADATION_COST = 4.0
@@ -95,7 +100,7 @@ class _Unit:
 
 
 def write_pairs(out: Path, *, n_train: int, n_test: int, seed: int) -> Path:
-    """Write a preference set; the same arguments give the same bytes.
+    """Write a preference set, pictures first; the same arguments give the same bytes.
 
     Kinds are equally frequent in every split, except for ties, of which there are a quarter as many. Numbers are
     rounded up to whole groups, so the file holds at least as many pairs as asked for.
@@ -113,17 +118,23 @@ def write_pairs(out: Path, *, n_train: int, n_test: int, seed: int) -> Path:
 
     Returns
     -------
-    The path of ``preferences.jsonl``. Beyond the general form's columns it has ``flipped`` (5 % of the hard labels with
-    split ``train``), ``ranking_id``, ``n_votes`` and ``utility`` (of A minus B, in logits; trade-offs only).
+    The path of ``preferences.jsonl``; where it exists, the set is complete. Beyond the general form's columns it has
+    ``flipped`` (5 % of the hard labels with split ``train``), ``ranking_id``, ``n_votes`` and ``utility`` (of A minus
+    B, in logits; trade-offs only).
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds another set, or there are not enough captions for so many pairs.
     """
     n_validation = round(VALIDATION_SHARE * n_train)
     sizes = {"train": n_train - n_validation, "validation": n_validation, "test": n_test}
     seen: set[bytes | str] = set()
     lines: list[str] = []
+    pictures: dict[Path, Picture] = {}
     for number, (split, size) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, 1, number])  # training of the models draws from [seed, 0]
         folder = Path("images") / split
-        (out / folder).mkdir(parents=True, exist_ok=True)
         units = [
             (kind, index, unit)
             for kind, count in _counts(size).items()
@@ -133,13 +144,21 @@ def write_pairs(out: Path, *, n_train: int, n_test: int, seed: int) -> Path:
             kind, index, unit = units[position]
             group = f"{split}-{kind}-{index}"
             files = [(folder / f"{kind}-{index:05d}-{place}.png").as_posix() for place in range(len(unit.pictures))]
-            for file, picture in zip(files, unit.pictures, strict=True):
-                Image.fromarray(picture).save(out / file, compress_level=1)
+            pictures |= {out / file: picture for file, picture in zip(files, unit.pictures, strict=True)}
             for row in unit.rows:
                 line = _judgement(row, kind, files, split=split, group=group, rng=rng)
                 lines.append(json.dumps(line))
     path = out / "preferences.jsonl"
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    content = "".join(line + "\n" for line in lines).encode()
+    if path.exists():
+        if path.read_bytes() != content:
+            message = f"{path}: holds another set of pairs; choose another folder"
+            raise ConfigError(message)
+        return path
+    for file, picture in pictures.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file, compress_level=1)
+    write_atomically(path, content)
     return path
 
 
@@ -283,101 +302,6 @@ def _tradeoff(rng: np.random.Generator, allowed: _Allowed) -> _Unit | None:
     return _Unit(
         captions=(text,), pictures=(degrade(draw(scene), severity=severity, rng=rng), draw(wrong)), rows=(row,)
     )
-
-
-# Edits: a scene that differs in one respect.
-
-
-def edit_colour(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Give one thing, or the whole crowd, a colour that does not occur in the scene."""
-    return _edit_things(scene, rng, "colour", tuple(COLOURS))
-
-
-def edit_shape(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Give one thing, or the whole crowd, a shape that does not occur in the scene."""
-    return _edit_things(scene, rng, "shape", tuple(SHAPES))
-
-
-def edit_size(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Give one thing, or the whole crowd, the other size."""
-    chosen = _chosen(scene, rng)
-    other = {size: next(name for name in SIZES if name != size) for size in SIZES}
-    things = tuple(replace(t, size=other[t.size]) if i in chosen else t for i, t in enumerate(scene.things))
-    return replace(scene, things=things)
-
-
-def edit_background(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Change the background."""
-    return replace(scene, background=_other(rng, tuple(BACKGROUNDS), {scene.background}))
-
-
-def edit_count(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Add or remove things of a crowd; the others stay in place."""
-    number = int(rng.choice([n for n in range(1, len(NUMBERS) + 1) if n != len(scene.things)]))
-    free = [
-        thing
-        for thing in crowd(rng, scene.things[0], 4)
-        if all(abs(thing.x - old.x) + abs(thing.y - old.y) > 8 for old in scene.things)
-    ]
-    return replace(scene, things=(*scene.things, *free)[:number])
-
-
-def swap_colours(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Exchange the colours of the two things."""
-    first, second = scene.things
-    return replace(scene, things=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
-
-
-def swap_places(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Exchange the places of the two things, which reverses their relation."""
-    first, second = scene.things
-    things = (replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))
-    return replace(scene, things=things, relation=RELATIONS[scene.relation])
-
-
-def relayout(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Place the same things anew, so that the caption stays true."""
-    layout = sample_scene(rng, scene.kind)
-    while layout.relation != scene.relation or len(layout.things) != len(scene.things):
-        layout = sample_scene(rng, scene.kind)
-    places = zip(scene.things, layout.things, strict=True)
-    return replace(scene, things=tuple(replace(thing, x=place.x, y=place.y) for thing, place in places))
-
-
-def degrade(picture: Picture, *, severity: float, rng: np.random.Generator, which: str | None = None) -> Picture:
-    """Blur, add noise to, block or fade a picture; severity 1 is strong, 0 leaves it nearly unchanged."""
-    which = which or DEGRADATIONS[int(rng.integers(len(DEGRADATIONS)))]
-    pixels = picture.astype(np.float64)
-    if which == "blur":
-        return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.4 + 1.6 * severity)))
-    if which == "noise":
-        pixels += rng.normal(0.0, 5.0 + 45.0 * severity, size=pixels.shape)
-    elif which == "blocks":
-        blocks = pixels.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)).repeat(4, axis=0).repeat(4, axis=1)
-        pixels += (0.1 + 0.9 * severity) * (blocks - pixels)
-    else:
-        pixels += (0.1 + 0.7 * severity) * (pixels.mean() - pixels)
-    return pixels.round().clip(0, 255).astype(np.uint8)
-
-
-def _edit_things(scene: Scene, rng: np.random.Generator, attribute: str, options: tuple[str, ...]) -> Scene:
-    chosen = _chosen(scene, rng)
-    value = _other(rng, options, {getattr(thing, attribute) for thing in scene.things})
-    things = tuple(_with(t, attribute, value) if i in chosen else t for i, t in enumerate(scene.things))
-    return replace(scene, things=things)
-
-
-def _with(thing: Thing, attribute: str, value: str) -> Thing:
-    return replace(thing, colour=value) if attribute == "colour" else replace(thing, shape=value)
-
-
-def _chosen(scene: Scene, rng: np.random.Generator) -> set[int]:
-    return {int(rng.integers(2))} if scene.kind == "pair" else set(range(len(scene.things)))
-
-
-def _other(rng: np.random.Generator, options: tuple[str, ...], taken: set[str]) -> str:
-    free = [option for option in options if option not in taken]
-    return free[int(rng.integers(len(free)))]
 
 
 _ANY: tuple[SceneKind, ...] = ("single", "pair")

@@ -129,7 +129,8 @@ def train_dit(
     Parameters
     ----------
     out, name
-        The working folder and the name of the run in it; ``dit-NAME.state.safetensors`` is continued when it exists.
+        The working folder and the name of the run in it; ``dit-NAME.state.safetensors`` is continued when it exists,
+        and refused when its shape, seed, images, batch or `keep_at` differ.
     blocks, width, seed
         The shape, and the seed of initial weights, batches and noise.
     images, batch
@@ -146,9 +147,18 @@ def train_dit(
     peak = LEARNING_RATES.get(width, 1.2e-3 * math.sqrt(128 / width))
     optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     state = out / f"dit-{name}.state.safetensors"
-    meta: dict[str, Any] = {"step": 0, "curve": [], "name": name, "blocks": blocks, "width": width, "seed": seed}
+    settings = {
+        "blocks": blocks,
+        "width": width,
+        "seed": seed,
+        "images": images,
+        "batch": batch,
+        "keep_at": sorted(keep_at),
+    }
+    meta: dict[str, Any] = {"step": 0, "curve": [], "name": name} | settings
     if state.exists():
-        meta = load_training(state, modules={"model": model, "average": average}, optimiser=optimiser)
+        modules = {"model": model, "average": average}
+        meta = load_training(state, modules=modules, optimiser=optimiser, settings=settings)
     if compiled:
         for block in model.transformer_blocks:  # all blocks share one compilation
             block.compile()

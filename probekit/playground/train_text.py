@@ -100,9 +100,10 @@ def train_text(
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     state = out / "text.state.safetensors"
-    meta: dict[str, Any] = {"step": 0, "curve": []}
+    settings = {"steps": steps, "batch": batch, "seed": seed}
+    meta: dict[str, Any] = {"step": 0, "curve": []} | settings
     if state.exists():
-        meta = load_training(state, modules=modules, optimiser=optimiser)
+        meta = load_training(state, modules=modules, optimiser=optimiser, settings=settings)
     identities = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
     start, first = time.perf_counter(), meta["step"]
     for step in range(meta["step"], steps):

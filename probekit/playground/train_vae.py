@@ -39,7 +39,7 @@ def train_vae(
     pictures
         uint8, (N, 32, 32, 3); the last `HELD_OUT` are held out for the reported PSNR.
     out
-        The working folder; ``vae.state.safetensors`` there is continued when it exists.
+        The working folder; ``vae.state.safetensors`` there is continued when it has the same steps, batch and seed.
     steps, batch, seed, device, save_every
         The length of the run, its batch size and seed, where it runs, and the number of steps between savings.
     """
@@ -47,9 +47,10 @@ def train_vae(
     vae = new_vae().to(device)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     state = out / "vae.state.safetensors"
-    meta: dict[str, Any] = {"step": 0, "curve": []}
+    settings = {"steps": steps, "batch": batch, "seed": seed}
+    meta: dict[str, Any] = {"step": 0, "curve": []} | settings
     if state.exists():
-        meta = load_training(state, modules={"vae": vae}, optimiser=optimiser)
+        meta = load_training(state, modules={"vae": vae}, optimiser=optimiser, settings=settings)
     training = pictures[:-HELD_OUT]
     start, first = time.perf_counter(), meta["step"]
     for step in range(meta["step"], steps):

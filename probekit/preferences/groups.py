@@ -89,12 +89,18 @@ def assign_splits(group: pd.Series, split: pd.Series | None) -> tuple[pd.Series,
         share = hash_share(group, "split")
         bounds = [TRAIN_SHARE, TRAIN_SHARE + VALIDATION_SHARE]
         return pd.Series(np.array(SPLITS)[np.searchsorted(bounds, share, side="right")], group.index), {}
+    kept, dropped = drop_connected(group, split)
+    if not (split == "validation").any():
+        chosen = (kept == "train") & (hash_share(group, "validation") < VALIDATION_OF_TRAIN)
+        kept = kept.mask(chosen, "validation")
+    return kept, dropped
+
+
+def drop_connected(group: pd.Series, split: pd.Series) -> tuple[pd.Series, dict[str, int]]:
+    """Keep of each group the pairs of its last split, so that no group is in two; see ``assign_splits``."""
     rank = split.map({name: i for i, name in enumerate(SPLITS)})
     highest = rank.groupby(group).transform("max")
     lost = rank < highest
     reasons = split[lost] + "_connected_to_" + highest[lost].map(dict(enumerate(SPLITS)))
-    kept = split.mask(lost)
-    if not (split == "validation").any():
-        chosen = (kept == "train") & (hash_share(group, "validation") < VALIDATION_OF_TRAIN)
-        kept = kept.mask(chosen, "validation")
-    return kept, {str(reason): int(count) for reason, count in reasons.value_counts().sort_index().items()}
+    dropped = {str(reason): int(count) for reason, count in reasons.value_counts().sort_index().items()}
+    return split.mask(lost), dropped

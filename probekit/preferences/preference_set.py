@@ -17,11 +17,12 @@ from pyarrow.lib import ArrowException
 
 from probekit._types import row_id
 from probekit.errors import ImageError, PreferenceError
-from probekit.preferences.groups import assign_groups, assign_splits, hash_share, placeholder_images
+from probekit.preferences.groups import assign_groups, assign_splits, drop_connected, hash_share, placeholder_images
 from probekit.preferences.readers import FORMATS
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ["label", "weight", "strength", "n_votes", "group", "split", "source", "model_a", "model_b", "ranking_id"]
 CACHE_COLUMNS = ["path", "size", "mtime_ns", "sha256"]
 
 
@@ -51,14 +52,6 @@ class PreferenceSet:
     pairs: pd.DataFrame
     dropped: dict[str, int]
     placeholders: tuple[str, ...]
-
-    @property
-    def split_digest(self) -> str:
-        """Hex SHA-256 of the sorted (pair_id, split): equal for equal splits, in whatever order."""
-        lines = sorted(
-            f"{pair}\t{split}\n" for pair, split in zip(self.pairs["pair_id"], self.pairs["split"], strict=True)
-        )
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def limit(self, n: int) -> "PreferenceSet":
         """Take whole groups in the order of their hash, at most n pairs, so that smaller sets lie in larger ones.
@@ -145,22 +138,34 @@ class PreferenceSet:
         )
 
     def judgements(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
-        """Pairs by the keys of their rows (n), as a feature store keeps them beside its shards."""
+        """Pairs by the keys of their rows, as a feature store keeps them beside its shards.
+
+        Files of equal bytes are one image here. A pair of two such files is left out; groups that share an image under
+        two names become one, and the pairs of all but its last split are left out. Both are logged.
+        """
         ids = self._row_ids(digests)
         keys = {"row_a": ids[self.pairs["item_a"]], "row_b": ids[self.pairs["item_b"]]}
-        columns = [
-            "label",
-            "weight",
-            "strength",
-            "n_votes",
-            "group",
-            "split",
-            "source",
-            "model_a",
-            "model_b",
-            "ranking_id",
-        ]
-        return pd.concat([self.pairs[["pair_id"]], pd.DataFrame(keys), self.pairs[columns]], axis=1)
+        same = keys["row_a"] == keys["row_b"]
+        if same.any():
+            logger.warning("%s: %d pairs left out: both files are the same picture", self.path, same.sum())
+        group = self._groups_by_content(digests)
+        joined = int((self.pairs["group"].groupby(group).transform("nunique") > 1).sum())
+        if joined:
+            logger.warning("%s: equal pictures under different names join the groups of %d pairs", self.path, joined)
+        split, dropped = drop_connected(group[~same], self.pairs["split"][~same])
+        _log_dropped(self.path, dropped)
+        frame = self.pairs[["pair_id"]].assign(**keys).join(self.pairs[COLUMNS].assign(group=group, split=split))
+        return frame[frame["split"].notna()].reset_index(drop=True)
+
+    def _groups_by_content(self, digests: Mapping[str, bytes]) -> pd.Series:
+        """Join the groups of pairs (n) that show equal bytes under different names, by the rule for names."""
+        image = np.array([digests[path].hex() for path in self.items["path"]], object)
+        sides = {"path_a": image[self.pairs["item_a"]], "path_b": image[self.pairs["item_b"]]}
+        prompt = self.items["prompt"].to_numpy()[self.pairs["item_a"]]
+        pairs = self.pairs[["group"]].assign(prompt=prompt, **sides)
+        placeholders = {digests[path].hex() for path in self.placeholders if path in digests}
+        component = assign_groups(pairs, sorted(placeholders.union(placeholder_images(pairs))))
+        return self.pairs["group"].groupby(component).transform("min")
 
     def _row_ids(self, digests: Mapping[str, bytes]) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
         keys = zip(self.items["path"], self.items["prompt"], strict=True)
@@ -197,10 +202,15 @@ def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet
     frame = _identify(frame)
     placeholders = placeholder_images(frame)
     if placeholders:
-        logger.warning("%s: %d images under more than 20 prompts do not join groups", file, len(placeholders))
+        names = ", ".join(placeholders[:5]) + (", ..." if len(placeholders) > 5 else "")
+        logger.warning("%s: %d images under > 20 prompts do not join groups: %s", file, len(placeholders), names)
     frame["group"] = assign_groups(frame.assign(group=frame["group"].mask(frame["group"] == "")), placeholders)
     frame["split"], dropped = assign_splits(frame["group"], None if (frame["split"] == "").all() else frame["split"])
     frame = frame[frame["split"].notna()].reset_index(drop=True)
+    _log_dropped(file, dropped)
+    sizes = frame["group"].value_counts()
+    counts = (len(frame), frame["prompt"].nunique(), len(sizes), sizes.max())
+    logger.info("%s: %d pairs, %d prompts, %d groups, largest %d pairs", file, *counts)
     sides = [
         frame[["prompt", f"image_{side}", f"path_{side}"]].set_axis(["prompt", "image", "path"], axis=1)
         for side in ("a", "b")
@@ -209,9 +219,13 @@ def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet
     both = pd.concat(sides).sort_index(kind="stable")
     number = both.groupby(["prompt", "path"], sort=False).ngroup().to_numpy()
     items = both.iloc[np.unique(number, return_index=True)[1]].reset_index(drop=True)
-    columns = ["label", "weight", "strength", "n_votes", "group", "split", "source", "model_a", "model_b", "ranking_id"]
-    pairs = frame[["pair_id"]].assign(item_a=number[0::2], item_b=number[1::2]).join(frame[columns])
+    pairs = frame[["pair_id"]].assign(item_a=number[0::2], item_b=number[1::2]).join(frame[COLUMNS])
     return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders))
+
+
+def _log_dropped(file: Path, dropped: Mapping[str, int]) -> None:
+    for reason, count in dropped.items():
+        logger.warning("%s: %d pairs left out: %s", file, count, reason.replace("_", " "))
 
 
 def _resolve_images(file: Path, frame: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ is allowed; nothing is repaired silently.
 
 import csv
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -19,6 +20,8 @@ from pyarrow.parquet import ParquetFile
 
 from probekit.errors import PreferenceError
 from probekit.preferences.groups import SPLITS
+
+logger = logging.getLogger(__name__)
 
 WINNER_COLUMNS = ("prompt", "chosen", "rejected")
 LABEL_COLUMNS = ("prompt", "image_a", "image_b", "label")
@@ -111,11 +114,15 @@ def read_general(path: Path) -> pd.DataFrame:
     if by_winner and by_label:
         msg = f"{path}: has both 'chosen'/'rejected' and 'image_a'; allowed: one of the two forms"
         raise PreferenceError(msg)
-    for name in WINNER_COLUMNS if by_winner else LABEL_COLUMNS:
+    needed = WINNER_COLUMNS if by_winner else LABEL_COLUMNS
+    for name in needed:
         if name not in table.columns:
             forms = " or ".join(", ".join(form) for form in (WINNER_COLUMNS, LABEL_COLUMNS))
             msg = f"{path}: no column {name!r} (found: {', '.join(table.found)}); needed: {forms}"
             raise PreferenceError(msg)
+    unused = [name for name in table.found if name not in needed + TEXT_COLUMNS + NUMBER_COLUMNS]
+    if unused:
+        logger.info("%s: columns not used: %s", path, ", ".join(unused))
     image_a, image_b = ("chosen", "rejected") if by_winner else ("image_a", "image_b")
     frame = pd.DataFrame(
         {

@@ -9,6 +9,7 @@ from probekit.report.points import undecided_kinds
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
+    Model,
     Setting,
     all_layers,
     control_kinds,
@@ -18,7 +19,7 @@ from probekit.report.select import (
     trained_rows,
     training_series,
 )
-from probekit.report.tables import interval, percent, points
+from probekit.report.tables import differing_data, interval, percent, points, seeds_text
 
 _KINDS = {
     "init": "drawn from the constructor's distribution",
@@ -40,22 +41,22 @@ def found(
     if not models:
         return ["The run holds no trained backbone, so there is nothing to set against the random weights."]
     large = models[-1]
-    sentences = _largest(trained_rows(layer_rows(rows, CHOSEN), large), large.label, large.n_blocks)
+    sentences = differing_data(frame) + _largest(trained_rows(layer_rows(rows, CHOSEN), large), large)
     for margin in margins:
         if margin.model == large.label and margin.layers == CHOSEN:
             spread = "" if pd.isna(margin.seed_sd) else f"; SD over {margin.n_seeds} seeds {100 * margin.seed_sd:.1f}"
             network = f"the same network with random weights ({margin.kind}: mean {percent(margin.random)} %{spread})"
             verb = _verdict(margin.effect, "is {} above", "is {} below", "cannot be told ({}) from")
-            sentences.append(f"That {verb} {network}.")
+            sentences.append(f"That {verb} {network}.{seeds_text(margin.effect)}")
     if join := joins.get(large.label):
         verb = _verdict(join, "is {} above", "is {} below", "cannot be told ({}) from")
-        sentences.append(f"A head on all its layers together {verb} the one on the chosen layer.")
+        sentences.append(f"A head on all its layers together {verb} the one on the chosen layer.{seeds_text(join)}")
     sentences += [size_sentence(layers, effects, models[0].label, large.label) for layers, effects in sizes.items()]
     for layers, effects in lengths.items():
         for effect in effects:
             verb = _verdict(effect, "adds {}", "costs {}", "makes no difference that can be told from zero ({})")
             what = effect.what.replace(" - ", " against ")
-            sentences.append(f"{_LAYERS[layers]}, longer training of one shape {verb} ({what}).")
+            sentences.append(f"{_LAYERS[layers]}, longer training of one shape {verb} ({what}).{seeds_text(effect)}")
     return sentences
 
 
@@ -66,13 +67,15 @@ def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str
     for random, left in zip(effects[1::2], effects[2::2], strict=True):
         kind = random.what.rpartition("(")[2].rstrip(")")
         rest = (
-            "is separated from zero" if _apart(left) else "is not separated from zero: width and shape may explain it"
+            "is separated from zero"
+            if _apart(left)
+            else "is not separated from zero: width, shape or the draw of the seeds may explain it"
         )
         text += (
             f"; random weights ({kind}) of the same two shapes differ by {_points(random)},"
             f" which leaves {_points(left)}, and that {rest}"
         )
-    return text + "."
+    return f"{text}.{seeds_text(effects[-1])}".replace(" The interval covers", " Each interval covers")
 
 
 def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
@@ -157,8 +160,9 @@ def limits(frame: pd.DataFrame) -> list[str]:
     rows = reported_rows(frame)
     n_models = len(trained_models(rows))
     items = [
-        "Intervals cover the fitted heads on pairs like these. They contain neither refitting on other training pairs"
-        " nor training another backbone.",
+        "The interval of an accuracy covers one fitted head on pairs like these. That of a difference covers, beside"
+        " the pairs, the seeds of every side that has several; of a side with one seed the variance over seeds is unknown."
+        " None contains refitting on other training pairs.",
         "A probe finds what a head of this kind can read. A low accuracy does not show that the information is absent,"
         " and a high one not that the backbone uses it.",
         "Bands are drawn layer by layer. That one layer beats another needs the paired comparison of the two;"
@@ -190,18 +194,21 @@ def limits(frame: pd.DataFrame) -> list[str]:
     return items
 
 
-def _largest(chosen: pd.DataFrame, label: str, n_blocks: int) -> list[str]:
+def _largest(chosen: pd.DataFrame, model: Model) -> list[str]:
     if len(chosen) == 1:
         row = chosen.iloc[0]
         share = f"{percent(row['accuracy'])} % {interval(row['low'], row['high'])}"
         pairs = f"{row['n_pairs']:,} test pairs"
-        layer = f"layer {row['layer']} of {n_blocks}"
-        return [f"{label}: {layer}, chosen on validation, orders {share} of {pairs} as their labels do."]
+        layer = f"layer {row['layer']} of {model.n_blocks}"
+        return [
+            f"{model.label}: {layer}, chosen on validation, orders {share} of {pairs} as their labels do"
+            " (interval over test pairs; how much training seeds differ is not in it)."
+        ]
     if len(chosen):
         share = f"{percent(chosen['accuracy'].mean())} % of the test pairs"
         layers = f"the layers chosen on validation order {share} as their labels do"
-        return [f"{label}: {layers} (mean of {len(chosen)} training seeds)."]
-    return [f"{label}: no layer is chosen, for want of single-layer heads or of validation rows."]
+        return [f"{model.label}: {layers} (mean of {len(chosen)} training seeds)."]
+    return [f"{model.label}: no layer is chosen, for want of single-layer heads or of validation rows."]
 
 
 def _points(effect: Effect) -> str:

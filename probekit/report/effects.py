@@ -1,18 +1,22 @@
 """Effects as paired differences on the stored margins: both sides of a comparison judged the same pairs.
 
-Every effect is a difference of accuracies averaged over the seeds of each side, with the group bootstrap of
-`probekit.stats.paired_difference`. The intervals cover the pairs that might have been drawn, with the fitted heads held
-fixed; the spread over seeds is printed beside them.
+Every effect is a difference of accuracies averaged over the seeds of each side. Its interval covers the pairs that
+might have been drawn, by the group bootstrap of `probekit.stats.paired_difference` with the fitted heads held fixed,
+and the seeds that might have been drawn, of every side that has several. Of a side with one seed the variance over
+seeds is unknown and in no interval.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri, stdtrit
 
+from probekit._types import FloatArray
+from probekit.errors import ResultsError
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
@@ -28,6 +32,7 @@ from probekit.report.select import (
 )
 from probekit.results import load_margins
 from probekit.stats import PROTOCOLS, paired_difference
+from probekit.stats.comparisons import POWER
 
 if TYPE_CHECKING:
     Share = pd.Series[float]
@@ -36,10 +41,42 @@ else:  # the subscript exists for type checkers only
 
 
 @dataclass(frozen=True)
+class Side:
+    """One averaged side of a difference.
+
+    Attributes
+    ----------
+    name
+        What its networks are.
+    keys
+        Records, one for each network.
+    seeds
+        For each record, the network that it counts as.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    seeds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Effect:
     """A difference of accuracies (share of pairs) with its paired interval.
 
-    ``detectable`` is the smallest true difference that this many pairs would show with a power of 80 %.
+    Attributes
+    ----------
+    what
+        The difference in words.
+    estimate, low, high
+        Difference and limits.
+    detectable
+        The smallest true difference that this many pairs and seeds would show with a power of 80 %.
+    n_pairs
+        Test pairs that every side judged.
+    seeds
+        Sides and how many seeds each averages: the interval covers those of sides with several.
+    dropped
+        Test pairs that some sides judged and others did not.
     """
 
     what: str
@@ -48,6 +85,8 @@ class Effect:
     high: float
     detectable: float
     n_pairs: int
+    seeds: tuple[tuple[str, int], ...] = ()
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,54 +105,103 @@ class Margin:
 class Verdicts:
     """Right or wrong for every test pair of the records asked for, read from the margins of a run when needed."""
 
-    def __init__(self, run: Path, protocol: str, *, level: float = 0.95) -> None:
-        self._run, self._score, self._level = run, PROTOCOLS[protocol], level
-        self._correct: dict[str, pd.Series[float]] = {}
+    def __init__(self, run: Path, protocol: str, *, level: float = 0.95, resamples: int = 2000) -> None:
+        self._run, self._score = run, PROTOCOLS[protocol]
+        self._level, self._resamples = level, resamples
+        self._correct: dict[str, Share] = {}
         self._groups: dict[str, str] = {}
 
-    def mean(self, record_ids: Sequence[str]) -> Share:
-        """Share of the records that are right, for each decided test pair that all of them judged."""
-        for record_id in [key for key in record_ids if key not in self._correct]:
-            margins = load_margins(self._run, [record_id])
-            margins = margins[margins["split"] == "test"]
-            outcome = self._score(
-                margins["margin"].to_numpy(dtype=np.float64), margins["label"].to_numpy(dtype=np.float64)
-            )
-            self._correct[record_id] = pd.Series(outcome.correct, index=margins["pair_id"].to_numpy()).dropna()
-            self._groups.update(zip(margins["pair_id"], margins["group"], strict=True))
-        return pd.concat([self._correct[key] for key in record_ids], axis=1, join="inner").mean(axis=1)
+    def compare(self, what: str, gains: Sequence[Side], losses: Sequence[Side]) -> Effect:
+        """Accuracies of `gains` minus those of `losses`, as many of either: one for a difference, two for one of two.
 
-    def compare(self, what: str, left: Sequence[str], right: Sequence[str]) -> Effect:
-        """Accuracy of `left` minus accuracy of `right`, each a mean over records."""
-        both = pd.concat([self.mean(left), self.mean(right)], axis=1, join="inner")
-        return self._difference(what, both.iloc[:, 0], both.iloc[:, 1])
+        With seeds on a side, the standard error is that over pairs (half the paired interval over its normal quantile)
+        and that over seeds in one, ``SE^2 = SE_pairs^2 + sum SD_i^2 / k_i`` over the sides i with k_i > 1 seeds of
+        standard deviation SD_i, and the interval is the estimate -+ t SE on Welch and Satterthwaite's degrees of
+        freedom ``SE^4 / sum (SD_i^2 / k_i)^2 / (k_i - 1)``, to which the pairs' part adds nothing (infinite degrees).
+        Two sides that hold the same seeds, each fitted in two ways, are one term, the differences within seeds. Heads
+        of other seeds err on other pairs too, which SD_i contains and SE_pairs contains again, so that the interval is
+        rather too wide than too narrow.
 
-    def compare_differences(
-        self, what: str, left: tuple[Sequence[str], Sequence[str]], right: tuple[Sequence[str], Sequence[str]]
-    ) -> Effect:
-        """(left[0] - left[1]) - (right[0] - right[1])."""
-        sides = [self.mean(keys) for keys in (left[0], right[1], left[1], right[0])]
-        both = pd.concat(sides, axis=1, join="inner")
+        References
+        ----------
+        F. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2
+        (1946). B. Welch, "The generalization of Student's problem when several different population variances are
+        involved", Biometrika 34 (1947). Infinite degrees of freedom of a part: JCGM 100:2008 (GUM), G.4.
+        """
+        sides = (*gains, *losses)
+        judged = self._judged(sides)
+        right = judged.dropna()
+        if right.empty:
+            msg = f"{what}: the sides have no test pair in common; sweep them with the same judgements"
+            raise ResultsError(msg)
         # a - b - (c - d) = 2 ((a + d) / 2 - (b + c) / 2), whose two sides are shares of right answers again
-        gain, loss = both.iloc[:, :2].mean(axis=1), both.iloc[:, 2:].mean(axis=1)
-        return self._difference(what, gain, loss, factor=2.0)
-
-    def _difference(self, what: str, left: Share, right: Share, *, factor: float = 1.0) -> Effect:
-        groups = left.index.map(self._groups).to_numpy(dtype=object)
-        sides = left.to_numpy(dtype=np.float64), right.to_numpy(dtype=np.float64)
-        found = paired_difference(*sides, groups, level=self._level)
-        return Effect(
+        gain, loss = (
+            np.mean([right[list(side.keys)].mean(axis=1) for side in some], axis=0) for some in (gains, losses)
+        )
+        groups = right.index.map(self._groups).to_numpy(dtype=object)
+        found = paired_difference(gain, loss, groups, n_boot=self._resamples, level=self._level)
+        factor = float(len(gains))
+        effect = Effect(
             what=what,
             estimate=factor * found.estimate,
             low=factor * found.low,
             high=factor * found.high,
             detectable=factor * found.detectable,
-            n_pairs=len(left),
+            n_pairs=len(right),
+            seeds=tuple((side.name, len(set(side.seeds))) for side in sides),
+            dropped=len(judged) - len(right),
+        )
+        values = [right[list(side.keys)].mean().groupby(list(side.seeds), sort=False).mean() for side in sides]
+        if [side.seeds for side in gains] == [side.seeds for side in losses]:
+            values = [above - below for above, below in zip(values[: len(gains)], values[len(gains) :], strict=True)]
+        return self._with_seeds(effect, [value.to_numpy(dtype=np.float64) for value in values])
+
+    def _with_seeds(self, effect: Effect, values: Sequence[FloatArray]) -> Effect:
+        """Widen an interval over pairs by the variance of means over seeds; ``values`` holds those of every side."""
+        several = [value for value in values if len(value) > 1]
+        if not several:
+            return effect
+        parts = np.array([value.var(ddof=1) / len(value) for value in several])
+        freedoms = np.array([len(value) - 1 for value in several])
+        tail = (1 + self._level) / 2
+        pairs = (effect.high - effect.low) / (2 * float(ndtri(tail)))
+        variance = float(pairs**2 + parts.sum())
+        among_seeds = float((parts**2 / freedoms).sum())
+        freedom = variance**2 / among_seeds if among_seeds > 0 else np.inf
+        se, t = float(np.sqrt(variance)), float(stdtrit(freedom, tail))
+        return replace(
+            effect,
+            low=effect.estimate - t * se,
+            high=effect.estimate + t * se,
+            detectable=(t + float(stdtrit(freedom, POWER))) * se,
         )
 
+    def _judged(self, sides: Sequence[Side]) -> pd.DataFrame:
+        """Right (1) or wrong (0) of every record of the sides, for each decided test pair that one of them judged."""
+        keys = list(dict.fromkeys(key for side in sides for key in side.keys))
+        for key in keys:
+            if key not in self._correct:
+                margins = load_margins(self._run, [key])
+                margins = margins[margins["split"] == "test"]
+                outcome = self._score(
+                    margins["margin"].to_numpy(dtype=np.float64), margins["label"].to_numpy(dtype=np.float64)
+                )
+                self._correct[key] = pd.Series(outcome.correct, index=margins["pair_id"].to_numpy()).dropna()
+                self._groups.update(zip(margins["pair_id"], margins["group"], strict=True))
+        return pd.concat([self._correct[key] for key in keys], axis=1, keys=keys)
 
-def _keys(rows: pd.DataFrame) -> list[str]:
-    return [str(key) for key in rows["record_id"]]
+
+def _trained(rows: pd.DataFrame, model: Model) -> Side:
+    mine = trained_rows(rows, model)
+    return Side(f"trained {model.name}", tuple(mine["record_id"]), tuple(mine["backbone"]))
+
+
+def _random(rows: pd.DataFrame, model: Model, kind: str) -> Side:
+    """Return the random weights of a model; ``shuffled`` weights of one training seed count as that training seed."""
+    mine = of_kind(control_rows(rows, model), kind)
+    nested = kind != "init" and mine["backbone"].nunique() > 1
+    seeds = mine["backbone"] if nested else f"{model.name} " + mine["control"]
+    return Side(f"{kind} {model.name}", tuple(mine["record_id"]), tuple(seeds))
 
 
 def random_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
@@ -123,13 +211,12 @@ def random_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
     for model in trained_models(rows):
         for layers in (CHOSEN, ALL_LAYERS):
             part = layer_rows(rows, layers)
-            trained, controls = trained_rows(part, model), control_rows(part, model)
-            for kind in control_kinds(controls) if len(trained) else []:
+            trained, controls = _trained(part, model), control_rows(part, model)
+            for kind in control_kinds(controls) if trained.keys else []:
                 seeds = of_kind(controls, kind)
                 sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
-                effect = verdicts.compare(
-                    f"{model.label}: trained - random weights ({kind})", _keys(trained), _keys(seeds)
-                )
+                what = f"{model.label}: trained - random weights ({kind})"
+                effect = verdicts.compare(what, [trained], [_random(part, model, kind)])
                 margins.append(
                     Margin(model.label, kind, layers, len(seeds), float(seeds["accuracy"].mean()), sd, effect)
                 )
@@ -141,9 +228,9 @@ def joining_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, Effect
     rows = reported_rows(frame)
     effects = {}
     for model in trained_models(rows):
-        both = [_keys(trained_rows(layer_rows(rows, layers), model)) for layers in (ALL_LAYERS, CHOSEN)]
-        if all(both):
-            effects[model.label] = verdicts.compare(f"{model.label}: all layers - chosen layer", *both)
+        joined, chosen = (_trained(layer_rows(rows, layers), model) for layers in (ALL_LAYERS, CHOSEN))
+        if joined.keys and chosen.keys:
+            effects[model.label] = verdicts.compare(f"{model.label}: all layers - chosen layer", [joined], [chosen])
     return effects
 
 
@@ -158,18 +245,16 @@ def size_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effe
     found: dict[str, list[Effect]] = {}
     for layers in (CHOSEN, ALL_LAYERS):
         part = layer_rows(rows, layers)
-        trained = [_keys(trained_rows(part, model)) for model in (large, small)]
-        if not all(trained):
+        above, below = _trained(part, large), _trained(part, small)
+        if not (above.keys and below.keys):
             continue
-        found[layers] = [verdicts.compare(f"{title}, trained", *trained)]
+        found[layers] = [verdicts.compare(f"{title}, trained", [above], [below])]
         for kind in control_kinds(part):
-            random = [_keys(of_kind(control_rows(part, model), kind)) for model in (large, small)]
-            if all(random):
-                found[layers].append(verdicts.compare(f"{title}, random weights ({kind})", *random))
+            wide, narrow = _random(part, large, kind), _random(part, small, kind)
+            if wide.keys and narrow.keys:
                 what = f"difference of the two: what random weights ({kind}) leave"
-                found[layers].append(
-                    verdicts.compare_differences(what, (trained[0], trained[1]), (random[0], random[1]))
-                )
+                found[layers].append(verdicts.compare(f"{title}, random weights ({kind})", [wide], [narrow]))
+                found[layers].append(verdicts.compare(what, [above, narrow], [below, wide]))
     return found
 
 
@@ -181,10 +266,10 @@ def training_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[
         short, long = series[0], series[-1]
         for layers in (CHOSEN, ALL_LAYERS):
             part = layer_rows(rows, layers)
-            both = [_keys(trained_rows(part, model)) for model in (long, short)]
-            if all(both):
+            after, before = _trained(part, long), _trained(part, short)
+            if after.keys and before.keys:
                 what = f"{long.label}: {_images(long)} - {_images(short)} training images"
-                found.setdefault(layers, []).append(verdicts.compare(what, *both))
+                found.setdefault(layers, []).append(verdicts.compare(what, [after], [before]))
     return found
 
 

@@ -1,5 +1,6 @@
 """One self-contained page of a run: sentences, figures and tables in, HTML out. No script, no network request."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -65,9 +66,11 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     config = load_config(run)
     folder = out.with_name(f"{out.stem}_figures")
     found = settings(frame)
-    level = _level(config)
+    sweep = config.get("sweep")
+    options = sweep if isinstance(sweep, dict) else {}
+    level = float(options.get("level", 0.95))
     sections = [
-        _section(run, frame, setting, folder, level, "" if len(found) == 1 else f"-{i}")
+        _section(run, frame, setting, folder, options, "" if len(found) == 1 else f"-{i}")
         for i, setting in enumerate(found, start=1)
     ]
     stores = config.get("stores")
@@ -80,7 +83,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("page.html.j2").render(
-        title="/".join(run.resolve().parts[-2:]),
+        title=_title(run),
         level=level,
         sections=sections,
         others=tables.other_settings_table(frame),
@@ -102,11 +105,12 @@ def build_report(run: str | Path, out: str | Path) -> Path:
 
 
 def _section(
-    run: Path, whole: pd.DataFrame, setting: Setting, folder: Path, level: float, suffix: str
+    run: Path, whole: pd.DataFrame, setting: Setting, folder: Path, options: dict[str, Any], suffix: str
 ) -> dict[str, Any]:
-    """Everything the page says about one data set."""
+    """Everything the page says about one data set; `options` are those of the sweep."""
     frame = narrow(whole, setting)
-    verdicts = Verdicts(run, setting.protocol, level=level)
+    level = float(options.get("level", 0.95))
+    verdicts = Verdicts(run, setting.protocol, level=level, resamples=int(options.get("resamples", 2000)))
     margins, joins = random_margins(frame, verdicts), joining_effects(frame, verdicts)
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
@@ -160,7 +164,11 @@ def _section(
             (name, tables.backbone_table(whole, name, setting)) for model in everything for name in model.backbones
         ],
         "controls": tables.controls_table(frame),
-        "warnings": tables.warnings_list(narrow(whole, setting, any_head=True)),
+        "warnings": tables.warnings_list(
+            narrow(whole, setting, any_head=True),
+            [*itertools.chain(*effects.values()), *joins.values()],
+            {head["name"]: head.get("strengths", []) for head in options.get("heads", [])},
+        ),
         "counts": tables.counts_table(frame),
         "protocol": (PROTOCOLS[setting.protocol].__doc__ or "").strip().split("\n\n")[0],
         "limits": captions.limits(frame),
@@ -202,10 +210,10 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return facts
 
 
-def _level(config: dict[str, Any]) -> float:
-    """Level of the intervals of a run."""
-    sweep = config.get("sweep")
-    return float(sweep.get("level", 0.95)) if isinstance(sweep, dict) else 0.95
+def _title(run: Path) -> str:
+    """Name the folder of the run alone, since a page is passed on; with its parent where that says nothing."""
+    run = run.resolve()
+    return f"{run.parent.name}/{run.name}" if run.name == "run" else run.name
 
 
 def _fingerprints(frame: pd.DataFrame) -> pd.DataFrame:

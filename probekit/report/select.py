@@ -10,6 +10,7 @@ from probekit.results import ALL_SOURCES
 CHOSEN = "chosen layer"
 ALL_LAYERS = "all layers"
 
+_TRAINING_LENGTH = re.compile(r"-[^-]*\d[^-]*$")
 _TRAINING_SEED = re.compile(r"[-_.]?(?:seed|run)[-_]?\d+$")
 
 
@@ -46,6 +47,11 @@ class Model:
     backbones: tuple[str, ...]
     shape: tuple[int, int, int]
     images: int | None
+
+    @property
+    def name(self) -> str:
+        """The name that its backbones share."""
+        return self.backbones[0] if len(self.backbones) == 1 else _TRAINING_SEED.sub("", self.backbones[0])
 
     @property
     def n_blocks(self) -> int:
@@ -115,7 +121,7 @@ def sources(frame: pd.DataFrame) -> list[str]:
 
 
 def trained_models(frame: pd.DataFrame, *, every_length: bool = False) -> list[Model]:
-    """Trained backbones from small to large; of several training lengths of one shape only the longest.
+    """Trained backbones from small to large; of a training series (see `training_series`) only the longest.
 
     Training seeds (equal names but for a final ``seed0`` or ``run0``, equal shape and training length) are one model.
     """
@@ -130,17 +136,18 @@ def trained_models(frame: pd.DataFrame, *, every_length: bool = False) -> list[M
         label = names[0] if len(names) == 1 else f"{stem} ({len(names)} seeds)"
         models.append(Model(label=label, backbones=tuple(names), shape=shape, images=images))
     if not every_length:
-        models = [model for model in models if model.images == _longest(models, model)]
-    return sorted(models, key=lambda model: (model.parameters, model.images or 0, model.label))
+        shorter = [model for series in _series(models) for model in series if model.images != series[-1].images]
+        models = [model for model in models if model not in shorter]
+    return sorted(models, key=_by_size)
 
 
 def training_series(frame: pd.DataFrame) -> list[list[Model]]:
-    """Models of one shape that differ in training length, from short to long; one list for each such shape."""
-    series: dict[tuple[int, int, int], list[Model]] = {}
-    for model in trained_models(frame, every_length=True):
-        if model.images is not None:
-            series.setdefault(model.shape, []).append(model)
-    return [models for models in series.values() if len({model.images for model in models}) > 1]
+    """Models that differ in training length alone, from short to long; one list for each series.
+
+    They have the same shape and names that are equal but for a last ``-part`` with a number in it, or none:
+    ``3x96-at3``, ``3x96-at10`` and ``3x96`` are a series, ``sd3-anime`` and ``sd3-photo`` are two backbones.
+    """
+    return _series(trained_models(frame, every_length=True))
 
 
 def trained_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
@@ -149,10 +156,11 @@ def trained_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
 
 
 def control_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
-    """Keep the random-weights rows of a model, each control seed once.
+    """Keep the random-weights rows of a model, each network once.
 
-    ``init`` weights depend on nothing but the shape, so those of another backbone of the same shape stand in where
-    the model has none of its own; ``shuffled`` weights are a model's own.
+    ``init`` weights depend on nothing but shape and seed: those of another backbone of the same shape stand in where
+    the model has none of its own, and those that several backbones have are one network. ``shuffled`` weights are
+    a backbone's own.
     """
     control = frame["control"] != "trained"
     own = frame[control & frame["backbone"].isin(model.backbones)]
@@ -161,8 +169,9 @@ def control_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
         same = (frame["n_blocks"] == n_blocks) & (frame["width"] == width)
         same &= frame["backbone_parameters"] == parameters
         own = pd.concat([own, frame[same & frame["control"].str.startswith("init:")]])
-    home = own.drop_duplicates("control").set_index("control")["backbone"]
-    return own[own["backbone"] == own["control"].map(home)]
+    init = own["control"].str.startswith("init:")
+    home = own[init].drop_duplicates("control").set_index("control")["backbone"]
+    return own[~init | (own["backbone"] == own["control"].map(home))]
 
 
 def control_kinds(frame: pd.DataFrame) -> list[str]:
@@ -175,7 +184,21 @@ def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     return frame[frame["control"].str.startswith(f"{kind}:")]
 
 
-def _longest(models: list[Model], model: Model) -> int | None:
-    if model.images is None:
-        return None
-    return max(other.images for other in models if other.shape == model.shape and other.images is not None)
+def _by_size(model: Model) -> tuple[int, int, str]:
+    return model.parameters, model.images or 0, model.label
+
+
+def _series(models: list[Model]) -> list[list[Model]]:
+    """Group the models of one training series each, from short to long; models in none are left out."""
+    groups: list[list[Model]] = []
+    for model in (model for model in models if model.images is not None):
+        related = [group for group in groups if any(_same_series(model, other) for other in group)]
+        groups = [group for group in groups if group not in related]
+        groups.append([model, *(other for group in related for other in group)])
+    groups = [sorted(group, key=_by_size) for group in groups if len({model.images for model in group}) > 1]
+    return sorted(groups, key=lambda group: _by_size(group[-1]))
+
+
+def _same_series(one: Model, other: Model) -> bool:
+    stems = [{model.name, _TRAINING_LENGTH.sub("", model.name)} for model in (one, other)]
+    return one.shape == other.shape and bool(stems[0] & stems[1])

@@ -1,8 +1,9 @@
 """Tables of the page, as frames of text: pure functions of the tidy frame and of the effects computed from margins."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from probekit.report.effects import Effect, Margin
@@ -27,6 +28,7 @@ from probekit.results import ALL_SOURCES, CHOICE_KEYS
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 FEW_GROUPS = 50
+_NAMED = 4
 
 
 def percent(value: float) -> str:
@@ -48,6 +50,19 @@ def points(value: float) -> str:
 def effect_text(effect: Effect | None) -> str:
     """Estimate and paired interval of an effect."""
     return NONE if effect is None else f"{points(effect.estimate)}\n{interval(effect.low, effect.high, signed=True)}"
+
+
+def seeds_text(effect: Effect) -> str:
+    """Say which seeds the interval of an effect covers, as a sentence of its own; empty where nothing is known."""
+    if not effect.seeds:
+        return ""
+    several = [f"{n} seeds of {name}" for name, n in effect.seeds if n > 1]
+    lone = [name for name, n in effect.seeds if n == 1]
+    text = f" The interval covers test pairs and {', '.join(several)}" if several else " The interval covers test pairs"
+    if lone:
+        has, its = ("has", "its") if len(lone) == 1 else ("have", "their")
+        text += f"; {' and '.join(lone)} {has} one seed, so {its} variance over seeds is unknown and not in it"
+    return f"{text}."
 
 
 def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[str, Effect]) -> pd.DataFrame:
@@ -87,6 +102,7 @@ def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
             "Paired interval": interval(effect.low, effect.high, signed=True),
             "Detectable": f"{100 * effect.detectable:.1f}",
             "Pairs": f"{effect.n_pairs:,}",
+            "Seeds": "; ".join(f"{name}: {n}" for name, n in effect.seeds),
         }
         for effect in effects
     )
@@ -180,15 +196,28 @@ def other_settings_table(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def warnings_list(frame: pd.DataFrame) -> list[str]:
-    """List what a reader must know before believing a number; of long lists the first few records are named."""
+def warnings_list(
+    frame: pd.DataFrame, effects: Iterable[Effect] = (), strengths: Mapping[str, Sequence[float]] | None = None
+) -> list[str]:
+    """List what a reader must know before believing a number; of long lists the first few records are named.
+
+    Parameters
+    ----------
+    frame
+        Rows of one data set.
+    effects
+        Differences on the page, which may have lost pairs.
+    strengths
+        Grid of each linear head by name, where known: a strength at its upper end says something else than one at its
+        lower end.
+    """
     records = frame.drop_duplicates("record_id")
     test = reported_rows(frame)
     validated = records["record_id"].isin(frame[frame["split"] == "validation"]["record_id"])
     found = [
-        _counted(
-            records[records["edge_of_grid"]], "chose a strength at the edge of the grid; a wider grid may fit better"
-        ),
+        *differing_data(frame),
+        *_dropped(effects),
+        *_strengths(records[records["edge_of_grid"]], strengths or {}),
         _counted(records[~records["converged"]], "did not converge"),
         _counted(
             test[test["effective_groups"] < FEW_GROUPS],
@@ -201,7 +230,10 @@ def warnings_list(frame: pd.DataFrame) -> list[str]:
     ]
     left_out, ties = int(test["left_out"].max()), int(test["true_ties"].max())
     if left_out:
-        found.append(f"Up to {left_out:,} test pairs are left out because a picture has no features.")
+        found.append(
+            f"Up to {left_out:,} test pairs are left out: rows missing from the store, unreadable or non-finite"
+            " pictures, or no label."
+        )
     if ties:
         found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
     if predicted := int(test["predicted_ties"].max()):
@@ -209,12 +241,55 @@ def warnings_list(frame: pd.DataFrame) -> list[str]:
     return [text for text in found if text]
 
 
+def differing_data(frame: pd.DataFrame) -> list[str]:
+    """Name the stores whose pairs, groups, splits or labels are not those of most stores of the data set."""
+    stores = frame.drop_duplicates(["backbone", "control", "data_digest"])
+    usual = stores["data_digest"].value_counts(sort=True).index
+    others = stores[stores["data_digest"] != usual[0]]
+    if others.empty:
+        return []
+    first = [f"{row['backbone']} ({row['control']})" for row in others.head(_NAMED).to_dict("records")]
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    verb = "store was" if len(others) == 1 else "stores were"
+    return [
+        f"Not the same data: {len(others)} of {len(stores)} {verb} fitted or judged on other pairs, groups, splits or"
+        f" labels than the rest, so comparisons with them are not of the backbones alone: {'; '.join(first)}{more}."
+        " Dump the missing rows or sweep all stores with the same judgements."
+    ]
+
+
+def _dropped(effects: Iterable[Effect]) -> list[str]:
+    lost = [effect for effect in effects if effect.dropped]
+    if not lost:
+        return []
+    most = max(lost, key=lambda effect: effect.dropped)
+    number = f"{len(lost)} differences rest" if len(lost) > 1 else "1 difference rests"
+    return [
+        f"{number} on the test pairs that all of its sides judged and drop the others: {most.dropped:,} pairs dropped"
+        f" and {most.n_pairs:,} kept in {most.what.replace(' - ', f' {MINUS} ')}{' (the most)' * (len(lost) > 1)}."
+    ]
+
+
+def _strengths(records: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> list[str]:
+    """Split the strengths at the edge of their grid by the edge, where the grid is known."""
+    largest = [max(grids.get(head, ()), default=float("nan")) for head in records["head"]]
+    known, top = ~np.isnan(largest), np.isclose(records["strength"], largest)
+    return [
+        _counted(records[top], "chose the largest strength of the grid; a wider grid may fit better"),
+        _counted(
+            records[known & ~top],
+            "chose the smallest strength of the grid: next to nothing was found to fit, as is usual at chance level",
+        ),
+        _counted(records[~known], "chose a strength at the edge of the grid; a wider grid may fit better"),
+    ]
+
+
 def _counted(records: pd.DataFrame, what: str) -> str:
     if records.empty:
         return ""
-    first = records.head(4).to_dict("records")
+    first = records.head(_NAMED).to_dict("records")
     names = [f"{row['backbone']} ({row['control']}) layers {_short(row['layer_set'])}" for row in first]
-    more = f" and {len(records) - 4} more" if len(records) > 4 else ""
+    more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
     return f"{len(records)} {'heads' if len(records) > 1 else 'head'} {what}: {'; '.join(names)}{more}."
 
 

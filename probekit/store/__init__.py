@@ -1,7 +1,6 @@
 """Features on disk: a public format (``FORMAT.md``), written shard by shard and read layer by layer."""
 
 from probekit.store.format import (
-    DEFAULT_SHARD_BYTES,
     FORMAT,
     FORMAT_VERSION,
     canonical_json,
@@ -13,7 +12,6 @@ from probekit.store.reader import FeatureStore
 from probekit.store.writer import Block, StoreWriter, open_store
 
 __all__ = [
-    "DEFAULT_SHARD_BYTES",
     "FORMAT",
     "FORMAT_VERSION",
     "Block",

@@ -4,8 +4,10 @@ n = pairs, m = rows of the store.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,33 @@ from numpy.typing import NDArray
 
 from probekit.errors import StoreError
 from probekit.store import format as fmt
+from probekit.store.files import open_regular
 
 logger = logging.getLogger(__name__)
 
-JUDGEMENT_COLUMNS = ("pair_id", "row_a", "row_b", "label", "split")
+JUDGEMENT_COLUMNS = ("pair_id", "row_a", "row_b", "label", "group", "split")
+DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
+REASONS = ("missing_rows", "bad_status", "no_label")
+
+
+def read_judgements(path: Path) -> pd.DataFrame:
+    """Read a set of judgements.
+
+    Raises
+    ------
+    StoreError
+        If it is missing, a link or not Parquet.
+    """
+    descriptor, _ = open_regular(path)
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            return pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        msg = f"{path}: cannot be read as Parquet ({reason}); delete it and run the same dump command again"
+        raise StoreError(msg) from None
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -30,16 +55,22 @@ class Pairs:
     label
         Probability (n,) that the first row is preferred; 0.5 = tie.
     frame
-        The judgements of the same n pairs: ``pair_id``, ``group``, ``split``, ``source``, ...
-    left_out
-        Pairs that are not here: ``missing_rows`` (a row is not in the store), ``bad_status`` (an image was unreadable
-        or its features were not finite), ``no_label``.
+        The judgements of the same n pairs: ``pair_id``, ``group``, ``split``, ``source``, ``weight``, ...
+    excluded
+        Pairs that are not here, in the order of the judgements: ``pair_id``, ``source``, ``split``, ``reason``. A
+        reason is ``missing_rows`` (a row is not in the store), ``bad_status`` (an image was unreadable or its features
+        were not finite) or ``no_label``.
     """
 
     rows: NDArray[np.int64]
     label: NDArray[np.float64]
     frame: pd.DataFrame
-    left_out: dict[str, int]
+    excluded: pd.DataFrame
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many pairs are not here, by reason."""
+        return {reason: int((self.excluded["reason"] == reason).sum()) for reason in REASONS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +84,8 @@ class BoundJudgements:
     store_rows
         ``FeatureStore.rows`` (m).
     frame
-        Judgements with ``pair_id``, ``row_a``, ``row_b``, ``label``, ``split`` and whatever else they carry.
+        Judgements with ``pair_id``, ``row_a``, ``row_b``, ``label``, ``group``, ``split`` and whatever else they carry.
+        Where they give no ``source`` it is empty, where they give no ``weight`` it is 1.
     """
 
     path: Path
@@ -65,9 +97,16 @@ class BoundJudgements:
         if absent:
             msg = f"{self.path}: the judgements have no column {absent[0]!r}; needed: {', '.join(JUDGEMENT_COLUMNS)}"
             raise StoreError(msg)
+        for column in JUDGEMENT_COLUMNS:
+            empty = int(self.frame[column].isna().sum())
+            if empty and column != "label":
+                msg = f"{self.path}: {empty} judgements have no {column!r}; allowed: a value in each"
+                raise StoreError(msg)
+        filled = {name: self.frame[name].fillna(value) for name, value in DEFAULTS.items() if name in self.frame}
+        object.__setattr__(self, "frame", self.frame.assign(**(DEFAULTS | filled)))
 
     def pairs(self, *, split: str | None = None) -> Pairs:
-        """Pairs with features; the others are counted in ``left_out``.
+        """Pairs with features; the others are named in ``excluded``.
 
         Raises
         ------
@@ -86,7 +125,8 @@ class BoundJudgements:
         missing = (rows < 0).any(axis=1)
         bad = (self.store_rows["status"].to_numpy()[rows] != fmt.STATUS_OK).any(axis=1) & ~missing
         no_label = frame["label"].isna().to_numpy() & ~missing & ~bad
-        keep = ~(missing | bad | no_label)
+        reason = np.select([missing, bad, no_label], REASONS, "")
+        keep = reason == ""
         if missing.any():
             names = ", ".join(frame["pair_id"].astype(str).to_numpy()[missing][:3])
             logger.warning("%s: %d pairs have no rows in this store: %s, ...", self.path, missing.sum(), names)
@@ -94,9 +134,5 @@ class BoundJudgements:
             rows=rows[keep],
             label=frame["label"].to_numpy(np.float64)[keep],
             frame=frame[keep].reset_index(drop=True),
-            left_out={
-                "missing_rows": int(missing.sum()),
-                "bad_status": int(bad.sum()),
-                "no_label": int(no_label.sum()),
-            },
+            excluded=frame[["pair_id", "source", "split"]].assign(reason=reason)[~keep].reset_index(drop=True),
         )

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
-from probekit.store.files import open_regular
-from probekit.store.pairs import BoundJudgements, Pairs
+from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, read_store_file, scan
 
 ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
@@ -157,15 +156,7 @@ class FeatureStore:
             If there is no such set or split.
         """
         name = self._choose("judgements", judgements, self.judgements)
-        path = self.path / "judgements" / f"{name}.parquet"
-        descriptor, _ = open_regular(path)
-        try:
-            with open(descriptor, "rb", closefd=False) as file:
-                frame = pd.read_parquet(file)
-        except (OSError, ValueError) as error:
-            msg = f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); run the same dump command again"
-            raise StoreError(msg) from None
-        return self.bind(frame).pairs(split=split)
+        return self.bind(read_judgements(self.path / "judgements" / f"{name}.parquet")).pairs(split=split)
 
     def bind(self, frame: pd.DataFrame) -> BoundJudgements:
         """Join judgements made elsewhere to the rows of this store, by ``row_a`` and ``row_b``.
@@ -173,7 +164,7 @@ class FeatureStore:
         Raises
         ------
         StoreError
-            If a column is missing.
+            If a column or a value that pairs need is missing; names it.
         """
         return BoundJudgements(self.path, self.rows, frame)
 

@@ -4,6 +4,8 @@ m = rows of a shard, d = channels of a feature vector.
 """
 
 import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -32,7 +34,10 @@ from probekit.store.files import (
     write_atomically,
 )
 from probekit.store.hdf5 import provenance, write_hdf5, writer_name
+from probekit.store.pairs import read_judgements
 from probekit.store.shards import Shard, check_shard, file_digest, read_store_file, scan, shard_path
+
+logger = logging.getLogger(__name__)
 
 MARGIN_BYTES = 16 * 2**20  # tables and metadata of a shard, sidecar, judgements
 
@@ -64,7 +69,7 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
         JSON-plain values of everything that changes the numbers; ``layers`` is a list of
         ``{"index", "name", "stream"}``, ``poolings`` maps names to definitions.
     describe
-        JSON-plain facts of the backbone for readers; not compared.
+        JSON-plain facts of the backbone for readers; where they differ from those in the store, they replace them.
 
     Raises
     ------
@@ -95,13 +100,20 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
                 "provenance": provenance(),
             }
             write_atomically(file, fmt.seal(content))
-    stored = read_store_file(file)
-    for key, old, new in fmt.differences(stored["config"], full):
-        msg = (
-            f"{file}: {key} is {_short(old)} in this store, {_short(new)} was asked for; "
-            "use another --out, or the store's value"
-        )
-        raise FingerprintError(msg)
+        stored = read_store_file(file)
+        for key, old, new in fmt.differences(stored["config"], full):
+            msg = (
+                f"{file}: {key} is {_short(old)} in this store, {_short(new)} was asked for; "
+                "use another --out, or the store's value"
+            )
+            raise FingerprintError(msg)
+        facts = json.loads(fmt.canonical_json(describe))
+        changes = list(fmt.differences(stored["describe"], facts))
+        for key, old, new in changes:
+            logger.warning("%s: %s was %s, is now %s", file, key, _short(old), _short(new))
+        if changes:
+            stored["describe"] = facts
+            write_atomically(file, fmt.seal(stored))
     return StoreWriter(root, stored)
 
 
@@ -254,20 +266,32 @@ class StoreWriter:
         return path
 
     def write_judgements(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write a set of pairs beside the shards, in place of an older one of the same name.
+        """Write a set of pairs beside the shards, in place of an older one of the same name with no other pairs.
+
+        Labels, splits and the like may differ from the older set, and there may be more pairs.
 
         Raises
         ------
         StoreError
-            If the name cannot be a file name everywhere.
+            If the name cannot be a file name everywhere, or pairs of the older set would be lost.
         """
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
             msg = f"judgements are named {name!r}; allowed: letters, digits, '.', '_' and '-'"
             raise StoreError(msg)
         path = self.path / "judgements" / f"{name}.parquet"
-        with temporary(path) as (temp, descriptor):
-            frame.to_parquet(temp, index=False)
-            publish(temp, descriptor, path)
+        with locked(path):
+            if path.exists():
+                old = read_judgements(path).reindex(columns=["pair_id"])
+                lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
+                if lost:
+                    msg = (
+                        f"{path}: {lost} of its {len(old)} pairs are not in the new set of this name; "
+                        f"use a preference file of another name, or delete {path} to replace it"
+                    )
+                    raise StoreError(msg)
+            with temporary(path) as (temp, descriptor):
+                frame.to_parquet(temp, index=False)
+                publish(temp, descriptor, path)
         return path
 
     def _known_blocks(self) -> Iterator[list[str]]:

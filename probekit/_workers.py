@@ -1,0 +1,43 @@
+"""Work spread over processes of one thread each, ended together."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def run_in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], *, jobs: int
+) -> Iterator[tuple[Item, Result]]:
+    """Call a picklable function on every item, in order, and yield (item, result) as they finish.
+
+    Whatever ends the iteration early (an error in one item, a signal) ends the other processes at once: all work that
+    is worth keeping is committed by the function itself.
+    """
+    if jobs == 1:
+        for item in items:
+            yield item, function(item)
+        return
+    # spawn: a fork would copy the parent's thread pools in an undefined state
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start) as pool:
+        futures = {pool.submit(function, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _start() -> None:
+    """Set up a process before it imports anything that counts cores."""
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
