@@ -59,7 +59,7 @@ RESULT_COLUMNS: dict[str, str] = {
     "n_pairs": "int64",
     "true_ties": "int64",
     "predicted_ties": "int64",
-    "left_out": "int64",  # pairs without features
+    "left_out": "int64",  # pairs of this split and source that could not be scored
     "n_groups": "int64",
     "effective_groups": "float64",
     "strength": "float64",  # chosen C of a linear head

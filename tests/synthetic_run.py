@@ -26,6 +26,7 @@ KINDS = {  # peak accuracy of a large backbone, and the relative depth at which 
     "relation": (0.51, 0.50),
 }
 TEXT_FREE = {"degradation"}
+STRENGTHS = [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,13 @@ def write_run(
                     keys.append(_write_record(run, net, layers, head, sigma, pairs, difficulty, kinds))
     rebuild(run, keys)
     store = {"store": "features/demo", "resolution": 32, "dtype": "float32", "noise": "shared", "noise_seed": 0}
-    write_config(run, {"datasets": ["demo"], "heads": list(heads), "protocol": "strict", "stores": [store]})
+    sweep = {"heads": [_head(name) for name in heads], "protocol": "strict", "resamples": 2000, "level": 0.95}
+    write_config(run, {"sweep": sweep, "stores": [store]})
     return keys
+
+
+def _head(name: str) -> dict[str, object]:
+    return {"name": name, "kind": "mlp"} if name == "mlp" else {"name": name, "kind": "linear", "strengths": STRENGTHS}
 
 
 def _write_record(
@@ -167,6 +173,8 @@ def _write_record(
     tie = pairs["label"].to_numpy() == 0.5
     sign = np.where(tie, 1.0, np.where((pairs["label"] > 0.5) == right, 1.0, -1.0))
     margins = pairs.assign(margin=sign * np.abs(rng.normal(1.0, 0.3, len(pairs))))
+    linear = head != "mlp"
+    strength = STRENGTHS[rng.choice([0, 5]) if rng.random() < 0.04 else rng.integers(1, 5)] if linear else np.nan
     common = {
         "record_id": key,
         "backbone": net.name,
@@ -181,12 +189,12 @@ def _write_record(
         "n_layers": len(layers),
         "combination": "single" if single else "concat",
         "head": head,
-        "head_kind": "mlp" if head == "mlp" else "linear",
+        "head_kind": "linear" if linear else "mlp",
         "seed": 0,
         "left_out": 2,
         "predicted_ties": 0,
-        "strength": np.nan if head == "mlp" else float(10.0 ** rng.integers(-3, 1)),
-        "edge_of_grid": bool(rng.random() < 0.04),
+        "strength": strength,
+        "edge_of_grid": strength in (STRENGTHS[0], STRENGTHS[-1]),
         "converged": bool(rng.random() > 0.02),
         "train_accuracy": min(1.0, float(chance.mean()) + 0.04),
         "head_parameters": net.width * len(layers),

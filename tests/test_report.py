@@ -7,7 +7,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import Net, with_controls, write_run
+from scipy.stats import norm
+from scipy.stats import t as student_t
+from synthetic_run import STRENGTHS, Net, with_controls, write_run
 
 from probekit.errors import ResultsError
 from probekit.report import (
@@ -24,16 +26,17 @@ from probekit.report import (
 from probekit.report.captions import found, size_sentence
 from probekit.report.effects import Effect, Verdicts, joining_effects, random_margins, size_effects
 from probekit.report.page import store_tables
-from probekit.report.select import control_rows, narrow, settings, trained_models
+from probekit.report.select import control_rows, narrow, settings, trained_models, training_series
 from probekit.report.style import colours, in_millions, readable, spread
 from probekit.report.tables import other_settings_table, warnings_list
-from probekit.results import load_margins, load_results
+from probekit.results import load_margins, load_results, write_config, write_part
+from probekit.stats import paired_difference
 
 NETS = (
     Net("2x16-seed0", 2, 16),
     Net("2x16-seed1", 2, 16),
     Net("3x32", 3, 32),
-    Net("3x32-early", 3, 32, 30_000),
+    Net("3x32-step30", 3, 32, 30_000),
 )
 KINDS = ("colour", "shape")
 SIZE = {"n_test": 240, "n_validation": 90}
@@ -68,7 +71,7 @@ def test_the_csv_holds_the_numbers_of_the_frame(page, frame):
     test = frame[(frame["split"] == "test") & (frame["source"] == "all") & (frame["head"] == "linear")]
     trained = test[(test["control"] == "trained") & (test["combination"] == "single")]
     drawn = points[(points["weights"] == "trained") & (points["layers"] == "single")]
-    shown = trained[trained["backbone"] != "3x32-early"]  # only the longest training is drawn over depth
+    shown = trained[trained["backbone"] != "3x32-step30"]  # only the longest training is drawn over depth
     both = shown.merge(drawn, on=["backbone", "layer"], suffixes=("", "_drawn"), validate="one_to_one")
     assert len(both) == len(shown) == len(drawn)
     for name in ("accuracy", "low", "high", "relative_depth"):
@@ -92,7 +95,9 @@ def test_scaling_points_are_the_chosen_layers(frame):
     expected = chosen[chosen["control"] == "trained"].set_index("backbone")["accuracy"]
     drawn = points[(points["weights"] == "trained") & (points["layers"] == "chosen layer")]
     drawn = drawn[drawn["backbone"] != "mean"].set_index("backbone")["accuracy"]
-    pd.testing.assert_series_equal(drawn.sort_index(), expected.drop("3x32-early").sort_index(), check_index_type=False)
+    pd.testing.assert_series_equal(
+        drawn.sort_index(), expected.drop("3x32-step30").sort_index(), check_index_type=False
+    )
 
 
 def test_training_starts_from_untrained_weights_of_the_same_shape(frame):
@@ -195,6 +200,83 @@ def test_headline_effects_come_from_the_margins(run, frame):
         assert effect.low < effect.estimate < effect.high
 
 
+def test_intervals_contain_the_variance_over_seeds(run, frame):
+    """SE^2 = SE_pairs^2 + sum SD^2 / k and Welch and Satterthwaite's degrees of freedom, computed from the margins."""
+    primary = narrow(frame)
+    effects = dict(
+        zip(("trained", "random", "left"), size_effects(primary, Verdicts(run, "strict"))["chosen layer"], strict=True)
+    )
+    rows = primary[primary["chosen"] & (primary["split"] == "test") & (primary["source"] == "all")]
+    margins = load_margins(run, rows["record_id"])
+    margins = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
+    right = ((margins["margin"] > 0) == (margins["label"] > 0.5)).astype(float)
+    table = right.set_axis([margins["pair_id"], margins["record_id"]]).unstack()
+    groups = margins.drop_duplicates("pair_id").set_index("pair_id")["group"].loc[table.index]
+
+    def side(backbones, control):
+        mine = rows["backbone"].isin(backbones) & rows["control"].str.startswith(control)
+        return table[rows.loc[mine, "record_id"]]
+
+    small = ("2x16-seed0", "2x16-seed1")
+    seeds = {
+        "trained": [side(["3x32"], "trained"), side(small, "trained")],
+        "random": [side(["3x32"], "init"), side(small, "init")],
+    }
+    seeds["left"] = [*seeds["trained"], *seeds["random"][::-1]]
+    for name, sides in seeds.items():
+        total = [part.mean(axis=1).to_numpy() for part in sides]
+        gain, loss = np.mean(total[::2], axis=0), np.mean(total[1::2], axis=0)
+        factor = len(total) / 2
+        pairs = paired_difference(gain, loss, groups.to_numpy())
+        parts = [(part.mean().var(ddof=1) / len(part.columns), len(part.columns) - 1) for part in sides]
+        parts = [part for part in parts if part[1]]
+        variance = (factor * (pairs.high - pairs.low) / (2 * norm.ppf(0.975))) ** 2 + sum(part for part, _ in parts)
+        freedom = variance**2 / sum(part**2 / n for part, n in parts)
+        half = student_t.ppf(0.975, freedom) * np.sqrt(variance)
+        effect = effects[name]
+        assert effect.estimate == pytest.approx(factor * pairs.estimate)
+        assert (effect.low, effect.high) == pytest.approx((effect.estimate - half, effect.estimate + half))
+        assert effect.high - effect.low > factor * (pairs.high - pairs.low)
+    assert effects["left"].seeds == (("trained 3x32", 1), ("init 2x16", 2), ("trained 2x16", 2), ("init 3x32", 2))
+
+
+def test_sides_with_one_seed_keep_the_interval_over_pairs_and_say_so(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, (Net("a", 2, 16, None), Net("b", 3, 32, None)), kinds=(), **SIZE)
+    (effect,) = size_effects(load_results(folder), Verdicts(folder, "strict"))["all layers"]
+    assert effect.seeds == (("trained b", 1), ("trained a", 1))
+    text = size_sentence("all layers", [effect], "a", "b")
+    assert text.endswith(
+        "In the interval: test pairs; not the variance over seeds of trained b and trained a (one seed each: unknown)."
+    )
+    assert "In the interval: test pairs" in build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_joining_is_compared_within_training_seeds(run, frame):
+    effect = joining_effects(narrow(frame), Verdicts(run, "strict"))["2x16 (2 seeds)"]
+    rows = narrow(frame)
+    rows = rows[(rows["split"] == "test") & (rows["source"] == "all") & (rows["control"] == "trained")]
+    rows = rows[rows["backbone"].str.startswith("2x16")]
+    joined, chosen = (
+        rows[mask].set_index("backbone")["accuracy"] for mask in (rows["combination"] != "single", rows["chosen"])
+    )
+    assert effect.estimate == pytest.approx((joined - chosen).mean())
+    assert effect.seeds == (("trained 2x16", 2),)
+    part = (joined - chosen).var(ddof=1) / 2
+    assert effect.high - effect.estimate > 1.96 * np.sqrt(part)
+    assert effect.high - effect.estimate == pytest.approx(effect.estimate - effect.low)
+
+
+def test_the_page_says_of_every_difference_which_seeds_it_covers(page):
+    text = "".join(Reader(page.read_text(encoding="utf-8")).words)
+    assert "trained 3x32: 1; init 2x16: 2; trained 2x16: 2; init 3x32: 2" in text
+    assert (
+        "In these intervals, each for its own sides: test pairs, 2 seeds of trained 2x16, 2 seeds of init 3x32,"
+        " 2 seeds of init 2x16; not the variance over seeds of trained 3x32 (one seed: unknown)." in text
+    )
+    assert "of one accuracy over test pairs, not seeds" in text
+
+
 def test_a_difference_of_differences_is_wider_than_neither_side_allows(run, frame):
     effects = size_effects(narrow(frame), Verdicts(run, "strict"))["all layers"]
     widths = [effect.high - effect.low for effect in effects]
@@ -285,14 +367,50 @@ def test_kinds_without_decided_pairs_are_named_and_not_drawn(frame):
 def test_models_join_seeds_and_drop_shorter_training(frame):
     assert [model.label for model in trained_models(frame)] == ["2x16 (2 seeds)", "3x32"]
     labels = [model.label for model in trained_models(frame, every_length=True)]
-    assert labels == ["2x16 (2 seeds)", "3x32-early", "3x32"]
+    assert labels == ["2x16 (2 seeds)", "3x32-step30", "3x32"]
 
 
 def test_untrained_controls_of_the_same_shape_stand_in(frame):
-    early = next(model for model in trained_models(frame, every_length=True) if model.label == "3x32-early")
+    early = next(model for model in trained_models(frame, every_length=True) if model.label == "3x32-step30")
     assert set(control_rows(frame, early)["backbone"]) == {"3x32"}
     shuffled = frame.assign(control=frame["control"].str.replace("init", "shuffled"))
     assert control_rows(shuffled, early).empty  # shuffled weights are a model's own
+
+
+def test_training_seeds_keep_the_shuffled_weights_of_each_and_init_weights_once(tmp_path):
+    nets = tuple(Net(f"m-seed{seed}", 2, 16) for seed in range(3))
+    controls = tuple(
+        replace(net, control=kind, training_images=None) for net in nets for kind in ("init:0", "shuffled:0")
+    )
+    write_run(tmp_path / "run", nets + controls, kinds=(), **SIZE)
+    frame = load_results(tmp_path / "run")
+    (model,) = trained_models(frame)
+    rows = control_rows(frame, model)
+    assert set(rows.loc[rows["control"] == "shuffled:0", "backbone"]) == {"m-seed0", "m-seed1", "m-seed2"}
+    assert set(rows.loc[rows["control"] == "init:0", "backbone"]) == {"m-seed0"}
+    margins = {margin.kind: margin for margin in random_margins(frame, Verdicts(tmp_path / "run", "strict"))}
+    assert margins["shuffled"].effect.seeds == (("trained m", 3), ("shuffled m", 3))
+    assert margins["init"].effect.seeds == (("trained m", 3), ("init m", 1))
+
+
+@pytest.mark.parametrize(
+    ("names", "n_shown"),
+    [
+        (("3x96-at3", "3x96-at10", "3x96"), 1),
+        (("base-3x96-at3", "base-3x96-10pct", "base-3x96"), 1),
+        (("dit-step2000-seed0", "dit-step3000-seed0"), 1),
+        (("sd3-anime", "sd3-photo"), 2),
+        (("sd3", "sd3-photo"), 2),
+        (("one", "two"), 2),
+    ],
+)
+def test_only_lengths_of_one_training_are_a_series(frame, names, n_shown):
+    row = frame[frame["backbone"] == "3x32"].iloc[:1]
+    rows = pd.concat(row.assign(backbone=name, training_images=images) for images, name in enumerate(names, start=1000))
+    assert [model.label for model in trained_models(rows)][-1] == names[-1]
+    assert len(trained_models(rows)) == n_shown
+    series = [[model.label for model in models] for models in training_series(rows)]
+    assert series == ([list(names)] if n_shown == 1 else [])
 
 
 def test_all_figures_draw_a_family_with_both_kinds_of_controls(tmp_path):
@@ -317,8 +435,70 @@ def test_warnings_name_what_a_reader_must_know(frame):
         "equal scores",
     ):
         assert words in text
+    assert "rows missing from the store, unreadable or non-finite pictures, or no label" in text
     calm = frame.assign(edge_of_grid=False, converged=True, effective_groups=500.0, left_out=0, true_ties=0)
     assert warnings_list(calm) == []
+
+
+def test_strengths_at_either_end_of_the_grid_are_two_warnings(frame):
+    linear = frame[frame["head"] == "linear"]
+    ends = linear["layer"].map({0: 1e-4, 1: 10.0}).fillna(0.1)
+    rows = linear.assign(strength=ends, edge_of_grid=linear["layer"].isin([0, 1]), converged=True)
+    top, bottom = warnings_list(rows, (), {"linear": STRENGTHS})[:2]
+    assert "the largest strength of the grid; a wider grid may fit better" in top
+    assert "layers 1;" in top
+    assert "layers 0" not in top
+    assert "the smallest strength of the grid (found next to nothing to fit; usual at chance level)" in bottom
+    assert "layers 0;" in bottom
+    assert "layers 1" not in bottom
+    assert "a strength at the edge of the grid; a wider" in warnings_list(rows)[0]
+
+
+def test_stores_with_other_data_are_named_in_short_and_in_the_warnings(run, frame, tmp_path):
+    other = (frame["backbone"] == "3x32") & (frame["control"] == "init:1")
+    changed = frame.assign(data_digest=frame["data_digest"].where(~other, "cd" * 32))
+    for text in (found(changed, [], {}, {}, {})[0], warnings_list(changed)[0]):
+        assert text.startswith("Not the same data: 1 of 8 store was fitted or judged on other pairs")
+        assert "3x32 (init:1)." in text
+    assert "Not the same data" not in " ".join([*found(frame, [], {}, {}, {}), *warnings_list(frame)])
+
+
+def test_pairs_that_one_side_did_not_judge_are_counted(tmp_path):
+    folder = tmp_path / "run"
+    keys = write_run(folder, (Net("a", 2, 16, None), Net("b", 3, 32, None)), kinds=(), singles=False, **SIZE)
+    margins = load_margins(folder, [keys[0]]).drop(columns="record_id")
+    decided = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
+    rows = load_results(folder).query("record_id == @keys[0]").drop(columns="chosen")
+    write_part(folder, keys[0], rows, margins.drop(decided.index[:7]))
+    (effect,) = size_effects(load_results(folder), Verdicts(folder, "strict"))["all layers"]
+    assert (effect.dropped, effect.n_pairs) == (7, len(decided) - 7)
+    text = build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert f"7 pairs dropped and {len(decided) - 7} kept in b" in text
+    write_part(folder, keys[0], rows, margins.drop(decided.index))
+    with pytest.raises(ResultsError, match="no test pair in common"):
+        build_report(folder, tmp_path / "out.html")
+
+
+def test_differences_use_the_resamples_and_the_level_of_the_run(tmp_path, monkeypatch):
+    folder = tmp_path / "family"
+    write_run(folder, (Net("a", 2, 16, None), Net("b", 3, 32, None)), kinds=(), **SIZE)
+    write_config(folder, {"sweep": {"resamples": 150, "level": 0.8}})
+    used = []
+    monkeypatch.setattr(
+        "probekit.report.effects.paired_difference",
+        lambda *sides, **options: used.append(options) or paired_difference(*sides, **options),
+    )
+    build_report(folder, tmp_path / "out.html")
+    assert used
+    assert all(options == {"n_boot": 150, "level": 0.8} for options in used)
+
+
+@pytest.mark.parametrize(("folder", "title"), [("me/family", "family"), ("demo/run", "demo/run")])
+def test_the_title_names_the_run_and_not_its_owner(tmp_path, folder, title):
+    write_run(tmp_path / folder, (Net("only", 2, 16, None),), kinds=(), **SIZE)
+    text = build_report(tmp_path / folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert f"<title>{title}: probing report</title>" in text
+    assert "me/" not in text
 
 
 def test_joining_is_compared_with_the_chosen_layer(run, frame):

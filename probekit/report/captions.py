@@ -38,10 +38,14 @@ def found(
     """Headline sentences: the largest backbone against its random weights, then joining, size and training."""
     rows = reported_rows(frame)
     models = trained_models(rows)
+    sentences = differing_data(frame)
     if not models:
-        return ["The run holds no trained backbone, so there is nothing to set against the random weights."]
+        return [
+            *sentences,
+            "The run holds no trained backbone, so there is nothing to set against the random weights.",
+        ]
     large = models[-1]
-    sentences = differing_data(frame) + _largest(trained_rows(layer_rows(rows, CHOSEN), large), large)
+    sentences += _largest(trained_rows(layer_rows(rows, CHOSEN), large), large)
     for margin in margins:
         if margin.model == large.label and margin.layers == CHOSEN:
             spread = "" if pd.isna(margin.seed_sd) else f"; SD over {margin.n_seeds} seeds {100 * margin.seed_sd:.1f}"
@@ -75,7 +79,7 @@ def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str
             f"; random weights ({kind}) of the same two shapes differ by {_points(random)},"
             f" which leaves {_points(left)}, and that {rest}"
         )
-    return f"{text}.{seeds_text(effects[-1])}".replace(" The interval covers", " Each interval covers")
+    return f"{text}.{seeds_text(*effects)}"
 
 
 def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
@@ -116,6 +120,7 @@ def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> s
         parts.append("Without random-weights controls the effect of width alone is unknown.")
     else:
         parts.append("Bars of random weights: range over seeds.")
+    parts.append("Bars of trained backbones: intervals over test pairs, not seeds.")
     parts.append(
         "A contrast between these checkpoints on the same pairs, not a law for others: blocks, width and parameters"
         " change together."
@@ -129,17 +134,18 @@ def training_caption(frame: pd.DataFrame, lengths: Mapping[str, list[Effect]]) -
     """Caption of the training figure."""
     series = training_series(reported_rows(frame))
     names = ", ".join(models[-1].label for models in series)
-    effects = [f"{_LAYERS[layers].lower()}, {_points(effect)}" for layers, some in lengths.items() for effect in some]
+    effects = [effect for some in lengths.values() for effect in some]
+    found = [f"{_LAYERS[layers].lower()}, {_points(effect)}" for layers, some in lengths.items() for effect in some]
     parts = [
         f"Backbones of one shape ({names}) after more and more training, so that width and blocks cannot explain the"
         " difference."
     ]
     if effects:
-        parts.append(f"Longest minus shortest: {'; '.join(effects)}.")
+        parts.append(f"Longest minus shortest: {'; '.join(found)}.")
+        parts.append(seeds_text(*effects).strip())
     if "init" in control_kinds(frame):
         parts.append("At 0: untrained weights (init) of that shape, mean and range over seeds.")
-    if all(len(model.backbones) == 1 for models in series for model in models):
-        parts.append("One training run each: how much runs differ is not in the intervals.")
+    parts.append("Bars of trained backbones: intervals over test pairs, not seeds.")
     return " ".join(parts)
 
 
@@ -147,8 +153,9 @@ def kinds_caption(frame: pd.DataFrame, setting: Setting) -> str:
     """Caption of the figure over kinds of pairs."""
     parts = [
         "The same heads, trained on all kinds together, scored on each kind of pair on its own; easiest kind of the"
-        " largest backbone first. Diamonds: all layers together. Each kind has few pairs, so its intervals are wide;"
-        " a kind at 50 % is one that this head does not read, not one that the backbone cannot know."
+        " largest backbone first. Diamonds: all layers together. Each kind has few pairs, so its intervals (over"
+        " test pairs, not seeds) are wide; a kind at 50 % is one that this head does not read, not one that the"
+        " backbone cannot know."
     ]
     if ties := undecided_kinds(frame, setting=setting):
         parts.append(f"Not drawn, since all their pairs are true ties: {', '.join(ties)}.")
@@ -161,8 +168,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
     n_models = len(trained_models(rows))
     items = [
         "The interval of an accuracy covers one fitted head on pairs like these. That of a difference covers, beside"
-        " the pairs, the seeds of every side that has several; of a side with one seed the variance over seeds is unknown."
-        " None contains refitting on other training pairs.",
+        " the pairs, the seeds of every side that has several; of one seed the variance is unknown. None contains"
+        " refitting on other training pairs.",
         "A probe finds what a head of this kind can read. A low accuracy does not show that the information is absent,"
         " and a high one not that the backbone uses it.",
         "Bands are drawn layer by layer. That one layer beats another needs the paired comparison of the two;"

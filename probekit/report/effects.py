@@ -148,7 +148,7 @@ class Verdicts:
             high=factor * found.high,
             detectable=factor * found.detectable,
             n_pairs=len(right),
-            seeds=tuple((side.name, len(set(side.seeds))) for side in sides),
+            seeds=tuple({side.name: len(set(side.seeds)) for side in sides}.items()),
             dropped=len(judged) - len(right),
         )
         values = [right[list(side.keys)].mean().groupby(list(side.seeds), sort=False).mean() for side in sides]

@@ -200,5 +200,6 @@ def _series(models: list[Model]) -> list[list[Model]]:
 
 
 def _same_series(one: Model, other: Model) -> bool:
-    stems = [{model.name, _TRAINING_LENGTH.sub("", model.name)} for model in (one, other)]
+    names = [_TRAINING_SEED.sub("", model.backbones[0]) for model in (one, other)]
+    stems = [{name, _TRAINING_LENGTH.sub("", name)} for name in names]
     return one.shape == other.shape and bool(stems[0] & stems[1])

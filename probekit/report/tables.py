@@ -52,16 +52,18 @@ def effect_text(effect: Effect | None) -> str:
     return NONE if effect is None else f"{points(effect.estimate)}\n{interval(effect.low, effect.high, signed=True)}"
 
 
-def seeds_text(effect: Effect) -> str:
-    """Say which seeds the interval of an effect covers, as a sentence of its own; empty where nothing is known."""
-    if not effect.seeds:
+def seeds_text(*effects: Effect) -> str:
+    """Say in a sentence which seeds the intervals of effects cover and which not; empty where nothing is known."""
+    seeds = {name: n for effect in effects for name, n in effect.seeds}
+    if not seeds:
         return ""
-    several = [f"{n} seeds of {name}" for name, n in effect.seeds if n > 1]
-    lone = [name for name, n in effect.seeds if n == 1]
-    text = f" The interval covers test pairs and {', '.join(several)}" if several else " The interval covers test pairs"
+    several = [f"{n} seeds of {name}" for name, n in seeds.items() if n > 1]
+    lone = [name for name, n in seeds.items() if n == 1]
+    intervals = "the interval" if len(effects) == 1 else "these intervals, each for its own sides"
+    text = f" In {intervals}: {', '.join(['test pairs', *several])}"
     if lone:
-        has, its = ("has", "its") if len(lone) == 1 else ("have", "their")
-        text += f"; {' and '.join(lone)} {has} one seed, so {its} variance over seeds is unknown and not in it"
+        unknown = "one seed: unknown" if len(lone) == 1 else "one seed each: unknown"
+        text += f"; not the variance over seeds of {' and '.join(lone)} ({unknown})"
     return f"{text}."
 
 
@@ -278,7 +280,7 @@ def _strengths(records: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> l
         _counted(records[top], "chose the largest strength of the grid; a wider grid may fit better"),
         _counted(
             records[known & ~top],
-            "chose the smallest strength of the grid: next to nothing was found to fit, as is usual at chance level",
+            "chose the smallest strength of the grid (found next to nothing to fit; usual at chance level)",
         ),
         _counted(records[~known], "chose a strength at the edge of the grid; a wider grid may fit better"),
     ]
