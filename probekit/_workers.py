@@ -4,8 +4,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from typing import TypeVar
+
+from probekit.errors import ProbekitError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,6 +32,9 @@ def run_in_processes(
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool:
+            message = "a process was killed, perhaps for want of memory; the same command resumes (or try fewer --jobs)"
+            raise ProbekitError(message) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():

@@ -229,6 +229,10 @@ def main() -> None:
     except ProbekitError as error:
         err_console.print(f"error: {error}", markup=False, highlight=False)
         sys.exit(error.exit_code)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        err_console.print(f"error: {where}{error.strerror or error}", markup=False, highlight=False)
+        sys.exit(1)
     except _Stopped as stop:
         err_console.print("stopped; what is done is kept, and the same command resumes")
         sys.exit(128 + stop.args[0])

@@ -87,11 +87,27 @@ class DumpConfig(_Strict):
     shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
 
 
+def _allowed_layer_set(value: object) -> object:
+    """Say in one sentence what a layer set may be, in place of one complaint for each member of the union."""
+    if isinstance(value, dict) and set(value) == {"relative"}:
+        numbers, fits = value["relative"], lambda x: isinstance(x, int | float) and 0 <= x <= 1
+    else:
+        numbers, fits = value, lambda x: isinstance(x, int) and x >= 0
+    if value in ("singles", "all") or (isinstance(numbers, list) and numbers and all(map(fits, numbers))):
+        return value
+    message = f"allowed: 'singles', 'all', layer numbers such as [3, 7], or relative: depths from 0 to 1; not {value!r}"
+    raise ValueError(message)
+
+
+LayerSet = Annotated[
+    Literal["singles", "all"] | LayerNumbers | dict[Literal["relative"], RelativeDepths],
+    BeforeValidator(_allowed_layer_set),
+]
+
+
 class _Head(_Strict):
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    layer_sets: list[Literal["singles", "all"] | LayerNumbers | dict[Literal["relative"], RelativeDepths]] = Field(
-        min_length=1
-    )
+    layer_sets: list[LayerSet] = Field(min_length=1)
 
 
 class LinearHead(_Head):
@@ -185,6 +201,8 @@ def _one_line(error: ValidationError, *, source: str) -> str:
     # The alternatives of one union each report the same input: they are one mistake, and all that is allowed is said.
     same = [one for one in errors if one["input"] is first["input"]]
     text = " or ".join(dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in same))
+    if first["type"] == "missing":
+        text = "is required"
     key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     value = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
     more = len(errors) - len(same)

@@ -4,6 +4,7 @@ A row is a distinct (prompt, image), so the backbone runs at most once per pair 
 ranking uses several times. Work goes block by block; a block is committed or it is not, and only missing ones are done.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ from probekit.config import DumpConfig
 from probekit.preferences import PreferenceSet, load_preferences
 from probekit.store import Block, FeatureStore, open_store, rows_per_shard
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
 Noise = Literal["shared", "independent", "none"]
 
@@ -38,7 +41,9 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
     prefs = load_preferences(settings.prefs)
     if settings.limit is not None:
         prefs = prefs.limit(settings.limit)
-    prefs.check_images()  # before a model is loaded
+    # What needs no model is checked before one is loaded.
+    check_poolings(settings.pooling)
+    prefs.check_images()
     backbone = Backbone.from_pretrained(
         settings.backbone,
         transformer=settings.transformer,
@@ -153,6 +158,9 @@ def dump_features(
         if progress is not None:
             progress(done, total, "")
 
+    prompts = rows["prompt"].unique().tolist()
+    if todo and (cut := backbone.n_cut(prompts)):
+        logger.warning("%d of %d prompts are longer than a text encoder takes and are cut", cut, len(prompts))
     by_id = rows.set_index("row_id")
     for block, missing in todo.values():
         part = by_id.loc[list(block.row_ids)].reset_index()

@@ -228,7 +228,8 @@ def describe_run(run: str | Path) -> dict[str, Any]:
 def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """Fill ``chosen``: all rows of the single layer with the best validation accuracy within `CHOICE_KEYS`.
 
-    Equal accuracies go to the earlier layer. Settings without validation rows choose nothing.
+    Equal accuracies go to the earlier layer. Settings without validation rows, or with fewer than two single layers,
+    choose nothing.
     """
     candidates = frame[
         (frame["split"] == "validation")
@@ -236,7 +237,8 @@ def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
         & (frame["combination"] == "single")
         & frame["accuracy"].notna()
     ].sort_values(["accuracy", "layer"], ascending=[False, True], kind="stable")
-    best = candidates.drop_duplicates(CHOICE_KEYS)
+    several = candidates.duplicated(CHOICE_KEYS, keep=False)
+    best = candidates[several].drop_duplicates(CHOICE_KEYS)
     keys = [*CHOICE_KEYS, "record_id"]
     chosen = pd.MultiIndex.from_frame(frame[keys]).isin(pd.MultiIndex.from_frame(best[keys]))
     return frame.assign(chosen=chosen)

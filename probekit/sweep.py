@@ -8,6 +8,7 @@ cross-validation inside the training split, the layer from the validation split 
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from probekit.heads.linear import PairHead
 from probekit.preferences import load_preferences
 from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs, canonical_json
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 FIT_VERSION = "1"  # part of every record's identity: raised when the same settings would give other numbers
@@ -116,6 +119,9 @@ def run_sweep(
     if not isinstance(config, SweepConfig):
         config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
     out = Path(out)
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
+        raise ConfigError(message)
     _store.cache_clear()  # judgements may have changed since an earlier call in this process
     _pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
@@ -132,7 +138,9 @@ def run_sweep(
     for count, (record, text) in enumerate(fits, start=1):
         if progress is not None:
             progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
-    results.rebuild(out, ids)
+    others = results.rebuild(out, ids)
+    if others:
+        logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
 
 
@@ -161,19 +169,19 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
     """All records of one store, in the order of the configuration."""
     sigmas = _chosen(config.sigmas, store.sigmas, what="sigma", store=store)
     poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
-    stored = [layer.index for layer in store.layers]
-    n_blocks = int(store.describe["n_blocks"])
     for dataset in [judged.stem] if judged else store.judgements:
+        held = set(_pairs(store.path, dataset, judged, None).frame["split"])
         for split in _SPLITS:
-            if not len(_pairs(store.path, dataset, judged, split).label):
+            if split not in held:
                 message = (
-                    f"{store.path}: no {split} pairs in {dataset!r}; a sweep needs train, validation and test pairs"
+                    f"{store.path}: data set {dataset!r} has no {split} pairs with features, only "
+                    f"{', '.join(sorted(held)) or 'none at all'}; a sweep needs train, validation and test pairs"
                 )
                 raise StoreError(message)
         digest = _data_digest(store, dataset, judged)
         for sigma, pooling, draw, head in product(sigmas, poolings, store.draws, config.heads):
             seeds = head.seeds if isinstance(head, MLPHead) else [0]
-            for layers, seed in product(resolve_layer_sets(head.layer_sets, n_blocks, stored=stored), seeds):
+            for layers, seed in product(_layer_sets(head, store), seeds):
                 yield Record(
                     store=store.path,
                     backbone=store.describe["name"],
@@ -192,6 +200,15 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
                     resamples=config.resamples,
                     level=config.level,
                 )
+
+
+def _layer_sets(head: LinearHead | MLPHead, store: FeatureStore) -> list[tuple[int, ...]]:
+    stored = [layer.index for layer in store.layers]
+    try:
+        return resolve_layer_sets(head.layer_sets, int(store.describe["n_blocks"]), stored=stored)
+    except ConfigError as error:
+        message = f"{store.path}, head {head.name!r}: {error}"
+        raise ConfigError(message) from None
 
 
 def _chosen(asked: str | list[str], held: list[str], *, what: str, store: FeatureStore) -> list[str]:
@@ -221,8 +238,8 @@ def _store(path: Path) -> FeatureStore:
     return FeatureStore(path)
 
 
-@lru_cache(maxsize=6)
-def _pairs(path: Path, dataset: str, judged: Path | None, split: str) -> Pairs:
+@lru_cache(maxsize=8)
+def _pairs(path: Path, dataset: str, judged: Path | None, split: str | None) -> Pairs:
     store = _store(path)
     if judged is None:
         return store.pairs(split=split, judgements=dataset)

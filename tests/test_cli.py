@@ -208,3 +208,40 @@ def test_from_the_shell_an_error_is_one_line_without_a_traceback(tmp_path):
     refused(done, 2, str(tmp_path))
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_run_is_only_written_where_a_run_is(store, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("heads: [{kind: linear, layer_sets: [singles]}]\nresamples: 200\n")
+    before = tree(store)
+    refused(probekit("sweep", path, "--store", store, "--out", store), 2, str(store), "is no run")
+    assert tree(store) == before
+    (tmp_path / "file").write_text("x")
+    refused(probekit("sweep", path, "--store", store, "--out", tmp_path / "file"), 2, "file", "is no run")
+    run = tmp_path / "run"
+    planted = planted_store(tmp_path / "store", signal={2: 1.0}, seed=0)
+    assert probekit("sweep", path, "--store", planted, "--out", run).returncode == 0
+    refused(probekit("report", run, "--out", tmp_path / "file" / "x.html"), 1, "file")
+    refused(probekit("playground", "pairs", tmp_path / "file", "--train", 20, "--test", 10), 1, "file")
+
+
+def test_a_cache_that_is_a_file_and_a_column_that_stands_twice_are_named(dump, pairs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(probekit(*dump, "--out", tmp_path / "store", "--cache", tmp_path / "file"), 2, "file", "folder")
+    path = tmp_path / "prefs.csv"
+    path.write_text("prompt,image_a,image_b,label,label\nx,a.png,b.png,1,0\n")
+    refused(probekit(*dump[:-1], path, "--out", tmp_path / "store"), 1, "prefs.csv", "'label'", "twice")
+    assert not (tmp_path / "store").exists()
+
+
+def test_prompts_that_are_cut_are_counted(dump, pairs, tmp_path, caplog):
+    image = sorted(pairs.parent.rglob("*.png"))
+    for side, source in zip("ab", image, strict=False):
+        shutil.copy(source, tmp_path / f"{side}.png")
+    long = "a small red circle " * 40
+    lines = [{"prompt": text, "image_a": "a.png", "image_b": "b.png", "label": 1} for text in (long, "a red circle")]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = probekit(*dump[:-1], tmp_path / "prefs.jsonl", "--out", tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 prompts are longer" in caplog.text
+    assert len(done.stderr) < 4000

@@ -38,7 +38,10 @@ def test_numbers_written_in_any_way_mean_the_same(tmp_path):
     ("text", "parts"),
     [
         ("heads: [{kind: linear, layer_sets: [singles], strenghts: [1]}]", ["heads.0", "'strenghts'", "strengths"]),
-        ("heads: [{kind: linear, layer_sets: [singels]}]", ["layer_sets", "'singels'", "'singles' or 'all'"]),
+        ("heads: [{kind: linear, layer_sets: [singels]}]", ["layer_sets.0", "'singels'", "'singles', 'all'"]),
+        ("heads: [{kind: linear, layer_sets: [{relative: [1.5]}]}]", ["layer_sets.0", "depths from 0 to 1", "1.5"]),
+        ("heads: [{kind: linear, layer_sets: [[]]}]", ["layer_sets.0", "layer numbers", "[]"]),
+        ("sigmas: [0]", ["heads: is required"]),
         ("heads: [{kind: forest, layer_sets: [all]}]", ["heads.0", "forest", "'linear', 'mlp'"]),
         ("heads: [{kind: linear, layer_sets: [all]}]\nsigmas: [2]", ["sigmas", "2"]),
         ("heads: [{kind: linear, layer_sets: [all]}]\nseed: 1", ["unknown key 'seed'", "allowed: heads"]),

@@ -54,5 +54,5 @@ def test_before_the_first_block_no_text_has_been_seen(out):
     )
     content = frame[frame["source"].isin(["colour", "background", "count", "size", "shape", "binding", "relation"])]
     assert len(content) == 7
-    assert (content["accuracy"] == 0.5).all()
+    assert (content["accuracy"] - 0.5).abs().max() <= 1 / content["n_pairs"].min()  # noise is drawn per prompt
     assert frame.set_index("source").loc["degradation", "accuracy"] > 0.6

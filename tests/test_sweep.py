@@ -1,5 +1,6 @@
 """A sweep finds what was planted, finds nothing where nothing was, resumes, and refuses what a store does not hold."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 from planted_store import planted_store
 
 import probekit
+from probekit._workers import run_in_processes
 from probekit.config import SweepConfig, load_yaml
-from probekit.errors import ConfigError, StoreError
+from probekit.errors import ConfigError, ProbekitError, StoreError
 from probekit.heads import resolve_layer_sets
 from probekit.results import load_margins
 
@@ -157,7 +159,7 @@ def test_a_store_without_test_pairs_is_refused(tmp_path):
     store = planted_store(tmp_path / "store", signal={}, seed=0)
     path = next((store / "judgements").glob("*.parquet"))
     pd.read_parquet(path).assign(split="train").to_parquet(path, index=False)
-    with pytest.raises(StoreError, match="no split 'validation'"):
+    with pytest.raises(StoreError, match="has no validation pairs with features, only train"):
         probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
 
 
@@ -207,3 +209,12 @@ def test_the_dit_reward_layers_are_the_stated_ones():
     assert resolve_layer_sets(head.layer_sets, 38) == [(16, 24, 29, 38)]
     assert resolve_layer_sets(head.layer_sets, 24) == [(10, 15, 18, 24)]
     assert head.hidden == [1024, 16]
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(ProbekitError, match="killed"):
+        list(run_in_processes(_die, [0, 1], jobs=2))
+
+
+def _die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -258,6 +258,10 @@ class Backbone:
                 on_batch(batch[-1].stop - batch[0].start)
         return dict(zip(places, out, strict=True))
 
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        """Count the prompts that at least one text encoder sees only the beginning of."""
+        return self._conditioner.n_cut(prompts)
+
     def timestep(self, sigma: str) -> float:
         """Return the conditioning timestep that the pipeline gives the transformer at a noise level."""
         return timestep_of(sigma, self._conditioner.n_train_timesteps)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from probekit.errors import BackboneError
+from probekit.errors import BackboneError, ConfigError
 
 Item = dict[str, torch.Tensor]
 
@@ -42,6 +42,9 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None, memory_bytes: int = MEMORY_BYTES) -> None:
+        if folder is not None and folder.exists() and not folder.is_dir():
+            msg = f"{folder}: is a file; allowed as a cache: a folder, made where there is none"
+            raise ConfigError(msg)
         self.folder = folder
         self._memory_bytes = memory_bytes
         self._held = 0
@@ -92,7 +95,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            msg = f"{path}: damaged cache file ({_first_line(error)}); delete it and run the command again"
+            msg = f"{path}: damaged cache file ({_first_line(error)}); delete it or the whole cache, then go on"
             raise BackboneError(msg) from error
         self._remember(key, item)
         return item

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from probekit.backbones.families import Component
+from probekit.backbones.loading import quiet
 from probekit.errors import BackboneError, ConfigError
 
 GUIDANCE_RULE = "off (guidance_scale 1)"
@@ -67,17 +68,29 @@ class Conditioner:
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Embeddings]:
         """Return what the pipeline's ``encode_prompt`` gives for one image of each prompt: tensors (1, ...) or None."""
-        together: Embeddings = self._encode_prompt(
-            prompt=prompts,
-            prompt_2=None,
-            prompt_3=None,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_tokens,
-        )
+        with quiet():  # the pipeline would print every prompt that it cuts; `n_cut` counts them
+            together: Embeddings = self._encode_prompt(
+                prompt=prompts,
+                prompt_2=None,
+                prompt_3=None,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_tokens,
+            )
         return [
             tuple(None if tensor is None else tensor[i : i + 1] for tensor in together) for i in range(len(prompts))
         ]
+
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        """Count the prompts that are longer than one of the tokenizers takes, and so are cut."""
+        cut: set[int] = set()
+        for name, tokenizer in self.pipe.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                limit = self.max_tokens if name == "tokenizer_3" else tokenizer.model_max_length  # CLIP's is its own
+                with quiet():
+                    tokens = tokenizer(list(prompts)).input_ids
+                cut |= {number for number, ids in enumerate(tokens) if len(ids) > limit}
+        return len(cut)
 
     @torch.inference_mode()
     def prepare(self, prompt: str, embeddings: Embeddings, latents: torch.Tensor, sigma: str) -> Call:

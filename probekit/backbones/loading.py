@@ -61,7 +61,7 @@ def locate(model_id: str, *, revision: str | None, without_transformer: bool) ->
     skipped = {"transformer": None} if without_transformer else {}
     try:
         pipeline = _diffusers_class("DiffusionPipeline")
-        with _quiet():
+        with quiet():
             found = pipeline.download(model_id, revision=revision, use_safetensors=True, **skipped)
     except (OSError, ValueError) as error:
         msg = f"{model_id}: cannot be had from the hub or its cache ({_in_short(error)})"
@@ -98,7 +98,7 @@ def load_transformer(folder: Path, family: Family, dtype: torch.dtype, random: R
     cls = _diffusers_class(family.transformer)
     if random is not None and random.kind == "init":
         config = {key: value for key, value in _read_json(folder / "config.json").items() if not key.startswith("_")}
-        with _quiet():
+        with quiet():
             model = initialised(lambda: cls.from_config(config), random.seed).to(dtype)
         return model.eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
     model = _load_model(cls, folder, dtype)
@@ -130,7 +130,7 @@ def load_base(source: Source, family: Family, dtype: torch.dtype) -> dict[str, C
 def build_pipeline(family: Family, components: dict[str, Component], where: str) -> Component:
     """Join components to a pipeline after checking that transformer and base fit together."""
     cls = _diffusers_class(family.pipeline)
-    with _quiet():
+    with quiet():
         pipe = cls(**components)
     for width in family.widths(pipe):
         if not width.agrees:
@@ -162,7 +162,7 @@ def config_hash(folder: Path) -> str:
 
 def _diffusers_class(name: str) -> Component:
     """Import a class of diffusers, which takes seconds for a pipeline, and only when a backbone is loaded."""
-    with _quiet():
+    with quiet():
         return getattr(importlib.import_module("diffusers"), name)
 
 
@@ -176,7 +176,7 @@ def _load_component(cls: Component, folder: Path, dtype: torch.dtype) -> Compone
     if issubclass(cls, torch.nn.Module):
         return _load_model(cls, folder, dtype)
     try:
-        with _quiet():
+        with quiet():
             return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         msg = f"{folder}: cannot load the {cls.__name__} ({_in_short(error)})"
@@ -194,7 +194,7 @@ def _load_model(cls: Component, folder: Path, dtype: torch.dtype) -> Component:
     options["torch_dtype" if cls.__module__.startswith("diffusers.") else "dtype"] = dtype
     try:
         # Constructors draw weights before the stored ones replace them; the global generator stays as it was.
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, report = cls.from_pretrained(folder, **options)
     except Exception as error:  # damaged files raise whatever the two libraries and safetensors choose
         msg = f"{folder}: cannot load the {cls.__name__} ({_in_short(error)})"
@@ -227,7 +227,7 @@ def _in_short(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the progress bars and notices of diffusers and transformers from our users' terminals."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -216,6 +216,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = csv.reader(file, strict=True)
         try:
             header = next(rows, [])
+            for name in header:
+                if header.count(name) > 1:
+                    msg = f"{path}: column {name!r} stands twice in the header; allowed: each column once"
+                    raise PreferenceError(msg)
             for row in rows:
                 if len(row) != len(header) and row:
                     msg = f"{path}, line {rows.line_num}: {len(row)} fields; allowed: {len(header)}, as in the header"

@@ -87,7 +87,7 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
     rows = reported_rows(frame)
     parts = [
         f"Test accuracy on {setting.dataset} ({setting.protocol} protocol, {setting.head} head, noise level"
-        f" {setting.sigma}, pooling {setting.pooling}) of every layer.",
+        f" {setting.sigma}, pooling {setting.pooling}) of single layers.",
         "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
         " not retraining.",
         "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
@@ -183,7 +183,7 @@ def limits(frame: pd.DataFrame) -> list[str]:
     if (rows["layer"] == 0).any():
         items.append(
             "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"
-            " so what only the prompt decides is at 50 % there by construction."
+            " so what only the prompt decides is at 50 % there, up to the noise, which may differ between prompts."
         )
     if control_kinds(rows):
         items.append(

@@ -154,8 +154,6 @@ def _scaling_panel(axes: Axes, points: pd.DataFrame, palette: dict[str, str]) ->
                 heads = mine[mine["interval"] == ONE_HEAD]
                 x = _dodged(heads["parameters"].astype(float).to_numpy())
                 _bars(axes, x, heads, colour, fmt="o", markersize=5.0 if len(heads) == 1 else 4.0)
-                if len(heads) > 1:
-                    axes.plot(x, heads["accuracy"], color=colour, linewidth=0.7, zorder=3)
             else:
                 mean = mine[mine["interval"] == SEED_RANGE]
                 _bars(
