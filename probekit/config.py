@@ -14,6 +14,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from probekit._types import canonical_sigma
 from probekit.errors import ConfigError
 
+STRENGTHS = (
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+    10.0,
+    100.0,
+)  # scikit-learn's C: from next to no fit to next to no penalty
+
 Sigma = Annotated[str, BeforeValidator(lambda value: canonical_sigma(str(value)))]
 LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 RelativeDepths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
@@ -116,7 +127,7 @@ class LinearHead(_Head):
     kind: Literal["linear"]
     name: str = "linear"
     strengths: list[Annotated[float, Field(gt=0)]] = Field(
-        [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1, description="candidates for scikit-learn's C"
+        list(STRENGTHS), min_length=1, description="candidates for scikit-learn's C"
     )
     folds: int = Field(5, ge=2)
 

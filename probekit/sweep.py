@@ -34,7 +34,7 @@ from probekit.heads import (
     layer_set_name,
     resolve_layer_sets,
 )
-from probekit.heads.linear import PairHead
+from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
 from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs, canonical_json

@@ -10,16 +10,8 @@ from numpy.typing import NDArray
 from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 from probekit.heads import solvers
-from probekit.heads.linear import (
-    BradleyTerryClassifierCV,
-    PairHead,
-    checked_groups,
-    checked_pairs,
-    checked_rows,
-    checked_targets,
-    row_groups,
-    with_floor,
-)
+from probekit.heads.base import PairHead, checked_groups, checked_pairs, checked_rows, checked_targets, row_groups
+from probekit.heads.linear import BradleyTerryClassifierCV, with_floor
 
 
 class BradleyTerryMLP(PairHead):

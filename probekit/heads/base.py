@@ -1,0 +1,162 @@
+"""What all heads share: scores of rows in, probabilities of pairs out, and the checks of the arrays that come in."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+
+from probekit._types import FloatArray, IntArray
+from probekit.errors import HeadError
+
+
+class PairHead(BaseEstimator):  # type: ignore[misc]
+    """What all heads share: scores of rows in, probabilities of pairs out."""
+
+    n_features_in_: int
+
+    def score_items(self, X: FloatArray) -> FloatArray:
+        """Scores of rows; only their differences mean anything.
+
+        Parameters
+        ----------
+        X
+            (m, d) features.
+
+        Returns
+        -------
+        FloatArray
+            (m,) float64.
+
+        Raises
+        ------
+        NotFittedError
+            If the head has not been fitted.
+        HeadError
+            If X does not have the d of the fit, or holds NaN or infinity.
+        """
+        if not hasattr(self, "n_features_in_"):
+            message = f"this {type(self).__name__} is not fitted; call fit first"
+            raise NotFittedError(message)
+        X = checked_rows(X)
+        if X.shape[1] != self.n_features_in_:
+            message = f"X has {X.shape[1]} channels; the head was fitted on {self.n_features_in_}"
+            raise HeadError(message)
+        finite = np.isfinite(X).all(axis=1)
+        if not finite.all():
+            message = f"row {int(np.argmin(finite))} of X holds NaN or infinity; features must be finite"
+            raise HeadError(message)
+        return self._score(X)
+
+    def _score(self, X: FloatArray) -> FloatArray:
+        raise NotImplementedError
+
+    def decision_function(self, X: FloatArray, pairs: IntArray) -> FloatArray:
+        """Margins s(first) - s(second) (n,) of pairs (n, 2) of rows of X (m, d)."""
+        scores = self.score_items(X)
+        pairs = checked_pairs(pairs, len(scores))
+        return scores[pairs[:, 0]] - scores[pairs[:, 1]]
+
+    def predict_proba(self, X: FloatArray, pairs: IntArray) -> FloatArray:
+        """Probabilities (n, 2) that the second and that the first of each pair is preferred, in this order.
+
+        Parameters
+        ----------
+        X
+            (m, d) features.
+        pairs
+            (n, 2) row numbers of the first and the second.
+        """
+        margins = self.decision_function(X, pairs)
+        return np.stack([expit(-margins), expit(margins)], axis=1)
+
+
+def differences(X: FloatArray, pairs: IntArray) -> FloatArray:
+    """D (n, d) float64, first minus second; subtracted in float64, as rows may share large offsets."""
+    X = checked_rows(X)
+    pairs = checked_pairs(pairs, len(X))
+    return X[pairs[:, 0]].astype(np.float64) - X[pairs[:, 1]]
+
+
+def row_groups(pairs: IntArray) -> IntArray:
+    """Group number (n,) of pairs (n, 2): connected components over shared rows."""
+    n_rows = int(pairs.max(initial=0)) + 1
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n_rows, n_rows))
+    component: IntArray = connected_components(graph, directed=False)[1]
+    return component[pairs[:, 0]]
+
+
+def checked_rows(X: FloatArray) -> FloatArray:
+    """Check that X is numbers of shape (m, d), or raise HeadError."""
+    X = np.asarray(X)
+    if X.ndim != 2 or not np.issubdtype(X.dtype, np.number):
+        message = f"X has shape {X.shape} and type {X.dtype}; it must be numbers of shape (rows, channels)"
+        raise HeadError(message)
+    return X
+
+
+def checked_pairs(pairs: IntArray, n_rows: int) -> IntArray:
+    """Check that pairs are integers of shape (n, 2) within the rows, or raise HeadError."""
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        message = f"pairs has shape {pairs.shape} and type {pairs.dtype}; it must be integers of shape (pairs, 2)"
+        raise HeadError(message)
+    outside = (pairs < 0) | (pairs >= n_rows)
+    if outside.any():
+        message = f"pairs names row {pairs[outside][0]}; X has rows 0 to {n_rows - 1}"
+        raise HeadError(message)
+    return pairs
+
+
+def checked_groups(groups: NDArray[Any], n: int) -> NDArray[Any]:
+    """Check that groups are of shape (n,), or raise HeadError."""
+    groups = np.asarray(groups)
+    if groups.shape != (n,):
+        message = f"groups has shape {groups.shape}; it must be ({n},), one per pair"
+        raise HeadError(message)
+    return groups
+
+
+def checked_targets(
+    D: FloatArray, label: FloatArray, sample_weight: FloatArray | None
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return float64 differences (n, d), labels (n,) and weights (n,), or raise HeadError if no head can be fitted."""
+    # "W": pandas hands out read-only arrays, which torch does not take
+    D = np.require(D, dtype=np.float64, requirements="W")
+    label = np.require(label, dtype=np.float64, requirements="W")
+    weight = np.ones(len(label)) if sample_weight is None else np.require(sample_weight, np.float64, "W")
+    if D.ndim != 2:
+        message = f"differences have shape {D.shape}; they must be (pairs, channels)"
+        raise HeadError(message)
+    for name, values in (("label", label), ("sample_weight", weight)):
+        if values.shape != (len(D),):
+            message = f"{name} has shape {values.shape}; it must be ({len(D)},), one per pair"
+            raise HeadError(message)
+    if not len(D):
+        message = "there are 0 pairs; a head needs at least one"
+        raise HeadError(message)
+    finite = np.isfinite(D).all(axis=1)
+    if not finite.all():
+        message = f"the features of pair {int(np.argmin(finite))} hold NaN or infinity; they must be finite"
+        raise HeadError(message)
+    valid = (label >= 0) & (label <= 1)
+    if not valid.all():
+        message = f"label of pair {int(np.argmin(valid))} is {label[~valid][0]}; it must lie in 0 to 1"
+        raise HeadError(message)
+    valid = (weight >= 0) & np.isfinite(weight)
+    if not valid.all():
+        message = (
+            f"sample_weight of pair {int(np.argmin(valid))} is {weight[~valid][0]}; it must be finite and not negative"
+        )
+        raise HeadError(message)
+    if not weight.any():
+        message = "all sample weights are 0; at least one pair must count"
+        raise HeadError(message)
+    if (label[weight > 0] == 0.5).all():
+        message = f"all {len(label)} pairs are tied (label 0.5); at least one must have a preferred side"
+        raise HeadError(message)
+    return D, label, weight
