@@ -83,6 +83,13 @@ def _by_hand(backbone: Backbone, latents: torch.Tensor, prompts: list[str], eps:
             clip.append(parts[f"text_encoder{place}"](ids, output_hidden_states=True))
         texts.append(torch.cat([entry.hidden_states[-2] for entry in clip], dim=-1))
         pooled.append(torch.cat([entry.text_embeds for entry in clip], dim=-1))
+    if parts["text_encoder_3"] is not None:
+        length = backbone.fingerprint_config()["max_tokens"]
+        for row, prompt in enumerate(prompts):
+            options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            third = parts["text_encoder_3"](parts["tokenizer_3"](prompt, **options).input_ids)[0]
+            wide = torch.nn.functional.pad(texts[row], (0, third.shape[-1] - texts[row].shape[-1]))
+            texts[row] = torch.cat([wide, third], dim=-2)
     image = model.pos_embed((1 - sigma) * latents + sigma * eps)
     text = model.context_embedder(torch.cat(texts))
     time = model.time_text_embed(torch.full((len(prompts),), 1000 * sigma), torch.cat(pooled))
@@ -106,6 +113,18 @@ def test_features_equal_a_forward_written_by_hand(backbone: Backbone) -> None:
         assert np.abs(features["mean", layer] - values).max() <= 1e-6
     changes = [np.abs(a - b).max() for a, b in zip(expected[1:], expected[:-1], strict=True)]
     assert min(changes) > 1e-2, "blocks that change nothing would prove nothing"
+
+
+@pytest.mark.parametrize("max_tokens", [None, 16])
+def test_a_third_text_encoder_is_used_as_in_sd3(max_tokens: int | None, tmp_path: Path) -> None:
+    full = Backbone.from_pretrained(tiny_pipeline(tmp_path / "base", t5=True), max_tokens=max_tokens)
+    assert full.fingerprint_config()["max_tokens"] == (256 if max_tokens is None else max_tokens)
+    inputs = _inputs(PROMPTS)
+    expected = _by_hand(full, inputs["latents"], PROMPTS, inputs["eps"], 0.005)
+    features = _features(full, PROMPTS, batch_size=len(PROMPTS))
+    for layer, values in enumerate(expected):
+        assert np.abs(features["mean", layer] - values).max() <= 2e-6 * max(1, np.abs(values).max())
+    assert full.n_cut(["a red dog", "tree, house and the sea " * 20]) == 1
 
 
 @pytest.mark.parametrize("sigma", ["0", "0.005", "0.07", "0.3", "1"])

@@ -8,9 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TEXT_WIDTH = 16
 MAX_TOKENS = 24
@@ -19,11 +27,14 @@ RESOLUTION = 16
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
 
 
-def tiny_pipeline(folder: Path, *, seed: int = 0, n_blocks: int = 3, heads: int = 2, shift: float = 3.0) -> Path:
-    """Save a pipeline without T5 whose resolution is 16 pixels: 8 x 8 latents of 4 channels, 16 image tokens."""
+def tiny_pipeline(
+    folder: Path, *, seed: int = 0, n_blocks: int = 3, heads: int = 2, shift: float = 3.0, t5: bool = False
+) -> Path:
+    """Save a pipeline whose resolution is 16 pixels: 8 x 8 latents of 4 channels, 16 image tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer(folder / "tokenizer")
+        third = _t5_tokenizer(folder / "tokenizer_3") if t5 else None
         pipe = StableDiffusion3Pipeline(
             transformer=_transformer(n_blocks, heads),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -32,8 +43,8 @@ def tiny_pipeline(folder: Path, *, seed: int = 0, n_blocks: int = 3, heads: int 
             tokenizer=tokenizer,
             text_encoder_2=_text_encoder(tokenizer),
             tokenizer_2=tokenizer,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=_t5_encoder(third) if third else None,
+            tokenizer_3=third,
         )
     pipe.save_pretrained(folder)
     return folder
@@ -109,6 +120,32 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def _t5_encoder(tokenizer: Any) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return _redrawn(T5EncoderModel(config))
+
+
+def _t5_tokenizer(folder: Path) -> Any:
+    """Train a sentencepiece model on three sentences and leave ``spiece.model`` alone, as some repositories do."""
+    folder.mkdir(parents=True)
+    sentences = ["a red dog and a blue cat left of 2 birds", "tree, house and the sea", "small green circle above it"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(20 * sentences),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=48,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    return T5TokenizerFast.from_pretrained(folder)
 
 
 def _redrawn(model: Any) -> Any:
