@@ -1,5 +1,6 @@
 """What all heads share: scores of rows in, probabilities of pairs out, and the checks of the arrays that come in."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 
 
-class PairHead(BaseEstimator):  # type: ignore[misc]
+class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
     """What all heads share: scores of rows in, probabilities of pairs out."""
 
     n_features_in_: int
@@ -52,8 +53,9 @@ class PairHead(BaseEstimator):  # type: ignore[misc]
             raise HeadError(message)
         return self._score(X)
 
+    @abstractmethod
     def _score(self, X: FloatArray) -> FloatArray:
-        raise NotImplementedError
+        """Scores (m,) of checked rows X (m, d)."""
 
     def decision_function(self, X: FloatArray, pairs: IntArray) -> FloatArray:
         """Margins s(first) - s(second) (n,) of pairs (n, 2) of rows of X (m, d)."""
