@@ -145,3 +145,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_fi
 def test_nothing_of_this_machine_is_in_the_fingerprint(backbone, prefs_file, tmp_path):
     store = probekit.dump_features(backbone, probekit.load_preferences(prefs_file).limit(10), tmp_path / "store")
     assert str(Path(base_folder())) not in json.dumps(store.config)
+
+
+def test_a_store_says_which_programs_made_it(backbone, prefs_file, tmp_path):
+    probekit.dump_features(backbone, probekit.load_preferences(prefs_file).limit(10), tmp_path / "store")
+    made_by = json.loads((tmp_path / "store" / "store.json").read_text())["provenance"]
+    assert made_by["torch"] == torch.__version__.partition("+")[0] or made_by["torch"] == torch.__version__
+    assert {"writer", "hdf5", "numpy", "h5py", "diffusers", "transformers"} <= made_by.keys()

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,11 @@ def write_hdf5(
 
 def provenance() -> dict[str, str]:
     """Versions of the programs that make a store."""
-    return {
-        "writer": writer_name(),
-        "h5py": h5py.__version__,
-        "hdf5": h5py.version.hdf5_version,
-        "numpy": np.__version__,
-    }
+    found = {"writer": writer_name(), "hdf5": h5py.version.hdf5_version}
+    for name in ("numpy", "h5py", "torch", "diffusers", "transformers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def writer_name() -> str:
