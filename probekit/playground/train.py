@@ -8,6 +8,7 @@ stage.
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,17 @@ import torch
 import typer
 from rich.logging import RichHandler
 
+from probekit.errors import ProbekitError
 from probekit.playground.checkpoint import read_tensors, write_tensors
 from probekit.playground.scenes import caption, draw, sample_scene
 
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Train the playground's VAE, text encoders and DiTs."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train the playground's VAE, text encoders and DiTs.",
 )
 
 Out = Annotated[Path, typer.Option(help="Working folder: pictures, training state, trained parts.")]
@@ -163,4 +168,8 @@ def configure() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except ProbekitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
