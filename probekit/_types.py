@@ -10,6 +10,7 @@ Shape legend, used in all signatures and docstrings:
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -21,6 +22,8 @@ from probekit.errors import ConfigError
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
+Progress = Callable[[int, int, str], None]
+"""What long work calls to show where it is: ``progress(done, total, text)``."""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ process a core works through the dumps, because importing diffusers takes longer
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probekit._types import Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, SweepConfig
 from probekit.playground import PlaygroundModel, base_folder, models
@@ -21,8 +21,6 @@ from probekit.sweep import run_sweep
 
 if TYPE_CHECKING:
     from probekit.backbones import Backbone
-
-Progress = Callable[[int, int, str], None]
 
 TRAIN_PAIRS, TEST_PAIRS = 1600, 1400
 RANDOM_SEEDS = (0, 1, 2)

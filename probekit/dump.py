@@ -6,7 +6,7 @@ ranking uses several times. Work goes block by block; a block is committed or it
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from probekit._types import LayerPoint, canonical_sigma
+from probekit._types import LayerPoint, Progress, canonical_sigma
 from probekit.backbones import Backbone
 from probekit.backbones import noise as draw_noise
 from probekit.backbones.capture import POOLINGS, check_layers, check_poolings
@@ -26,7 +26,6 @@ from probekit.store import Block, FeatureStore, open_store, rows_per_shard
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
 Noise = Literal["shared", "independent", "none"]
 
 

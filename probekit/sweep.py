@@ -10,7 +10,7 @@ cross-validation inside the training split, the layer from the validation split 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from probekit import results
-from probekit._types import FloatArray, IntArray
+from probekit._types import FloatArray, IntArray, Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, MLPHead, SweepConfig, load_yaml
 from probekit.errors import ConfigError, StoreError
@@ -41,9 +41,9 @@ from probekit.store import FeatureStore, Pairs, canonical_json
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
 FIT_VERSION = "1"  # part of every record's identity: raised when the same settings would give other numbers
 _SPLITS = ("train", "validation", "test")
+_JUDGEMENTS, _DIGESTS = "judgements", "image_digests.parquet"  # what `prefs` leaves in a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +119,7 @@ def run_sweep(
     if not isinstance(config, SweepConfig):
         config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
     out = Path(out)
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
-        raise ConfigError(message)
+    _check_folder(out)
     _store.cache_clear()  # judgements may have changed since an earlier call in this process
     _pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
@@ -142,6 +140,15 @@ def run_sweep(
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
+    if not out.exists() or (out / "config.json").is_file():
+        return
+    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS)) for path in out.iterdir()):
+        message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
+        raise ConfigError(message)
 
 
 def _check_distinct(records: list[Record]) -> None:
@@ -224,12 +231,12 @@ def _chosen(asked: str | list[str], held: list[str], *, what: str, store: Featur
 def _bind_file(prefs: Path, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
     loaded = load_preferences(prefs)
-    frame = loaded.judgements(loaded.image_digests(out / "image_digests.parquet"))
-    path = out / "judgements" / f"{loaded.name}.parquet"
+    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS))
+    path = out / _JUDGEMENTS / f"{loaded.name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    frame.to_parquet(partial, index=False)
-    partial.replace(path)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    frame.to_parquet(temporary, index=False)
+    temporary.replace(path)
     return path
 
 

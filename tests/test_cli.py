@@ -12,11 +12,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from PIL import Image
 from planted_store import planted_store
 
 from probekit.cli import main
 from probekit.playground import base_folder, models
 from probekit.playground.pairs import write_pairs
+from probekit.results import load_results
 
 
 def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -103,6 +105,7 @@ def test_a_further_sigma_and_more_rows_are_added(pairs, dump, store, tmp_path):
     [
         (["--seed", 1], ["noise.seed", "0", "1"]),
         (["--noise", "independent"], ["noise", "shared", "independent"]),
+        (["--pooling", "max"], ["poolings.max", "absent", "maximum"]),
         (["--layers", "0,1"], ["layers"]),
         (["--max-tokens", 16], ["max_tokens", "0", "16"]),
     ],
@@ -245,3 +248,32 @@ def test_prompts_that_are_cut_are_counted(dump, pairs, tmp_path, caplog):
     assert done.returncode == 0, done.stderr
     assert "1 of 2 prompts are longer" in caplog.text
     assert len(done.stderr) < 4000
+
+
+def test_another_preference_file_binds_to_the_rows_of_a_store(pairs, store, tmp_path):
+    """Other labels, a pair whose pictures the store lacks, and a layer set that does not exist at first."""
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    shutil.copytree(pairs.parent, tmp_path / "pairs")
+    known = sorted((tmp_path / "pairs" / "images" / "test").glob("*.png"))
+    new = tmp_path / "pairs" / "images" / "new.png"
+    Image.new("RGB", (32, 32), "red").save(new)
+    turned = [line | {"label": 1 - line["label"]} for line in lines]
+    extra = {"prompt": "unheard of", "image_a": "images/new.png", "image_b": f"images/test/{known[0].name}", "label": 1}
+    turned.append(lines[-1] | extra | {"group": "new", "split": "test", "source": "new"})
+    other = tmp_path / "pairs" / "turned.jsonl"
+    other.write_text("".join(json.dumps(line) + "\n" for line in turned))
+    path = tmp_path / "sweep.yaml"
+    wrong = "heads: [{kind: linear, layer_sets: [[9]]}]\nresamples: 200\n"
+    path.write_text(wrong)
+    before = tree(store)
+    command = ["sweep", path, "--store", store, "--prefs", other, "--out", tmp_path / "run"]
+    refused(probekit(*command), 2, str(store), "layer 9")
+    path.write_text(wrong.replace("[[9]]", "[singles]"))
+    done = probekit(*command)
+    assert done.returncode == 0, done.stderr
+    assert tree(store) == before
+    frame = load_results(tmp_path / "run")
+    assert set(frame["dataset"]) == {"turned"}
+    test = frame.query("split == 'test' and layer == 3").set_index("source")
+    assert test.loc["all", "left_out"] == test.loc["new", "left_out"] == 1
+    assert test.loc["new", "n_pairs"] == 0

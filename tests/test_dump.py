@@ -89,6 +89,15 @@ def test_limited_stores_nest_and_grow(backbone, prefs_file, tmp_path):
     assert {key: after[key] for key in before} == before
 
 
+def test_poolings_are_kept_side_by_side(backbone, prefs_file, tmp_path):
+    prefs = probekit.load_preferences(prefs_file).limit(20)
+    store = probekit.dump_features(backbone, prefs, tmp_path / "store", pooling=["mean", "max"])
+    assert sorted(store.poolings) == ["max", "mean"]
+    mean, largest = (store.read(layer=2, pooling=pooling) for pooling in ("mean", "max"))
+    assert (largest >= mean - 1e-3).all()
+    assert (largest > mean + 1e-2).mean() > 0.9
+
+
 def test_noise_schemes_are_part_of_the_store(backbone, prefs_file, tmp_path):
     prefs = probekit.load_preferences(prefs_file).limit(20)
     stores = {

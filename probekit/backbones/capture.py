@@ -35,7 +35,11 @@ POOLINGS = {
     "mean": Pooling(
         definition="1: mean over the image tokens, accumulated in float32",
         pool=lambda tokens: tokens.mean(dim=1, dtype=torch.float32),
-    )
+    ),
+    "max": Pooling(
+        definition="1: maximum over the image tokens of each channel",
+        pool=lambda tokens: tokens.amax(dim=1).float(),
+    ),
 }
 
 
