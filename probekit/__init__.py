@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probekit.backbones import Backbone
+    from probekit.backbones import Backbone, BlockList, Family, Output, register_family
     from probekit.dump import dump_features
     from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV, BradleyTerryMLP
     from probekit.preferences import PreferenceSet, load_preferences
@@ -21,31 +21,39 @@ __version__ = version("dit-probekit")
 
 _HOMES = {
     "Backbone": "backbones",
+    "BlockList": "backbones",
     "BradleyTerryClassifier": "heads",
     "BradleyTerryClassifierCV": "heads",
     "BradleyTerryMLP": "heads",
+    "Family": "backbones",
     "FeatureStore": "store",
+    "Output": "backbones",
     "PreferenceSet": "preferences",
     "build_report": "report",
     "dump_features": "dump",
     "load_margins": "results",
     "load_preferences": "preferences",
     "load_results": "results",
+    "register_family": "backbones",
     "run_sweep": "sweep",
 }
 
 __all__ = [
     "Backbone",
+    "BlockList",
     "BradleyTerryClassifier",
     "BradleyTerryClassifierCV",
     "BradleyTerryMLP",
+    "Family",
     "FeatureStore",
+    "Output",
     "PreferenceSet",
     "build_report",
     "dump_features",
     "load_margins",
     "load_preferences",
     "load_results",
+    "register_family",
     "run_sweep",
 ]
 

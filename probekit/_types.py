@@ -5,7 +5,8 @@ Shape legend, used in all signatures and docstrings:
 - m: rows, one for each distinct (prompt, image)
 - n: pairs of rows
 - d: channels of a feature vector
-- L: layers; layer 0 = image tokens entering the first block, layer k = image tokens after block k
+- L: layers; layer 0 = image tokens entering the first block, layer k = image tokens after block k, layer n_blocks + 1 =
+  tokens entering the output projection (the output point: a function of the last layer, no layer of its own)
 - b: images of a batch; t: image tokens of an image
 """
 
@@ -22,6 +23,9 @@ from probekit.errors import ConfigError
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
+RESOLVED_RATIO = 3.0
+"""A noise level is resolved where it changes features at least this many times as much as rounding to bfloat16 does."""
+
 Progress = Callable[[int, int, str], None]
 """What long work calls to show where it is: ``progress(done, total, text)``."""
 
@@ -33,11 +37,12 @@ class LayerPoint:
     Attributes
     ----------
     index
-        Layer number: 0 = tokens entering the first block, k = tokens after the k-th block.
+        Layer number: 0 = tokens entering the first block, k = tokens after the k-th block, n_blocks + 1 = tokens
+        entering the output projection.
     name
-        Module path of the block, such as ``transformer_blocks.11``.
+        Module path of the block, such as ``transformer_blocks.11``, or ``input of proj_out``.
     stream
-        Which tokens are pooled: ``image``.
+        Which tokens are pooled, unless the definition of a pooling names others: ``image``.
     """
 
     index: int

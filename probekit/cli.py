@@ -55,7 +55,12 @@ def dump(
     noise: Annotated[str | None, typer.Option(help=_help("noise") + ": shared, independent, none")] = None,
     pooling: Annotated[list[str] | None, typer.Option(help=_help("pooling"))] = None,
     layers: Annotated[str | None, typer.Option(help=_help("layers"))] = None,
+    output_tokens: Annotated[bool | None, typer.Option("--output-tokens", help=_help("output_tokens"))] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="KIND", help=_help("prompts"))] = None,
+    draws: Annotated[int | None, typer.Option(metavar="K", help=_help("draws"))] = None,
     resolution: Annotated[int | None, typer.Option(metavar="PX", help=_help("resolution"))] = None,
+    resize: Annotated[str | None, typer.Option(help=_help("resize") + ": crop, pad, bucket")] = None,
+    decode_workers: Annotated[int | None, typer.Option(metavar="N", help=_help("decode_workers"))] = None,
     dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
     device: Annotated[str | None, typer.Option(help=_help("device"))] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help=_help("batch_size"))] = None,
@@ -63,6 +68,9 @@ def dump(
     limit: Annotated[int | None, typer.Option(metavar="N", help=_help("limit"))] = None,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help=_help("max_tokens"))] = None,
     random_weights: Annotated[str | None, typer.Option(metavar="KIND:SEED", help=_help("random_weights"))] = None,
+    lora: Annotated[Path | None, typer.Option(help=_help("lora"))] = None,
+    offload: Annotated[str | None, typer.Option(metavar="KIND", help=_help("offload"))] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help=_help("compile"))] = None,
     cache: Annotated[Path | None, typer.Option(help=_help("cache"))] = None,
     training_images: Annotated[int | None, typer.Option(metavar="N", help=_help("training_images"))] = None,
     shard_size: Annotated[int | None, typer.Option(metavar="MIB", help=_help("shard_size"))] = None,
@@ -131,6 +139,38 @@ def demo(
     with _progress() as progress:
         page = run_demo(out, progress=progress)
     out_console.print(f"report: {page}")
+
+
+@app.command()
+def backbones(
+    *,
+    model: Annotated[str | None, typer.Argument(help="folder or Hub id of a pipeline", show_default=False)] = None,
+    transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
+    revision: Annotated[str | None, typer.Option(help=_help("revision"))] = None,
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help=_help("resolution"))] = None,
+    dtype: Annotated[str, typer.Option(help="compute type of the plan")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the families of DiTs or, for one model, its layers and what it costs; no weights are loaded or fetched."""
+    from probekit.backbones.plan import families, plan
+
+    if model is None:
+        if as_json:
+            typer.echo(json.dumps(families(), indent=2))
+            return
+        for row in families():
+            mark = "" if row["tested"] else " (untested)"
+            typer.echo(f"{row['transformer']} in {row['pipeline']}{mark}")
+            typer.echo(f"    {', '.join(row['blocks'])}; latents {row['latents']}; timestep {row['timestep']}")
+        return
+    planned = plan(model, transformer=transformer, revision=revision, resolution=resolution, dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps(planned.facts(), indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for heading, text in planned.lines():
+        table.add_row(heading, text)
+    out_console.print(table)
 
 
 @app.command()

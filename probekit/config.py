@@ -77,9 +77,23 @@ class DumpConfig(_Strict):
     )
     pooling: list[str] = Field(["mean"], min_length=1, description="how image tokens become one vector; repeatable")
     layers: Literal["all"] | LayerNumbers = Field("all", description="'all' or layer numbers such as 0,12,24")
+    output_tokens: bool = Field(
+        default=False,
+        description="also the tokens that enter the output projection, as one more layer than there are blocks",
+    )
+    prompts: str = Field(
+        "real",
+        pattern=r"^(real|empty|shuffled:\d+)$",
+        description="control: 'empty' prompts, or 'shuffled:SEED' (each image gets another row's prompt)",
+    )
+    draws: int = Field(1, ge=1, description="noise draws of every image")
     resolution: int | None = Field(
         None, ge=16, description="side of the square images in pixels (default: the model's)"
     )
+    resize: Literal["crop", "pad", "bucket"] = Field(
+        "crop", description="how images get that size: largest centre square, whole image on grey, or nearest aspect"
+    )
+    decode_workers: int = Field(0, ge=0, description="processes that decode and resize images ahead of the model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="compute type (default: float32 on the CPU, bfloat16 on CUDA)"
     )
@@ -91,6 +105,11 @@ class DumpConfig(_Strict):
     random_weights: str | None = Field(
         None, description="control: 'init:SEED' (untrained) or 'shuffled:SEED' (trained entries permuted)"
     )
+    lora: Path | None = Field(None, description="LoRA adapter of the transformer: a safetensors file or its folder")
+    offload: Literal["none", "group"] = Field(
+        "none", description="'group': weights stay in main memory and visit the device a group at a time"
+    )
+    compile: bool = Field(default=False, description="compile the forward of each block with torch.compile")
     cache: Path | None = Field(None, description="folder of VAE latents and prompt embeddings shared between dumps")
     training_images: int | None = Field(
         None, ge=0, description="images the transformer was trained on, for the plot against training length"
@@ -153,6 +172,9 @@ class SweepConfig(_Strict):
     heads: list[Annotated[LinearHead | MLPHead, Field(discriminator="kind")]] = Field(min_length=1)
     protocol: Literal["strict"] = "strict"
     sigmas: Literal["all"] | list[Sigma] = "all"
+    draws: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
+        "all", description="noise draws; each is a setting of its own, never averaged"
+    )
     poolings: Literal["all"] | list[str] = "all"
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of groups behind each interval")
     level: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")

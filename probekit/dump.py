@@ -2,12 +2,16 @@
 
 A row is a distinct (prompt, image), so the backbone runs at most once per pair and never twice for an image that a
 ranking uses several times. Work goes block by block; a block is committed or it is not, and only missing ones are done.
+Each image is decoded and encoded once for all its noise levels and draws.
 """
 
+import hashlib
+import json
 import logging
-import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
@@ -16,21 +20,27 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from probekit._types import LayerPoint, Progress, canonical_sigma
+from probekit._types import RESOLVED_RATIO, LayerPoint, Progress, canonical_sigma
 from probekit.backbones import Backbone
 from probekit.backbones import noise as draw_noise
 from probekit.backbones.capture import POOLINGS, check_layers, check_poolings
 from probekit.config import DumpConfig
+from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import Block, FeatureStore, open_store, rows_per_shard
+from probekit.store import Block, FeatureStore, StoreWriter, open_store, rows_per_shard
+
+RESOLUTION_ROWS = 8
+"""Rows on which the effect of a noise level is compared with that of rounding."""
 
 logger = logging.getLogger(__name__)
 
 Noise = Literal["shared", "independent", "none"]
+Coordinates = tuple[str, int]
+"""Noise level and number of the draw."""
 
 
 def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> FeatureStore:
-    """Do what ``probekit dump`` was asked: check the preference file, load the backbone, dump.
+    """Do what ``probekit dump`` was asked: check the preference file, find the backbone, dump.
 
     Raises
     ------
@@ -40,7 +50,7 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
     prefs = load_preferences(settings.prefs)
     if settings.limit is not None:
         prefs = prefs.limit(settings.limit)
-    # What needs no model is checked before one is loaded.
+    # What needs no model is checked before one is looked for.
     check_poolings(settings.pooling)
     prefs.check_images()
     backbone = Backbone.from_pretrained(
@@ -50,8 +60,12 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
         dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
         device=settings.device,
         random_weights=settings.random_weights,
+        lora=settings.lora,
         max_tokens=settings.max_tokens,
         resolution=settings.resolution,
+        resize=settings.resize,
+        offload=settings.offload,
+        compile=settings.compile,
         cache=settings.cache,
         name=settings.name,
     )
@@ -60,10 +74,14 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
         prefs,
         settings.out,
         sigmas=settings.sigma,
+        draws=settings.draws,
         noise=settings.noise,
+        prompts=settings.prompts,
         pooling=settings.pooling,
         layers=settings.layers,
+        output_tokens=settings.output_tokens,
         batch_size=settings.batch_size,
+        decode_workers=settings.decode_workers,
         seed=settings.seed,
         training_images=settings.training_images,
         shard_size=settings.shard_size,
@@ -77,16 +95,20 @@ def dump_features(
     out: Path | str,
     *,
     sigmas: Sequence[str] = ("0.005",),
+    draws: int = 1,
     noise: Noise = "shared",
+    prompts: str = "real",
     pooling: Sequence[str] = ("mean",),
     layers: Literal["all"] | Sequence[int] = "all",
+    output_tokens: bool = False,
     batch_size: int = 8,
+    decode_workers: int = 0,
     seed: int = 0,
     training_images: int | None = None,
     shard_size: int = 512,
     progress: Progress | None = None,
 ) -> FeatureStore:
-    """Store pooled image-token features of every row of a preference set.
+    """Store pooled token features of every row of a preference set.
 
     Parameters
     ----------
@@ -98,15 +120,24 @@ def dump_features(
         The store; made, or continued if it was made with the same settings.
     sigmas
         Noise levels as decimal text; those that the store lacks are added.
+    draws
+        Number of noise draws of every image; those that the store lacks are added.
     noise
         ``shared``: the images of a prompt see the same noise; ``independent``: each its own; ``none``: eps = 0,
         the mean of the noisy latent.
+    prompts
+        What the model is told: ``real`` prompts, or as a control ``empty`` ones or ``shuffled:SEED``, a permutation of
+        the set's prompts that leaves none in its place. Rows and noise keep the real prompt as their key.
     pooling
         Names of `probekit.backbones.capture.POOLINGS`.
     layers
         ``all`` or layer numbers; 0 = tokens entering the first block, k = tokens after block k.
+    output_tokens
+        Also store the tokens that enter the output projection, as layer n_blocks + 1.
     batch_size
         Images per forward pass.
+    decode_workers
+        Processes that decode and resize images ahead of the model.
     seed
         Seed of the noise.
     training_images
@@ -119,36 +150,47 @@ def dump_features(
     Raises
     ------
     ConfigError
-        If a layer or pooling does not exist.
+        If a layer or pooling does not exist, or prompts cannot be shuffled.
     FingerprintError
         If the store was made with other settings.
     ImageError
         If an image is missing or cannot be decoded.
     """
-    sigmas = [canonical_sigma(sigma) for sigma in sigmas]
-    points = _points(backbone, layers)
-    check_poolings(pooling)
+    if noise == "none" and draws > 1:
+        msg = f"draws is {draws} with noise 'none'; allowed: 1, since all draws would be equal"
+        raise ConfigError(msg)
+    coordinates = list(product([canonical_sigma(sigma) for sigma in sigmas], range(draws)))
+    points = _points(backbone, layers, output_tokens=output_tokens)
+    wanted = backbone.wanted(pooling, [point.index for point in points])
     out = Path(out)
+    said = _conditions(prefs.items["prompt"].unique().tolist(), prompts)
     config = backbone.fingerprint_config() | {
         "layers": [asdict(point) for point in points],
         "poolings": {name: POOLINGS[name].definition for name in pooling},
         "noise": {"scheme": noise, "seed": None if noise == "none" else seed},
+        "prompts": prompts if not prompts.startswith("shuffled") else f"{prompts} of {_digest(sorted(said))}",
     }
-    describe = backbone.describe() | {"training_images": training_images}
+    partial = {name: [at for of, at in wanted if of == name] for name in pooling}
+    partial = {name: at for name, at in partial.items() if len(at) < len(points)}
+    if partial:
+        config["pooling_layers"] = partial
+    describe = backbone.describe() | {"training_images": training_images, "prompts": prompts}
     writer = open_store(out, config=config, describe=describe)
     digests = prefs.image_digests(out / "image_digests.parquet")
     writer.write_judgements(prefs.name, prefs.judgements(digests))
     rows = prefs.rows(digests)
     shard_bytes = shard_size * 2**20
-    size = rows_per_shard(n_layers=len(points), n_poolings=len(pooling), width=backbone.width, shard_bytes=shard_bytes)
+    size = rows_per_shard(
+        values_per_row=backbone.width * sum(POOLINGS[name].factor for name, _ in wanted), shard_bytes=shard_bytes
+    )
     # The latents of a block are held at once as well; of few layers they are the larger part.
-    size = max(1, min(size, shard_bytes // (4 * math.prod(backbone.latent_shape))))
-    # A block is encoded once for all the noise levels that still lack it.
-    todo: dict[str, tuple[Block, list[str]]] = {}
-    for sigma in sigmas:
-        for block in writer.plan(rows[["row_id", "prompt"]], sigma=sigma, rows_per_shard=size):
-            todo.setdefault(block.name, (block, []))[1].append(sigma)
-    total = len(rows) * len(sigmas)
+    size = max(1, min(size, shard_bytes // backbone.latent_bytes))
+    # A block is encoded once for all the noise levels and draws that still lack it.
+    todo: dict[str, tuple[Block, list[Coordinates]]] = {}
+    for sigma, draw in coordinates:
+        for block in writer.plan(rows[["row_id", "prompt"]], sigma=sigma, draw=draw, rows_per_shard=size):
+            todo.setdefault(block.name, (block, []))[1].append((sigma, draw))
+    total = len(rows) * len(coordinates)
     done = total - sum(len(block.row_ids) * len(missing) for block, missing in todo.values())
 
     def advance(count: int) -> None:
@@ -157,50 +199,125 @@ def dump_features(
         if progress is not None:
             progress(done, total, "")
 
-    prompts = rows["prompt"].unique().tolist()
-    if todo and (cut := backbone.n_cut(prompts)):
-        logger.warning("%d of %d prompts are longer than a text encoder takes and are cut", cut, len(prompts))
+    if not todo:
+        return FeatureStore(out)
+    _warn(backbone, list(said.values()), [sigma for sigma, _ in coordinates])
     by_id = rows.set_index("row_id")
-    for block, missing in todo.values():
-        part = by_id.loc[list(block.row_ids)].reset_index()
-        paths = [Path(path) for path in part["path"]]
-        latents = backbone.encode_images(paths, list(part["image_sha256"]))
-        sizes = np.array([_size(path) for path in paths])
-        part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
-        eps = _noise(part, latents.shape[1:], scheme=noise, seed=seed)
-        for sigma in missing:
-            with writer.claim(block, sigma=sigma) as mine:
-                if not mine:  # another process finished it meanwhile
-                    advance(len(part))
-                    continue
-                features = backbone.features(
-                    latents,
-                    list(part["prompt"]),
-                    sigma=sigma,
-                    eps=eps,
-                    layers=[point.index for point in points],
-                    poolings=list(pooling),
-                    batch_size=batch_size,
-                    on_batch=advance,
-                )
-                timestep = backbone.timestep(sigma)
-                writer.write_shard(block, sigma=sigma, timestep=timestep, rows=part, features=features)
+    parts = [by_id.loc[list(block.row_ids)].reset_index() for block, _ in todo.values()]
+    told = [[said[prompt] for prompt in part["prompt"]] for part in parts]
+    files = [list(zip(map(Path, part["path"]), part["image_sha256"], strict=True)) for part in parts]
+    with closing(backbone.latents(files, workers=decode_workers)) as encoded:
+        for number, ((block, missing), part, latents) in enumerate(zip(todo.values(), parts, encoded, strict=True)):
+            sizes = np.array([_size(Path(path)) for path in part["path"]])
+            part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
+            backbone.embed(told[number], later=chain.from_iterable(told[number + 1 :]))
+            eps = {
+                draw: _noise(part, latents, scheme=noise, seed=seed, draw=draw, canvas=backbone.canvas)
+                for draw in dict.fromkeys(draw for _, draw in missing)
+            }
+            if number == 0:
+                _record_resolution(writer, backbone, latents, told[0], eps[missing[0][1]], missing, batch_size)
+            for sigma, draw in missing:
+                with writer.claim(block, sigma=sigma, draw=draw) as mine:
+                    if not mine:  # another process finished it meanwhile
+                        advance(len(part))
+                        continue
+                    features = backbone.features(
+                        latents,
+                        told[number],
+                        sigma=sigma,
+                        eps=eps[draw],
+                        wanted=wanted,
+                        batch_size=batch_size,
+                        on_batch=advance,
+                    )
+                    timestep = backbone.timestep(sigma)
+                    writer.write_shard(block, sigma=sigma, draw=draw, timestep=timestep, rows=part, features=features)
     return FeatureStore(out)
 
 
-def _points(backbone: Backbone, layers: Literal["all"] | Sequence[int]) -> list[LayerPoint]:
+def _points(backbone: Backbone, layers: Literal["all"] | Sequence[int], *, output_tokens: bool) -> list[LayerPoint]:
     if layers == "all":
-        return backbone.layers
-    check_layers(layers, backbone.n_blocks)
-    return [backbone.layers[layer] for layer in sorted(set(layers))]
+        chosen = list(backbone.layers)
+    else:
+        check_layers(layers, backbone.n_blocks)
+        chosen = [backbone.layers[layer] for layer in sorted(set(layers))]
+    return [*chosen, backbone.output_point] if output_tokens else chosen
 
 
-def _noise(rows: pd.DataFrame, shape: tuple[int, ...], *, scheme: Noise, seed: int) -> torch.Tensor:
-    """Return eps (m, c, h, w): a function of content alone, so batches, order and resuming cannot change it."""
+def _conditions(prompts: list[str], condition: str) -> dict[str, str]:
+    """Return what the model is told in place of each prompt."""
+    kind, _, seed = condition.partition(":")
+    if kind == "real":
+        return dict(zip(prompts, prompts, strict=True))
+    if kind == "empty":
+        return dict.fromkeys(prompts, "")
+    if len(prompts) < 2:
+        msg = f"prompts is {condition!r} with {len(prompts)} distinct prompt; allowed from two prompts on"
+        raise ConfigError(msg)
+    # one cycle through all prompts, in an order that only the seed and the prompts decide
+    order = sorted(prompts, key=lambda prompt: hashlib.sha256(json.dumps([int(seed), prompt]).encode()).digest())
+    return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return f"{len(prompts)} prompts, SHA-256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}"
+
+
+def _warn(backbone: Backbone, told: list[str], sigmas: Sequence[str]) -> None:
+    prompts = list(dict.fromkeys(told))
+    if cut := backbone.n_cut(prompts):
+        logger.warning("%d of %d prompts are longer than a text encoder takes and are cut", cut, len(prompts))
+    below = sorted({sigma for sigma in sigmas if float(sigma) < backbone.sigma_floor}, key=float)
+    if below:
+        logger.warning(
+            "sigma %s lies below %.3g, the least noise that %s was trained on; it gets the timestep of that",
+            ", ".join(below),
+            backbone.sigma_floor,
+            backbone.name,
+        )
+
+
+def _noise(
+    rows: pd.DataFrame,
+    latents: Sequence[torch.Tensor],
+    *,
+    scheme: Noise,
+    seed: int,
+    draw: int,
+    canvas: tuple[int, int] | None,
+) -> list[torch.Tensor]:
+    """Return eps for every latent: a function of content alone, so batches, order and resuming cannot change it."""
     if scheme == "none":
-        return torch.zeros(len(rows), *shape)
+        return [torch.zeros_like(latent) for latent in latents]
     keys = rows["prompt"] if scheme == "shared" else rows["image_sha256"].map(bytes.hex)
-    return torch.stack([draw_noise(seed, key, 0, shape) for key in keys])
+    return [draw_noise(seed, key, draw, tuple(latent.shape), canvas) for key, latent in zip(keys, latents, strict=True)]
+
+
+def _record_resolution(
+    writer: StoreWriter,
+    backbone: Backbone,
+    latents: list[torch.Tensor],
+    prompts: list[str],
+    eps: list[torch.Tensor],
+    missing: Sequence[Coordinates],
+    batch_size: int,
+) -> None:
+    """Compare, on a few rows, what each new noise level changes with what rounding does; see `Backbone.resolve`."""
+    sigmas = [sigma for sigma in dict.fromkeys(sigma for sigma, _ in missing) if float(sigma) > 0]
+    if not sigmas:
+        return
+    few = slice(0, RESOLUTION_ROWS)
+    ratios, note = backbone.resolve(latents[few], prompts[few], eps=eps[few], sigmas=sigmas, batch_size=batch_size)
+    for sigma in sigmas:
+        ratio = ratios.get(sigma)
+        writer.record_resolution(sigma, ratio=ratio, rows=len(latents[few]), note=note)
+        if ratio is not None and ratio < RESOLVED_RATIO:
+            logger.warning(
+                "sigma %s changes features only %.2g times as much as rounding to bfloat16 does: it is not resolved",
+                sigma,
+                ratio,
+            )
 
 
 def _size(path: Path) -> tuple[int, int, int]:

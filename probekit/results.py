@@ -24,9 +24,10 @@ import pandas as pd
 import pyarrow.lib as pa
 from pyarrow.parquet import ParquetFile, ParquetWriter
 
+from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 
-RESULTS_VERSION = "1.0"
+RESULTS_VERSION = "1.1"
 ALL_SOURCES = "all"
 SPLITS = ("train", "validation", "test")
 
@@ -34,22 +35,24 @@ SPLITS = ("train", "validation", "test")
 RESULT_COLUMNS: dict[str, str] = {
     "record_id": "str",
     "backbone": "str",
-    "control": "str",  # "trained", "init:SEED" or "shuffled:SEED"
+    "control": "str",  # "trained", or what was replaced: see `CONTROLS`
     "dataset": "str",
     "split": "str",
     "source": "str",  # "all", or one kind of pair
     "protocol": "str",  # named accuracy definition of probekit.stats
     "sigma": "str",  # canonical decimal text
-    "draw": "int64",
+    "sigma_ratio": "float64",  # feature change from sigma 0 over bf16 rounding; filled in by `rebuild`
+    "draw": "int64",  # draw of the noise
     "pooling": "str",
     "layer_set": "str",  # "3" or "0+1+2"
-    "layer": "Int64",  # single layers only
+    "layer": "Int64",  # single layers only; n_blocks + 1 = the output point
     "n_layers": "int64",
+    "pooling_layers": "int64",  # layers at which the pooling exists in the backbone; filled in by `rebuild`
     "combination": "str",  # "single", or how the layers were joined
     "head": "str",
     "head_kind": "str",  # "linear" or "mlp"
     "seed": "int64",
-    "accuracy": "float64",  # share of decided pairs, 0 to 1
+    "accuracy": "float64",  # share of decided pairs, 0 to 1; none where no training pair differed
     "low": "float64",
     "high": "float64",
     "se": "float64",
@@ -70,12 +73,26 @@ RESULT_COLUMNS: dict[str, str] = {
     "backbone_parameters": "int64",
     "width": "int64",
     "n_blocks": "int64",
-    "relative_depth": "float64",  # layer / n_blocks, single layers only
+    "relative_depth": "float64",  # layer / n_blocks, single layers only; 1 for the output point
     "training_images": "Int64",  # images the backbone saw in training, where known
     "chosen": "bool",  # best single layer on validation; filled in by `rebuild`
     "store_fingerprint": "str",
     "data_digest": "str",
     "probekit_version": "str",
+}
+
+#: What `rebuild` fills in: parts do not hold it (or, for ``chosen``, only False), since it is no part of one fit.
+_FILLED_IN = ("sigma_ratio", "pooling_layers")
+_PART_COLUMNS = {name: dtype for name, dtype in RESULT_COLUMNS.items() if name not in _FILLED_IN}
+
+#: Kinds of controls and what they are called: random weights of the transformer, or the trained transformer told
+#: nothing or the prompt of another row. A control is a kind with its seed where it has one (``init:0``,
+#: ``empty-prompts``); random weights and other prompts in one store are joined by ``+`` and are neither of the two.
+CONTROLS = {
+    "init": "random weights (init)",
+    "shuffled": "random weights (shuffled)",
+    "empty-prompts": "empty prompts",
+    "shuffled-prompts": "shuffled prompts",
 }
 
 MARGIN_COLUMNS: dict[str, str] = {
@@ -104,7 +121,8 @@ def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.
     record_id
         Name of the record: letters, digits, ``_`` and ``-``.
     rows
-        `RESULT_COLUMNS` without ``chosen`` (which depends on other records), in any order.
+        `RESULT_COLUMNS`, in any order, without ``chosen``, ``sigma_ratio`` and ``pooling_layers``, which depend on
+        other records or on the store alone.
     margins
         `MARGIN_COLUMNS`: one row for each validation and test pair.
     """
@@ -118,21 +136,31 @@ def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.
         msg = f"record {record_id}: column record_id holds {sorted(set(rows['record_id']))[:3]}"
         raise ResultsError(msg)
     _write_table(run / "margins" / f"{record_id}.parquet", margins, MARGIN_COLUMNS)
-    _write_table(_part_path(run, record_id), rows, RESULT_COLUMNS)
+    _write_table(_part_path(run, record_id), rows, _PART_COLUMNS)
 
 
 def done_records(run: str | Path) -> set[str]:
     """Ids of the records whose part exists and reads; a damaged part is an error that names it."""
     paths = sorted((Path(run) / "parts").glob("*.parquet"))
     for path in paths:
-        _read_table(path, RESULT_COLUMNS)
+        _read_table(path, _PART_COLUMNS)
     return {path.stem for path in paths}
 
 
-def rebuild(run: str | Path, record_ids: Sequence[str]) -> int:
+def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame | None = None) -> int:
     """Join the parts of the current plan into ``results.parquet``, in the order of the plan, and mark chosen layers.
 
     Parts of earlier configurations stay on disk and are not read.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    record_ids
+        Records of the plan.
+    facts
+        What the stores say of the records, indexed by record: ``sigma_ratio`` and ``pooling_layers``. Without it no
+        noise level counts as measured, and every pooling as existing at all ``n_blocks + 1`` layers.
 
     Returns
     -------
@@ -143,7 +171,11 @@ def rebuild(run: str | Path, record_ids: Sequence[str]) -> int:
     if not record_ids:
         msg = f"{run}: the plan holds no record, so there is no results table to write"
         raise ResultsError(msg)
-    frame = pd.concat([_read_table(_part_path(run, key), RESULT_COLUMNS) for key in record_ids], ignore_index=True)
+    frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in record_ids], ignore_index=True)
+    if facts is None:
+        frame = frame.assign(sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1)
+    else:
+        frame = frame.assign(**{name: frame["record_id"].map(facts[name]) for name in _FILLED_IN})
     _write_table(run / "results.parquet", mark_chosen(frame), RESULT_COLUMNS)
     return len({path.stem for path in (run / "parts").glob("*.parquet")} - set(record_ids))
 
@@ -212,14 +244,16 @@ def describe_run(run: str | Path) -> dict[str, Any]:
     """
     frame = load_results(run)
     test = frame[(frame["split"] == "test") & (frame["source"] == ALL_SOURCES)]
-    shown = ["backbone", "control", "head", "seed", "layer_set", "accuracy", "low", "high"]
+    shown = ["backbone", "control", "sigma", "draw", "pooling", "head", "seed", "layer_set", "accuracy", "low", "high"]
+    unresolved = frame.loc[frame["sigma_ratio"] < RESOLVED_RATIO, ["backbone", "control", "sigma", "sigma_ratio"]]
     return {
         "path": str(run),
         "records": int(frame["record_id"].nunique()),
         **{
             f"{column}s": sorted(frame[column].unique().tolist())
-            for column in ("dataset", "protocol", "sigma", "pooling", "backbone", "control", "head")
+            for column in ("dataset", "protocol", "sigma", "draw", "pooling", "backbone", "control", "head")
         },
+        "unresolved": unresolved.drop_duplicates().to_dict("records"),
         "test_pairs": int(test["n_pairs"].max()),
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),
     }
@@ -228,13 +262,14 @@ def describe_run(run: str | Path) -> dict[str, Any]:
 def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """Fill ``chosen``: all rows of the single layer with the best validation accuracy within `CHOICE_KEYS`.
 
-    Equal accuracies go to the earlier layer. Settings without validation rows, or with fewer than two single layers,
-    choose nothing.
+    The output point is no layer and is never chosen. Equal accuracies go to the earlier layer. Settings without
+    validation rows, or with fewer than two single layers, choose nothing.
     """
     candidates = frame[
         (frame["split"] == "validation")
         & (frame["source"] == ALL_SOURCES)
         & (frame["combination"] == "single")
+        & (frame["layer"] <= frame["n_blocks"]).fillna(False)  # noqa: FBT003
         & frame["accuracy"].notna()
     ].sort_values(["accuracy", "layer"], ascending=[False, True], kind="stable")
     several = candidates.duplicated(CHOICE_KEYS, keep=False)

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 FIT_VERSION = "1"  # part of every record's identity: raised when the same settings would give other numbers
 _SPLITS = ("train", "validation", "test")
 _JUDGEMENTS, _DIGESTS = "judgements", "image_digests.parquet"  # what `prefs` leaves in a run
+_T = TypeVar("_T", str, int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ def run_sweep(
     config
         The settings, or the YAML file that holds them.
     stores
-        Feature stores; each becomes a backbone (or a control of one) in the results.
+        Feature stores; each becomes a backbone in the results, or a control of one if its weights are random or its
+        prompts are not the real ones.
     out
         Folder of the run. Records that it already holds are not computed again.
     prefs
@@ -112,7 +114,7 @@ def run_sweep(
     Raises
     ------
     ConfigError
-        If the configuration asks for layers, noise levels or poolings that a store does not hold.
+        If the configuration asks for layers, noise levels, draws or poolings that a store does not hold.
     StoreError
         If a store is damaged, or has no training, validation or test pairs.
     """
@@ -136,7 +138,7 @@ def run_sweep(
     for count, (record, text) in enumerate(fits, start=1):
         if progress is not None:
             progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
-    others = results.rebuild(out, ids)
+    others = results.rebuild(out, ids, facts=_store_facts(records, opened))
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
@@ -169,12 +171,35 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
     """Give the settings of a store that a report shows; hashes stay in the store, its fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
     facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
-    return facts | plain | dict(store.config.get("noise", {}))
+    shown = {"pooling": store.config["poolings"], "sigma_resolution": store.sigma_resolution}
+    return facts | plain | dict(store.config.get("noise", {})) | shown
+
+
+def _store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFrame:
+    """Give what results say of a record's store and what is no part of the fit, by record."""
+    by_path = {store.path: store for store in stores}
+    facts: dict[str, list[Any]] = {"sigma_ratio": [], "pooling_layers": []}
+    for record in records:
+        store = by_path[record.store]
+        facts["sigma_ratio"].append(store.sigma_resolution.get(record.sigma, {}).get("ratio"))
+        held = {layer.index for layer in store.layers_of(record.pooling)}
+        last = store.describe["n_blocks"]  # the output point is no layer
+        absent = [layer for layer in store.layers if layer.index <= last and layer.index not in held]
+        facts["pooling_layers"].append(last + 1 - len(absent))
+    return pd.DataFrame(facts, index=[record.record_id for record in records]).astype({"sigma_ratio": "float64"})
+
+
+def _control(store: FeatureStore) -> str:
+    """Say of what a store is a control: ``trained`` if of nothing, else what was replaced, such as ``init:0``."""
+    prompts = store.describe.get("prompts", "real")
+    kind, _, seed = prompts.partition(":")
+    told = "" if prompts == "real" else f"{kind}-prompts:{seed}".removesuffix(":")
+    return "+".join(part for part in (store.describe["random_weights"], told) if part) or "trained"
 
 
 def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
     """All records of one store, in the order of the configuration."""
-    sigmas = _chosen(config.sigmas, store.sigmas, what="sigma", store=store)
+    coordinates = _coordinates(config, store)
     poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
     for dataset in [judged.stem] if judged else store.judgements:
         held = set(_pairs(store.path, dataset, judged, None).frame["split"])
@@ -186,13 +211,13 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
                 )
                 raise StoreError(message)
         digest = _data_digest(store, dataset, judged)
-        for sigma, pooling, draw, head in product(sigmas, poolings, store.draws, config.heads):
+        for (sigma, draw), pooling, head in product(coordinates, poolings, config.heads):
             seeds = head.seeds if isinstance(head, MLPHead) else [0]
-            for layers, seed in product(_layer_sets(head, store), seeds):
+            for layers, seed in product(_layer_sets(head, store, pooling), seeds):
                 yield Record(
                     store=store.path,
                     backbone=store.describe["name"],
-                    control=store.describe["random_weights"] or "trained",
+                    control=_control(store),
                     training_images=store.describe["training_images"],
                     fingerprint=store.fingerprint,
                     dataset=dataset,
@@ -209,21 +234,35 @@ def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> I
                 )
 
 
-def _layer_sets(head: LinearHead | MLPHead, store: FeatureStore) -> list[tuple[int, ...]]:
-    stored = [layer.index for layer in store.layers]
+def _layer_sets(head: LinearHead | MLPHead, store: FeatureStore, pooling: str) -> list[tuple[int, ...]]:
+    stored = [layer.index for layer in store.layers_of(pooling)]
     try:
         return resolve_layer_sets(head.layer_sets, int(store.describe["n_blocks"]), stored=stored)
     except ConfigError as error:
-        message = f"{store.path}, head {head.name!r}: {error}"
+        message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"
         raise ConfigError(message) from None
 
 
-def _chosen(asked: str | list[str], held: list[str], *, what: str, store: FeatureStore) -> list[str]:
-    if asked == "all":
+def _coordinates(config: SweepConfig, store: FeatureStore) -> list[tuple[str, int]]:
+    """Noise levels and draws, which need not be the same at every level; both named means each combination."""
+    sigmas = _chosen(config.sigmas, store.sigmas, what="sigma", store=store)
+    draws = _chosen(config.draws, store.draws, what="draw", store=store)
+    asked = list(product(sigmas, draws))
+    held = [place for place in asked if place in store.coordinates]
+    if len(held) < len(asked) and "all" not in (config.sigmas, config.draws):
+        sigma, draw = next(place for place in asked if place not in held)
+        at = ", ".join(str(draw) for place, draw in store.coordinates if place == sigma)
+        message = f"{store.path}: holds no draw {draw} at sigma {sigma}; it holds {at} there"
+        raise ConfigError(message)
+    return held
+
+
+def _chosen(asked: str | list[_T], held: list[_T], *, what: str, store: FeatureStore) -> list[_T]:
+    if isinstance(asked, str):
         return held
     missing = [value for value in asked if value not in held]
     if missing:
-        message = f"{store.path}: holds no {what} {missing[0]!r}; it holds {', '.join(held)}"
+        message = f"{store.path}: holds no {what} {missing[0]!r}; it holds {', '.join(map(str, held))}"
         raise ConfigError(message)
     return list(asked)
 
@@ -277,38 +316,14 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
         ]
     )
     pairs = {split: _pairs(record.store, record.dataset, judged, split) for split in _SPLITS}
-    train = pairs["train"]
-    groups = train.frame["group"].to_numpy()
-    weight = train.frame["weight"].to_numpy()
-    fitted: dict[str, Any]
-    if isinstance(record.head, LinearHead):
-        linear = BradleyTerryClassifierCV(Cs=record.head.strengths, cv=record.head.folds)
-        linear.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-        head: PairHead = linear
-        fitted = {
-            "strength": linear.C_,
-            "edge_of_grid": linear.edge_of_grid_,
-            "converged": linear.converged_,
-            "head_parameters": linear.n_parameters_,
-        }
-    else:
-        settings = record.head.model_dump(exclude={"kind", "name", "layer_sets", "seeds"})
-        mlp = BradleyTerryMLP(**settings, seed=record.seed)
-        mlp.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-        head = mlp
-        fitted = {
-            "strength": np.nan,
-            "edge_of_grid": False,
-            "converged": mlp.converged_,
-            "head_parameters": mlp.n_parameters_,
-        }
+    head, fitted = _fit(record, features, pairs["train"])
     margins = {split: _margins(head, features, pairs[split].rows) for split in _SPLITS}
-    trained = PROTOCOLS[record.protocol](margins["train"], train.label)
-    fitted["train_accuracy"] = float(np.nanmean(trained.correct))
+    trained = PROTOCOLS[record.protocol](margins["train"], pairs["train"].label)
+    fitted["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
     rows = [
         _facts(record, store) | fitted | row
         for split in ("validation", "test")
-        for row in _accuracies(record, pairs[split], margins[split], split=split)
+        for row in _accuracies(record, pairs[split], margins[split], split=split, blind=head is None)
     ]
     kept = pd.concat(
         pairs[split]
@@ -321,8 +336,36 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     return f"{record.head.name} {_facts(record, store)['layer_set']}: {100 * test['accuracy']:.1f} %"
 
 
-def _margins(head: PairHead, features: FloatArray, rows: IntArray) -> FloatArray:
+def _fit(record: Record, features: FloatArray, train: Pairs) -> tuple[PairHead | None, dict[str, Any]]:
+    """Fit a head, or none where no training pair differs: text that has not met the image is that of its prompt."""
+    if not any((features[a] != features[b]).any() for a, b in train.rows):
+        return None, {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
+    groups = train.frame["group"].to_numpy()
+    weight = train.frame["weight"].to_numpy()
+    if isinstance(record.head, LinearHead):
+        linear = BradleyTerryClassifierCV(Cs=record.head.strengths, cv=record.head.folds)
+        linear.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
+        return linear, {
+            "strength": linear.C_,
+            "edge_of_grid": linear.edge_of_grid_,
+            "converged": linear.converged_,
+            "head_parameters": linear.n_parameters_,
+        }
+    settings = record.head.model_dump(exclude={"kind", "name", "layer_sets", "seeds"})
+    mlp = BradleyTerryMLP(**settings, seed=record.seed)
+    mlp.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
+    return mlp, {
+        "strength": np.nan,
+        "edge_of_grid": False,
+        "converged": mlp.converged_,
+        "head_parameters": mlp.n_parameters_,
+    }
+
+
+def _margins(head: PairHead | None, features: FloatArray, rows: IntArray) -> FloatArray:
     """Score the rows of pairs (n, 2) only: other rows of the store may have no features."""
+    if head is None:
+        return np.zeros(len(rows))
     used, place = np.unique(rows, return_inverse=True)
     return head.decision_function(features[used], place.reshape(rows.shape))
 
@@ -331,6 +374,8 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     """Give the columns that say what was fitted on what."""
     facts = store.describe
     single = len(record.layers) == 1
+    # the output point (layer n_blocks + 1) is no deeper than the last layer
+    depth = min(record.layers[0], facts["n_blocks"]) / facts["n_blocks"] if single else np.nan
     return {
         "record_id": record.record_id,
         "backbone": record.backbone,
@@ -350,7 +395,7 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
         "backbone_parameters": facts["n_parameters"],
         "width": facts["width"],
         "n_blocks": facts["n_blocks"],
-        "relative_depth": record.layers[0] / facts["n_blocks"] if single else np.nan,
+        "relative_depth": depth,
         "training_images": record.training_images,
         "store_fingerprint": record.fingerprint,
         "data_digest": record.data_digest,
@@ -358,8 +403,10 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     }
 
 
-def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str) -> Iterator[dict[str, Any]]:
-    """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap."""
+def _accuracies(
+    record: Record, pairs: Pairs, margins: FloatArray, *, split: str, blind: bool
+) -> Iterator[dict[str, Any]]:
+    """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap; none without a head."""
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
     excluded = pairs.excluded
@@ -367,7 +414,7 @@ def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str
     for source in [results.ALL_SOURCES, *(kinds if len(kinds) > 1 else [])]:
         inside = np.ones(len(sources), dtype=bool) if source == results.ALL_SOURCES else sources == source
         outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
-        decided = ~np.isnan(outcome.correct)
+        decided = ~np.isnan(outcome.correct) & (not blind)
         row: dict[str, Any] = {
             "split": split,
             "source": source,
@@ -377,6 +424,7 @@ def _accuracies(record: Record, pairs: Pairs, margins: FloatArray, *, split: str
             "left_out": len(excluded) if source == results.ALL_SOURCES else int((excluded["source"] == source).sum()),
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
+        row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
         if decided.any():
             options: dict[str, Any] = {"n_boot": record.resamples, "level": record.level}
             correct, clusters = outcome.correct[decided], groups[inside][decided]

@@ -1,6 +1,7 @@
 """Feature stores whose truth is known: a quality planted at chosen layers, noise everywhere else."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,25 @@ def planted_store(
     ties: float = 0.0,
     broken: int = 0,
     control: str | None = None,
+    prompts: str | None = None,
+    coordinates: Sequence[tuple[str, int]] = (("0.005", 0),),
+    further: bool = False,
 ) -> Path:
     """Write a store of `pairs` lone pairs at layers 0 to 3, 8 channels wide.
 
     Property: at a layer in `signal` one direction carries strength x quality, where the better picture of a pair of
     source ``easy`` has the higher quality. Pairs of source ``none`` (a quarter) are judged by a coin, and layers not in
-    `signal` know nothing. The first picture of each of the first `broken` pairs has no finite features.
+    `signal` know nothing. The first picture of each of the first `broken` pairs has no finite features. Noise is drawn
+    anew for each of the `coordinates` (sigma, draw). With `further`, layer 4 is the output point, and there is pooling
+    ``text``, 3 channels wide and absent at layers 3 and 4, which tells the pictures of a pair apart from layer 1 on:
+    there its channel 0 is the quality.
     """
     rng = np.random.default_rng(seed)
     quality = rng.normal(size=(pairs, 2))
     source = np.where(np.arange(pairs) % 4 == 3, "none", "easy")
     label = np.where(source == "easy", quality[:, 0] > quality[:, 1], rng.random(pairs) < 0.5).astype(float)
     label[rng.random(pairs) < ties] = 0.5
-    prompts = [f"prompt {seed} {pair}" for pair in range(pairs)]
+    texts = [f"prompt {seed} {pair}" for pair in range(pairs)]
     rows = pd.DataFrame(
         [
             {
@@ -46,19 +53,30 @@ def planted_store(
                 "file_bytes": 100,
                 "status": 0,
             }
-            for pair, prompt in enumerate(prompts)
+            for pair, prompt in enumerate(texts)
             for side in "ab"
             if (digest := hashlib.sha256(f"{seed} {pair} {side}".encode()).digest())
         ]
     )
-    features = {}
-    for layer in range(BLOCKS + 1):
-        values = rng.normal(size=(len(rows), WIDTH))
-        direction = rng.normal(size=WIDTH)
-        values += signal.get(layer, 0.0) * np.outer(quality.ravel(), direction / np.linalg.norm(direction))
-        values[: 2 * broken : 2] = np.nan
-        features["mean", layer] = values.astype(np.float32)
-    names = ["input of blocks.0", *(f"blocks.{block}" for block in range(BLOCKS))]
+
+    def drawn() -> dict[tuple[str, int], np.ndarray]:
+        features = {}
+        for layer in range(BLOCKS + 1 + further):
+            values = rng.normal(size=(len(rows), WIDTH))
+            direction = rng.normal(size=WIDTH)
+            values += signal.get(layer, 0.0) * np.outer(quality.ravel(), direction / np.linalg.norm(direction))
+            values[: 2 * broken : 2] = np.nan
+            features["mean", layer] = values.astype(np.float32)
+        for layer in range(BLOCKS * further):
+            values = rng.normal(size=(len(rows), 3)).astype(np.float32)
+            values[:, 0] = quality.ravel() if layer == 1 else values[:, 0]
+            values[1::2] = values[::2] if layer == 0 else values[1::2]
+            features["text", layer] = values
+        return features
+
+    names = ["input of blocks.0", *(f"blocks.{block}" for block in range(BLOCKS)), *["input of proj_out"] * further]
+    more = {"poolings": {"mean": "mean over image tokens", "text": "mean over text tokens"}}
+    more |= {"pooling_layers": {"text": list(range(BLOCKS))}}
     writer = open_store(
         path,
         config={
@@ -66,6 +84,8 @@ def planted_store(
             "poolings": {"mean": "mean over image tokens"},
             "seed": seed,
             "random_weights": control,
+            **({"prompts": prompts} if prompts else {}),
+            **(more if further else {}),
         },
         describe={
             "name": f"planted-{seed}",
@@ -74,15 +94,18 @@ def planted_store(
             "n_parameters": 1000 * (seed + 1),
             "random_weights": control,
             "training_images": None,
+            **({"prompts": prompts} if prompts else {}),
         },
     )
-    for block in writer.plan(rows[["row_id", "prompt"]], sigma="0.005", rows_per_shard=300):
-        part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
-        order = rows.reset_index().set_index("row_id")["index"].loc[list(block.row_ids)].to_numpy()
-        with writer.claim(block, sigma="0.005") as mine:
-            assert mine
-            taken = {key: values[order] for key, values in features.items()}
-            writer.write_shard(block, sigma="0.005", timestep=5.0, rows=part, features=taken)
+    for sigma, draw in coordinates:
+        features = drawn()
+        for block in writer.plan(rows[["row_id", "prompt"]], sigma=sigma, draw=draw, rows_per_shard=300):
+            part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+            order = rows.reset_index().set_index("row_id")["index"].loc[list(block.row_ids)].to_numpy()
+            with writer.claim(block, sigma=sigma, draw=draw) as mine:
+                assert mine
+                taken = {key: values[order] for key, values in features.items()}
+                writer.write_shard(block, sigma=sigma, draw=draw, timestep=5.0, rows=part, features=taken)
     split = np.array(["train"] * 5 + ["validation"] * 2 + ["test"] * 3)[np.arange(pairs) % 10]
     ids = rows["row_id"].to_numpy()
     writer.write_judgements(
@@ -96,7 +119,7 @@ def planted_store(
                 "weight": 1.0,
                 "strength": np.nan,
                 "n_votes": pd.array([pd.NA] * pairs, dtype="Int64"),
-                "group": prompts,
+                "group": texts,
                 "split": split,
                 "source": source,
                 "model_a": "",

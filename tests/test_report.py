@@ -24,11 +24,20 @@ from probekit.report import (
     training_points,
 )
 from probekit.report.captions import found, size_sentence
-from probekit.report.effects import Effect, Verdicts, joining_effects, random_margins, size_effects
+from probekit.report.effects import Effect, Verdicts, control_margins, joining_effects, size_effects
 from probekit.report.page import store_tables
-from probekit.report.select import control_rows, narrow, settings, trained_models, training_series
+from probekit.report.select import (
+    CHOSEN,
+    all_layers,
+    control_kinds,
+    control_rows,
+    narrow,
+    settings,
+    trained_models,
+    training_series,
+)
 from probekit.report.style import colours, in_millions, readable, spread
-from probekit.report.tables import other_settings_table, warnings_list
+from probekit.report.tables import other_settings_table, unresolved, warnings_list
 from probekit.results import load_margins, load_results, write_config, write_part
 from probekit.stats import paired_difference
 
@@ -189,7 +198,7 @@ def test_headline_effects_come_from_the_margins(run, frame):
     }
     random = {shape: np.mean([value[shape, f"init:{seed}"] for seed in (0, 1)]) for shape in ("2x16-seed0", "3x32")}
     small = np.mean([value["2x16-seed0", "trained"], value["2x16-seed1", "trained"]])
-    found_margins = {m.model: m for m in random_margins(primary, verdicts) if m.layers == "chosen layer"}
+    found_margins = {m.model: m for m in control_margins(primary, verdicts) if m.layers == "chosen layer"}
     assert found_margins["3x32"].effect.estimate == pytest.approx(value["3x32", "trained"] - random["3x32"])
     assert found_margins["2x16 (2 seeds)"].effect.estimate == pytest.approx(small - random["2x16-seed0"])
     trained, control, left = size_effects(primary, verdicts)["chosen layer"]
@@ -388,7 +397,7 @@ def test_training_seeds_keep_the_shuffled_weights_of_each_and_init_weights_once(
     rows = control_rows(frame, model)
     assert set(rows.loc[rows["control"] == "shuffled:0", "backbone"]) == {"m-seed0", "m-seed1", "m-seed2"}
     assert set(rows.loc[rows["control"] == "init:0", "backbone"]) == {"m-seed0"}
-    margins = {margin.kind: margin for margin in random_margins(frame, Verdicts(tmp_path / "run", "strict"))}
+    margins = {margin.kind: margin for margin in control_margins(frame, Verdicts(tmp_path / "run", "strict"))}
     assert margins["shuffled"].effect.seeds == (("trained m", 3), ("shuffled m", 3))
     assert margins["init"].effect.seeds == (("trained m", 3), ("init m", 1))
 
@@ -468,7 +477,8 @@ def test_pairs_that_one_side_did_not_judge_are_counted(tmp_path):
     keys = write_run(folder, (Net("a", 2, 16, None), Net("b", 3, 32, None)), kinds=(), singles=False, **SIZE)
     margins = load_margins(folder, [keys[0]]).drop(columns="record_id")
     decided = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
-    rows = load_results(folder).query("record_id == @keys[0]").drop(columns="chosen")
+    rows = load_results(folder).query("record_id == @keys[0]")
+    rows = rows.drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
     write_part(folder, keys[0], rows, margins.drop(decided.index[:7]))
     (effect,) = size_effects(load_results(folder), Verdicts(folder, "strict"))["all layers"]
     assert (effect.dropped, effect.n_pairs) == (7, len(decided) - 7)
@@ -546,3 +556,125 @@ def test_colours_are_ordered_in_lightness_and_text_is_readable():
 )
 def test_sizes_in_words(n, text):
     assert in_millions(n) == text
+
+
+def with_prompts(net):
+    """Controls of one net: random weights, other prompts, and both in one."""
+    kinds = ["init:0", "init:1", "empty-prompts", "shuffled-prompts:0", "shuffled-prompts:1", "init:0+empty-prompts"]
+    return (net, *(replace(net, control=kind) for kind in kinds))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A run with every axis of a dump: prompt conditions, the output point, two draws, an unresolved noise level."""
+    folder = tmp_path_factory.mktemp("told") / "run"
+    nets = (*with_prompts(Net("2x16", 2, 16)), *with_prompts(Net("3x32", 3, 32)))
+    write_run(folder, nets, kinds=("colour", "degradation"), draws=(0, 1), output=True, ratio=2.1, **SIZE)
+    return folder
+
+
+def test_other_prompts_are_controls_and_no_backbones(told):
+    frame = narrow(load_results(told))
+    assert [model.label for model in trained_models(frame)] == ["2x16", "3x32"]
+    assert control_kinds(frame) == ["init", "empty-prompts", "shuffled-prompts"]
+    margins = [m for m in control_margins(frame, Verdicts(told, "strict")) if (m.model, m.layers) == ("3x32", CHOSEN)]
+    value = frame[frame["chosen"] & (frame["split"] == "test") & (frame["source"] == "all")]
+    value = value[value["backbone"] == "3x32"].set_index("control")["accuracy"]
+    assert {m.kind: m.control for m in margins} == {
+        "init": pytest.approx(value[["init:0", "init:1"]].mean()),  # without init:0+empty-prompts
+        "empty-prompts": pytest.approx(value["empty-prompts"]),
+        "shuffled-prompts": pytest.approx(value[["shuffled-prompts:0", "shuffled-prompts:1"]].mean()),
+    }
+    empty = next(m.effect for m in margins if m.kind == "empty-prompts")
+    assert empty.what == "3x32: real prompts - empty prompts"
+    assert empty.estimate == pytest.approx(value["trained"] - value["empty-prompts"])
+    (trained, *random) = size_effects(frame, Verdicts(told, "strict"))[CHOSEN]
+    assert len(random) == 2  # other prompts are no null of size
+    assert trained.what == "3x32 - 2x16, trained"
+
+
+def test_empty_prompts_of_training_seeds_are_those_seeds(tmp_path):
+    nets = tuple(Net(f"m-seed{seed}", 2, 16, None) for seed in range(3))
+    write_run(tmp_path / "run", nets + tuple(replace(net, control="empty-prompts") for net in nets), kinds=(), **SIZE)
+    margin, *_ = control_margins(load_results(tmp_path / "run"), Verdicts(tmp_path / "run", "strict"))
+    assert margin.effect.seeds == (("trained m", 3), ("empty-prompts m", 3))
+
+
+def test_untrained_controls_are_not_lent_by_those_told_something_else(told):
+    frame = load_results(told).query("control != 'init:0' and control != 'init:1'")
+    assert control_kinds(control_rows(frame, trained_models(frame)[0])) == ["empty-prompts", "shuffled-prompts"]
+
+
+def test_the_output_point_stands_apart_from_the_curve_of_layers(told):
+    frame = load_results(told)
+    points = depth_points(frame)
+    mine = points[(points["model"] == "3x32") & (points["weights"] == "trained")]
+    single, output = (mine[mine["layers"] == name] for name in ("single", "output point"))
+    assert single["layer"].tolist() == [0, 1, 2, 3]
+    assert (output["layer"].tolist(), output["relative_depth"].tolist(), output["chosen"].tolist()) == (
+        [4],
+        [1],
+        [False],
+    )
+    assert single["relative_depth"].is_unique
+    axes = depth_figure(frame).axes[-1]
+    assert max(axes.lines[0].get_xdata()) <= 1 < axes.get_xlim()[1]
+    assert axes.get_xlim()[1] > depth_figure(frame[~(frame["layer"] > frame["n_blocks"])]).axes[-1].get_xlim()[1]
+    assert len(all_layers(frame)) == len(frame[frame["layer_set"].isin(["0+1+2", "0+1+2+3"])])
+    with_output = frame.assign(layer_set=frame["layer_set"].replace("0+1+2+3", "1+2+3+4"))
+    assert set(all_layers(with_output)["layer_set"]) == {"0+1+2"}
+
+
+def test_all_layers_of_a_pooling_that_lacks_some(frame):
+    text = frame[frame["n_layers"] == 4].assign(layer_set="0+1+2", n_layers=3)
+    assert all_layers(text).empty
+    assert len(all_layers(text.assign(pooling_layers=3))) == len(text)
+
+
+def test_draws_are_never_drawn_as_one(told):
+    frame = load_results(told)
+    assert settings(frame)[0].draw == 0
+    first, second = (depth_points(frame, setting=replace(settings(frame)[0], draw=draw)) for draw in (0, 1))
+    pd.testing.assert_frame_equal(depth_points(frame), first)
+    assert len(first) == len(second) == len(first.drop_duplicates(["model", "backbone", "weights", "layers", "layer"]))
+    assert not np.allclose(first["accuracy"], second["accuracy"])
+    others = other_settings_table(frame)
+    assert list(others["Draw"].unique()) == ["1"]
+    assert set(others["Backbone"]) == {"2x16", "3x32"}
+
+
+def test_the_page_says_what_the_axes_are(told, tmp_path):
+    text = "".join(Reader(build_report(told, tmp_path / "out.html").read_text(encoding="utf-8")).words)
+    for words in (
+        "the same trained network with empty prompts (",
+        "3x32: real prompts \N{MINUS SIGN} shuffled prompts",
+        "init:0 + empty-prompts",
+        "4 (entering the output projection)",
+        "of noise draw 0, one of 2",
+        "Noise level 0.005 is not resolved for 2x16 (2.1), 3x32 (2.1), 2x16 (init:0) (2.1)",
+        "2.1, not resolved",
+        "(see Warnings)",
+        "Noise over rounding",
+        "the tokens entering the output projection, a function of the last layer; never chosen",
+    ):
+        assert words in text, words
+
+
+def test_a_run_without_further_axes_says_nothing_of_them(page):
+    text = "".join(Reader(page.read_text(encoding="utf-8")).words)
+    for words in ("resolved", "Noise over rounding", "empty prompts", "Cross right", "one of 2"):
+        assert words not in text
+
+
+def test_only_measured_noise_levels_below_three_are_unresolved(frame):
+    small = frame[frame["backbone"] == "3x32"]
+    assert unresolved(small) == unresolved(small.assign(sigma_ratio=3.0)) == []
+    both = pd.concat([small.assign(sigma="0", sigma_ratio=np.nan), small.assign(sigma="0.1", sigma_ratio=2.9)])
+    (text,) = unresolved(both, brief=True)
+    assert text.startswith("Noise level 0.1 is not resolved for 3x32 (2.9), 3x32 (init:0) (2.9)")
+
+
+def test_noise_levels_are_counted_over_the_whole_run(tmp_path):
+    folder = single(tmp_path, sigmas=("0.1", "0.005"))
+    text = build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "One noise level only" not in text

@@ -36,7 +36,7 @@ def run(written, tmp_path):
 
 def rows_of(run, key):
     frame = results.load_results(run)
-    return frame[frame["record_id"] == key].drop(columns="chosen")
+    return frame[frame["record_id"] == key].drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
 
 
 def margins_of(run, key):
@@ -153,7 +153,7 @@ def test_a_folder_without_results_says_so(tmp_path):
 def test_another_format_is_refused(run, monkeypatch):
     folder, _ = run
     monkeypatch.setattr(results, "RESULTS_VERSION", "2.0")
-    with pytest.raises(ResultsError, match=r"written in results format 1\.0; this version reads 2\.0"):
+    with pytest.raises(ResultsError, match=r"written in results format 1\.1; this version reads 2\.0"):
         results.load_results(folder)
 
 
@@ -214,7 +214,7 @@ import sys
 sys.path[:0] = {sys.path!r}
 from probekit import results
 frame = results.load_results({str(folder)!r})
-rows = frame[frame["record_id"] == {keys[0]!r}].drop(columns="chosen")
+rows = frame[frame["record_id"] == {keys[0]!r}].drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
 margins = results.load_margins({str(folder)!r}, [{keys[0]!r}]).drop(columns="record_id")
 print("ready", flush=True)
 for i in range(10_000):

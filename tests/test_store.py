@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis.extra.numpy import arrays
 
 from probekit._types import canonical_sigma, row_id
 from probekit.errors import ConfigError, FingerprintError, StoreError
-from probekit.store import FeatureStore, canonical_json, open_store
+from probekit.store import FeatureStore, canonical_json, open_store, rows_per_shard
 from probekit.store import format as fmt
 from probekit.store.files import TEMP
 from probekit.store.writer import _pack
@@ -616,3 +617,195 @@ def test_two_identical_dumps_at_once(tmp_path):
     dump(tmp_path / "whole", table(60))
     assert shard_bytes(tmp_path / "s") == shard_bytes(tmp_path / "whole")
     assert not left_overs(tmp_path)
+
+
+AXES = {
+    "layers": [{"index": i, "name": name, "stream": "image"} for i, name in enumerate(["in", "blocks.0", "out"])],
+    "poolings": {"mean": "mean", "grid4": "means of a 4 x 4 grid", "text_mean": "mean over text tokens"},
+    "pooling_layers": {"text_mean": [0, 1]},
+}
+WIDTHS = {"mean": 3, "grid4": 48, "text_mean": 4}
+
+
+def several_poolings(rows: pd.DataFrame) -> dict[tuple[str, int], np.ndarray]:
+    """Features that differ in every place; those of the output point (layer 2) overflow float16."""
+    rng = np.random.default_rng(0)
+    return {
+        (pooling, layer): rng.normal(60000 * (layer == 2), 1, (len(rows), width)).astype(np.float32)
+        for pooling, width in WIDTHS.items()
+        for layer in range(2 if pooling == "text_mean" else 3)
+    }
+
+
+def write_axes(path: Path, change=None):
+    writer = open_store(path, config=AXES, describe={"name": "tiny"})
+    (block,) = writer.plan(table(4), sigma="0.005", rows_per_shard=100)
+    rows = table(4).set_index("row_id").loc[list(block.row_ids)].reset_index()
+    features = several_poolings(rows)
+    if change:
+        change(features)
+    writer.write_shard(block, sigma="0.005", timestep=5.0, rows=rows, features=features)
+    return features
+
+
+def test_poolings_have_widths_and_layers_of_their_own(tmp_path):
+    features = write_axes(tmp_path)
+    store = FeatureStore(tmp_path)
+    assert [layer.index for layer in store.layers_of("text_mean")] == [0, 1]
+    assert store.layers_of("grid4") == store.layers
+    for (pooling, layer), values in features.items():
+        read = store.read(layer=layer, pooling=pooling)
+        assert read.shape == (12, WIDTHS[pooling])
+        np.testing.assert_allclose(read, values, rtol=0, atol=2e-3)  # rounded to float16 where that is safe
+    (sidecar,) = (json.loads(path.read_text()) for path in tmp_path.glob("shards/*/*.json"))
+    stored = {name: record for name, record in sidecar["datasets"].items() if name.startswith("features/")}
+    assert {name: record["dtype"] for name, record in stored.items()} == {
+        fmt.dataset_name(pooling, layer): "<f4" if layer == 2 else "<f2" for pooling, layer in features
+    }
+    assert all(record["noise_ratio"] is not None for name, record in stored.items() if not name.endswith("2"))
+    with h5py.File(next(tmp_path.rglob("*.h5"))) as file:
+        assert {
+            f"features/{pooling}/{layer}" for pooling in file["features"] for layer in file["features"][pooling]
+        } == (set(stored))
+    with pytest.raises(StoreError, match=r"pooling 'text_mean' does not exist at layer 2; allowed: 0, 1$"):
+        store.read(layer=2, pooling="text_mean")
+    with pytest.raises(StoreError, match=r"pooling is not given; allowed: grid4, mean, text_mean"):
+        store.read(layer=2)
+    with pytest.raises(StoreError, match=r"pooling 'max' is not in the store"):
+        store.layers_of("max")
+    assert store.summary()["poolings"] == {"grid4": "3 layers", "mean": "3 layers", "text_mean": "2 layers"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda features: features.pop(("grid4", 2)), r"lacks features for \[\('grid4', 2\)\] and has \[\]"),
+        (
+            lambda features: features.update({("text_mean", 2): features["mean", 2]}),
+            r"lacks features for \[\] and has \[\('text_mean', 2\)\], which the store's config does not",
+        ),
+    ],
+)
+def test_a_shard_holds_the_features_of_the_configuration_and_no_others(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        write_axes(tmp_path, change)
+    assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_the_layers_of_a_pooling_are_part_of_the_fingerprint(tmp_path):
+    write_axes(tmp_path)
+    fewer = AXES | {"pooling_layers": {"text_mean": [0]}}
+    with pytest.raises(FingerprintError, match=r"pooling_layers.text_mean.001 is 1 in this store, absent was asked"):
+        open_store(tmp_path, config=fewer, describe={})
+    for wrong in ({"max": [0]}, {"mean": []}, {"mean": [0, 1, 2]}, {"mean": [1, 0]}, {"mean": [7]}):
+        with pytest.raises(ValueError, match="some but not all of the layers"):
+            open_store(tmp_path / "new", config=AXES | {"pooling_layers": wrong}, describe={})
+
+
+@given(st.integers(1, 2**40), st.integers(1, 2**33))
+def test_a_shard_of_planned_rows_fits(values, shard_bytes):
+    rows = rows_per_shard(values_per_row=values, shard_bytes=shard_bytes)
+    assert rows == 1 or 4 * rows * values <= shard_bytes < 4 * (rows + 1) * values
+
+
+def test_the_dtype_rule_does_not_depend_on_how_much_it_looks_at_together(monkeypatch):
+    values = np.random.default_rng(0).normal(5, 1, (60, 48)).astype(np.float32)
+    prompt = np.repeat(np.arange(20), 3)
+    dtype, whole = fmt.choose_dtype(values, np.ones(60, bool), prompt)
+    monkeypatch.setattr(fmt, "_CHOICE_VALUES", 100)
+    again, parts = fmt.choose_dtype(values, np.ones(60, bool), prompt)
+    assert (dtype, whole.absmax) == (again, parts.absmax)
+    assert parts[1:] == pytest.approx(whole[1:])
+
+
+def test_draws_are_planned_resumed_and_read_apart(tmp_path):
+    rows, path = table(6), tmp_path / "s"
+    dump(path, rows)
+    writer = open_store(path, config=CONFIG, describe={"name": "tiny"})
+    ids = rows["row_id"].tolist()
+    assert writer.missing(ids, sigma="0.005", draw=1) == ids
+    blocks = writer.plan(rows, sigma="0.005", draw=1, rows_per_shard=6)
+    assert {block.name for block in blocks} == {p.stem for p in path.rglob("*.h5")}  # the blocks of draw 0
+
+    def write(block, *, broken=False):
+        with writer.claim(block, sigma="0.005", draw=1) as mine:
+            if mine:
+                part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+                features = {("mean", layer): np.full((6, WIDTH), 10 + layer, np.float32) for layer in (0, 1, 2)}
+                features["mean", 0][0] = np.nan if broken else 10
+                writer.write_shard(block, sigma="0.005", draw=1, timestep=5.0, rows=part, features=features)
+            return mine
+
+    assert write(blocks[0])
+    assert not write(blocks[0])
+    with pytest.raises(StoreError, match=r"12 of 18 rows have no features at sigma 0.005, draw 1; .*and draw too"):
+        FeatureStore(path).read(layer=1, draw=1)
+    rest = writer.plan(rows, sigma="0.005", draw=1, rows_per_shard=6)
+    assert [block.name for block in rest] == [block.name for block in blocks[1:]]
+    write(rest[0], broken=True)
+    write(rest[1])
+    assert writer.plan(rows, sigma="0.005", draw=1, rows_per_shard=6) == []
+    dump(path, rows, "0")
+    store = FeatureStore(path)
+    assert store.coordinates == [("0", 0), ("0.005", 0), ("0.005", 1)]
+    assert (store.read(layer=2, sigma="0.005", draw=1)[store.rows["status"] == 0] == 12).all()
+    good = (store.rows["status"] == 0).to_numpy()
+    assert good.sum() == 17  # a row that is bad in one draw is bad in all
+    np.testing.assert_array_equal(store.read(layer=2, sigma="0.005", draw=0), expected(store, 2))
+    with pytest.raises(StoreError, match=r"draw is not given; allowed: 0, 1"):
+        store.read(layer=2, sigma="0.005")
+    with pytest.raises(StoreError, match=r"draw 1 is not in the store; allowed: 0$"):
+        store.read(layer=2, sigma="0", draw=1)
+    np.testing.assert_array_equal(store.read(layer=2, sigma="0"), expected(store, 2, "0"))
+
+
+def test_resolution_of_noise_levels_is_recorded_beside_the_facts(tmp_path):
+    writer = dump(tmp_path, table(2))
+    other = open_store(tmp_path, config=CONFIG, describe={"name": "tiny"})
+    shards, fingerprint = shard_bytes(tmp_path), writer.fingerprint
+    writer.record_resolution("0.0050", ratio=2.5, rows=16)
+    other.record_resolution("0.1", ratio=3.0, rows=16)  # opened before the first was recorded
+    writer.record_resolution("1", ratio=None, rows=0, note="the device has no bfloat16")
+    entries = {
+        "0.005": {"ratio": 2.5, "resolved": False, "rows": 16, "note": ""},
+        "0.1": {"ratio": 3.0, "resolved": True, "rows": 16, "note": ""},
+        "1": {"ratio": None, "resolved": None, "rows": 0, "note": "the device has no bfloat16"},
+    }
+    assert FeatureStore(tmp_path).sigma_resolution == writer.describe["sigma_resolution"] == entries
+    renamed = open_store(tmp_path, config=CONFIG, describe={"name": "tinier"})
+    assert renamed.describe == {"name": "tinier", "sigma_resolution": entries}
+    store = FeatureStore(tmp_path)
+    assert (store.sigma_resolution, store.fingerprint) == (entries, fingerprint)
+    assert store.summary()["sigma_resolution"] == entries
+    assert store.summary()["backbone"] == {"name": "tinier"}
+    assert shard_bytes(tmp_path) == shards
+    assert not left_overs(tmp_path)
+
+
+def test_a_store_of_format_1_0_is_read_and_added_to(tmp_path):
+    """The golden store was written by the release that introduced format 1.0."""
+    path = tmp_path / "store"
+    shutil.copytree(Path(__file__).parent / "golden" / "store-1.0", path)
+    store = FeatureStore(path)
+    assert (store.format_version, store.summary()["format_version"]) == ("1.0", "1.0")
+    assert store.coordinates == [("0.005", 0), ("0.1", 0), ("0.1", 1)]
+    assert store.layers_of("mean") == store.layers
+    assert store.sigma_resolution == {}
+    images = ["a cat-0.png", "a cat-1.png", "zwei Hunde, ü-0.png", "zwei Hunde, ü-1.png"]
+    place = np.array([images.index(image) for image in store.rows["image_id"]])
+    for sigma, draw in store.coordinates:
+        values = np.arange(3)[None] + 10.0 * place[:, None] + 100 * draw + 1000 * float(sigma)
+        for layer, wanted in ((0, values), (1, values + 0.1 + 50000)):
+            np.testing.assert_allclose(store.read(layer=layer, sigma=sigma, draw=draw), wanted, rtol=1e-6)
+    assert store.pairs().label.tolist() == [1.0, 0.0]
+    config = {key: value for key, value in store.config.items() if key not in ("format", "dtype_policy")}
+    before = shard_bytes(path)
+    writer = open_store(path, config=config, describe=store.describe)
+    rows = store.rows.assign(image_sha256=[bytes(32)] * 4, status=0)
+    for block in writer.plan(rows, sigma="0.5", rows_per_shard=2):
+        part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+        features = {("mean", layer): np.ones((2, 3), np.float32) for layer in (0, 1)}
+        writer.write_shard(block, sigma="0.5", timestep=5.0, rows=part, features=features)
+    writer.record_resolution("0.5", ratio=9.0, rows=4)
+    assert before.items() <= shard_bytes(path).items()
+    assert (FeatureStore(path).read(layer=1, sigma="0.5") == 1).all()

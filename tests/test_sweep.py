@@ -17,7 +17,8 @@ from probekit._workers import run_in_processes
 from probekit.config import SweepConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError, StoreError
 from probekit.heads import resolve_layer_sets
-from probekit.results import load_margins
+from probekit.results import describe_run, load_config, load_margins
+from probekit.store import open_store
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.001, 0.1, 10.0]}
 
@@ -218,3 +219,112 @@ def test_a_killed_worker_is_one_line():
 
 def _die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _test_rows(run: Path) -> pd.DataFrame:
+    return probekit.load_results(run).query("split == 'test' and source == 'all'")
+
+
+def test_noise_draws_are_settings_of_their_own(tmp_path):
+    held = [("0", 0), ("0.1", 0), ("0.1", 1)]
+    store = planted_store(tmp_path / "store", signal={2: 1.0}, seed=0, coordinates=held)
+    frame = _test_rows(probekit.run_sweep(config(), stores=[store], out=tmp_path / "run"))
+    assert frame.groupby(["sigma", "draw"], sort=True).size().to_dict() == dict.fromkeys(held, 4)
+    assert frame["record_id"].is_unique
+    first, second = (frame.query(f"sigma == '0.1' and draw == {draw}")["accuracy"].to_numpy() for draw in (0, 1))
+    assert not np.array_equal(first, second)
+    assert frame[frame["chosen"]].groupby(["sigma", "draw"]).size().tolist() == [1, 1, 1]
+    frame = _test_rows(probekit.run_sweep(config(draws=[1]), stores=[store], out=tmp_path / "run"))
+    assert set(zip(frame["sigma"], frame["draw"], strict=True)) == {("0.1", 1)}
+    with pytest.raises(ConfigError, match=r"holds no draw 2; it holds 0, 1"):
+        probekit.run_sweep(config(draws=[2]), stores=[store], out=tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"holds no draw 1 at sigma 0; it holds 0 there"):
+        probekit.run_sweep(config(sigmas=["0", "0.1"], draws=[1]), stores=[store], out=tmp_path / "other")
+
+
+def test_the_output_point_is_a_single_and_neither_in_all_nor_chosen(tmp_path):
+    store = planted_store(tmp_path / "store", signal={1: 0.7, 4: 3.0}, seed=0, further=True)
+    settings = config(LINEAR | {"layer_sets": ["singles", "all", [3, 4], {"relative": [1.0]}]}, poolings=["mean"])
+    frame = _test_rows(probekit.run_sweep(settings, stores=[store], out=tmp_path / "run")).set_index("layer_set")
+    assert set(frame.index) == {"0", "1", "2", "3", "4", "0+1+2+3", "3+4"}
+    assert frame["accuracy"].idxmax() in ("4", "3+4")
+    assert frame.loc["4", ["layer", "relative_depth", "chosen"]].tolist() == [4, 1.0, False]
+    assert frame.index[frame["chosen"]].tolist() == ["1"]
+    assert frame.loc["3", "relative_depth"] == 1.0
+
+
+def test_layer_sets_are_those_of_the_pooling(tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0, further=True)
+    heads = LINEAR | {"layer_sets": ["singles", "all"]}
+    frame = _test_rows(probekit.run_sweep(config(heads), stores=[store], out=tmp_path / "run"))
+    text = frame[frame["pooling"] == "text"].set_index("layer_set")
+    assert set(text.index) == {"0", "1", "2", "0+1+2"}
+    assert text.loc["1", "low"] > 0.6
+    assert frame.groupby("pooling")["pooling_layers"].unique().map(list).to_dict() == {"mean": [4], "text": [3]}
+    with pytest.raises(ConfigError, match=r"pooling 'text', head 'linear': .*layer 3 is not there; allowed: 0, 1, 2"):
+        probekit.run_sweep(config(LINEAR | {"layer_sets": [[3]]}), stores=[store], out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("weights", "prompts", "control"),
+    [
+        (None, None, "trained"),
+        (None, "real", "trained"),
+        ("init:0", "real", "init:0"),
+        (None, "empty", "empty-prompts"),
+        (None, "shuffled:3", "shuffled-prompts:3"),
+        ("shuffled:1", "empty", "shuffled:1+empty-prompts"),
+        ("init:0", "shuffled:3", "init:0+shuffled-prompts:3"),
+    ],
+)
+def test_other_prompts_are_controls_of_the_backbone(tmp_path, weights, prompts, control):
+    store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60, control=weights, prompts=prompts)
+    frame = _test_rows(probekit.run_sweep(config(), stores=[store], out=tmp_path / "run"))
+    assert set(frame["control"]) == {control}
+    assert set(frame["backbone"]) == {"planted-0"}
+
+
+def test_results_carry_how_far_a_noise_level_is_resolved_without_fitting_again(tmp_path):
+    held = [("0", 0), ("0.1", 0)]
+    store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60, coordinates=held)
+    run = tmp_path / "run"
+    frame = _test_rows(probekit.run_sweep(config(), stores=[store], out=run))
+    assert frame["sigma_ratio"].isna().all()
+    parts = {path: path.read_bytes() for path in run.glob("parts/*")}
+    held_store = probekit.FeatureStore(store)
+    writer = open_store(store, config=_own(held_store), describe=held_store.describe)
+    writer.record_resolution("0.1", ratio=2.5, rows=8)
+    fitted: list[str] = []
+    probekit.run_sweep(config(), stores=[store], out=run, progress=lambda d, t, text: fitted.append(text))
+    frame = _test_rows(run)
+    assert frame.query("sigma == '0'")["sigma_ratio"].isna().all()
+    assert frame.query("sigma == '0.1'")["sigma_ratio"].eq(2.5).all()
+    assert (fitted, {path: path.read_bytes() for path in run.glob("parts/*")}) == ([], parts)
+    assert describe_run(run)["unresolved"] == [
+        {"backbone": "planted-0", "control": "trained", "sigma": "0.1", "sigma_ratio": 2.5}
+    ]
+    settings = load_config(run)["stores"][0]
+    assert settings["sigma_resolution"]["0.1"]["resolved"] is False
+
+
+def _own(store: probekit.FeatureStore) -> dict:
+    """Return the configuration of a store as its dump gave it."""
+    return {key: value for key, value in store.config.items() if key not in ("format", "dtype_policy")}
+
+
+def test_where_no_pair_differs_there_is_no_accuracy_and_the_rest_goes_on(tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0, further=True)
+    mlp = {"kind": "mlp", "layer_sets": [[0]], "hidden": [4], "max_epochs": 2}
+    settings = config(LINEAR | {"layer_sets": ["singles", "all"]}, mlp, poolings=["text"])
+    run = probekit.run_sweep(settings, stores=[store], out=tmp_path / "run")
+    frame = _test_rows(run).set_index(["head", "layer_set"])
+    for head in ("linear", "mlp"):
+        assert np.isnan(frame.loc[(head, "0"), "accuracy"])
+        assert frame.loc[(head, "0"), "head_parameters"] == 0
+    assert frame.loc[("linear", "1"), "chosen"]
+    assert frame.loc[("linear", "0+1+2"), "low"] > 0.6
+    text = probekit.build_report(run, tmp_path / "report.html").read_text()
+    assert "2 heads had nothing to fit, since no training pair differs there" in text
+    assert "exactly equal scores" not in text
+    assert "nan" not in (tmp_path / "report_figures" / "depth.svg").read_text().lower()
+    assert list(pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layers"]) == ["single"] * 3 + ["all layers"]

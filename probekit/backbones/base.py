@@ -3,36 +3,54 @@
 Shapes: b images, (c, h, w) a latent.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from probekit.backbones import latents as latent_rules
-from probekit.backbones.cache import Cache, Item, content_key
-from probekit.backbones.conditioning import Embeddings
+from probekit.backbones.cache import Cache, content_key
+from probekit.backbones.decode_ahead import PixelStream
 from probekit.backbones.families import Component, Family
-from probekit.backbones.images import IMAGE_RULE, RESIZE_RULE, read_pixels
-from probekit.backbones.loading import Source, config_hash, files_hash, load_base
-from probekit.backbones.weights import state_hash
+from probekit.backbones.hub import Source
+from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES, Resize
+from probekit.backbones.loading import config_hash, files_hash, load_model
+from probekit.backbones.weights import stored_hash
 
-PROMPT_BATCH = 16
+ImageFile = tuple[Path, bytes]
+"""An image file and the SHA-256 of its bytes."""
 
 
 @dataclass(frozen=True)
+class ImageSize:
+    """How images get their size.
+
+    Attributes
+    ----------
+    resolution
+        Side of the square in pixels; of other aspects, about the root of the number of pixels.
+    step
+        What both sides are multiples of: pixels on a side of a token.
+    resize
+        Name of a rule of `images.RESIZE_RULES`.
+    """
+
+    resolution: int
+    step: int
+    resize: Resize
+
+
+@dataclass
 class Base:
-    """A base pipeline without its transformer.
+    """A base pipeline without its transformer; its models are loaded when a stage needs them.
 
     Attributes
     ----------
     source
         Where it came from.
-    components
-        Its parts by name, on `device`.
     weights
-        Hash of the state dict of every model.
+        Hash of the stored weights of every model.
     files
         Hash of the config of every model, and of all files of every tokenizer.
     dtype, device
@@ -42,84 +60,93 @@ class Base:
     """
 
     source: Source
-    components: dict[str, Component]
-    weights: dict[str, str]
-    files: dict[str, str]
     dtype: torch.dtype
     device: torch.device
     cache: Cache
+    weights: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    _vae: Component = None
 
-    @classmethod
-    def load(cls, source: Source, family: Family, dtype: torch.dtype, device: torch.device, cache: Cache) -> "Base":
-        """Load and hash every component, and move the models to `device`."""
-        components = load_base(source, family, dtype)
-        models = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
-        weights = {name: state_hash(model) for name, model in models.items()}
-        files = {name: config_hash(source.folder / name) for name in models}
-        tokenizers = [name for name, part in components.items() if name.startswith("tokenizer") and part is not None]
-        files |= {name: files_hash(source.folder / name) for name in tokenizers}
-        for model in models.values():
-            model.to(device)
-        return cls(source, components, weights, files, dtype, device, cache)
+    def hash_parts(self, models: Sequence[str], parts: Sequence[str]) -> None:
+        """Hash the weights and configs of the models, and the files of the other parts, from disk."""
+        if not self.weights:
+            self.weights |= {name: stored_hash(self.source.folder / name) for name in models}
+            self.files |= {name: config_hash(self.source.folder / name) for name in models}
+            self.files |= {name: files_hash(self.source.folder / name) for name in parts}
 
-    def encode_images(self, paths: Sequence[Path], digests: Sequence[bytes], resolution: int) -> torch.Tensor:
-        """Return the latents of image files, float32 on the CPU, (b, c, h, w); see `Backbone.encode_images`."""
-        vae, batch = self.components["vae"], latent_rules.encode_batch(resolution)
-        settings = {
-            "vae": [self.weights["vae"], self.files["vae"], str(vae.dtype)],
-            "rules": [IMAGE_RULE, RESIZE_RULE, latent_rules.LATENT_RULE],
-            "resolution": resolution,
-        }
-        keys = [content_key({**settings, "image": digest.hex()}) for digest in digests]
+    def load(self, name: str, like: Component) -> Component:
+        """Load a model on the device; `like` is the same without weights."""
+        return load_model(self.source, name, like, self.dtype).to(self.device)
 
-        def compute(positions: list[int]) -> list[Item]:
-            pixels = torch.stack([read_pixels(paths[i], digests[i], resolution) for i in positions])
-            return [{"latents": latent.contiguous()} for latent in latent_rules.encode(vae, pixels, batch)]
+    def release_vae(self) -> None:
+        """Free the VAE until images are encoded again."""
+        self._vae = None
 
-        return torch.stack([item["latents"] for item in self.cache.through("latents", keys, compute, batch)])
-
-    def encode_prompts(
-        self, prompts: list[str], settings: dict[str, Any], encode: Callable[[list[str]], list[Embeddings]]
-    ) -> dict[str, Embeddings]:
-        """Return the embeddings of distinct prompts.
+    def latents(
+        self, groups: Sequence[Sequence[ImageFile]], family: Family, like: Component, size: ImageSize, workers: int
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the latents of group after group of image files, decoding ahead in `workers` processes.
 
         Parameters
         ----------
-        prompts
-            Distinct prompts.
-        settings
-            What the embeddings depend on besides the base and the prompt.
-        encode
-            Computes the embeddings of `PROMPT_BATCH` prompts.
+        groups
+            The files.
+        family
+            The row, for its rule from posterior to latent.
+        like
+            The VAE without weights.
+        size
+            The images' size.
+        workers
+            0 = decode in this process.
 
-        Returns
-        -------
-        dict
-            Prompt to embeddings on `device`.
+        Yields
+        ------
+        list of Tensor
+            float32 on the CPU, (c, h, w) each.
         """
-        text = ("text_encoder", "tokenizer")
-        shared = {
-            **settings,
-            "weights": {name: value for name, value in self.weights.items() if name.startswith(text)},
-            "files": {name: value for name, value in self.files.items() if name.startswith(text)},
-            "dtype": str(self.dtype),
+        settings = {
+            "vae": [self.weights["vae"], self.files["vae"], str(like.dtype)],
+            "rules": [IMAGE_RULE, RESIZE_RULES[size.resize], latent_rules.LATENT_RULES[family.latents].definition],
+            "size": [size.resolution, size.step],
         }
-        keys = [content_key({**shared, "prompt": prompt}) for prompt in prompts]
+        self.cache.forget("latents")
+        keys = [[content_key({**settings, "image": digest.hex()}) for _, digest in group] for group in groups]
+        missing = [[not self.cache.has("latents", key) for key in group] for group in keys]
+        files = [
+            file
+            for group, absent in zip(groups, missing, strict=True)
+            for file, gone in zip(group, absent, strict=True)
+            if gone
+        ]
+        with PixelStream(
+            [path for path, _ in files],
+            [digest for _, digest in files],
+            resolution=size.resolution,
+            step=size.step,
+            resize=size.resize,
+            workers=min(workers, len(files)),
+        ) as stream:
+            for group, absent in zip(keys, missing, strict=True):
+                waiting: dict[tuple[int, ...], list[tuple[str, torch.Tensor]]] = {}
+                for key, gone in zip(group, absent, strict=True):
+                    if gone:
+                        pixels = torch.from_numpy(next(stream))
+                        batch = waiting.setdefault(tuple(pixels.shape), [])
+                        batch.append((key, pixels))
+                        if len(batch) == latent_rules.encode_batch(*pixels.shape[1:]):
+                            self._encode(waiting.pop(tuple(pixels.shape)), family, like)
+                for batch in waiting.values():
+                    self._encode(batch, family, like)
+                found = [self.cache.get("latents", key)["latents"] for key in group]
+                self.cache.forget("latents")
+                yield found
 
-        def compute(positions: list[int]) -> list[Item]:
-            texts = [prompts[i] for i in positions]
-            filled = texts + [""] * (PROMPT_BATCH - len(texts))  # of fixed size, for the reason given in `encode_batch`
-            return [_to_item(embeddings) for embeddings in encode(filled)[: len(texts)]]
-
-        items = self.cache.through("prompts", keys, compute, PROMPT_BATCH)
-        return {prompt: self._from_item(item) for prompt, item in zip(prompts, items, strict=True)}
-
-    def _from_item(self, item: Item) -> Embeddings:
-        found = (item.get(str(place)) for place in range(int(item["places"])))
-        return tuple(None if tensor is None else tensor.to(self.device) for tensor in found)
-
-
-def _to_item(embeddings: Embeddings) -> Item:
-    """Name the tensors by their place in the pipeline's tuple, whose other places are None."""
-    tensors = {str(place): tensor.cpu().clone() for place, tensor in enumerate(embeddings) if tensor is not None}
-    return {"places": torch.tensor(len(embeddings)), **tensors}
+    def _encode(self, batch: list[tuple[str, torch.Tensor]], family: Family, like: Component) -> None:
+        if self._vae is None:
+            self._vae = self.load("vae", like)
+        pixels = torch.stack([pixels for _, pixels in batch])
+        size = latent_rules.encode_batch(*pixels.shape[2:])
+        latents = latent_rules.encode(self._vae, family.latents, pixels, size)
+        for (key, _), latent in zip(batch, latents, strict=True):
+            self.cache.put("latents", key, {"latents": latent.contiguous()})

@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import secrets
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from probekit.errors import BackboneError, ConfigError
 
 Item = dict[str, torch.Tensor]
 
-MEMORY_BYTES = 1 << 30
-
 
 def content_key(parts: dict[str, Any]) -> str:
     """Return the SHA-256 of `parts` as canonical JSON."""
@@ -31,78 +27,42 @@ def content_key(parts: dict[str, Any]) -> str:
 
 
 class Cache:
-    """Named tensors by content key; the least recently used ones leave memory first.
+    """Named tensors by content key: in files where there is a folder, else in memory until `forget`.
 
     Parameters
     ----------
     folder
         Where items are kept between processes; None = in memory only.
-    memory_bytes
-        Bound on the tensors kept in memory.
     """
 
-    def __init__(self, folder: Path | None, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, folder: Path | None) -> None:
         if folder is not None and folder.exists() and not folder.is_dir():
             msg = f"{folder}: is a file; allowed as a cache: a folder, made where there is none"
             raise ConfigError(msg)
         self.folder = folder
-        self._memory_bytes = memory_bytes
-        self._held = 0
-        self._items: OrderedDict[str, Item] = OrderedDict()
+        self._items: dict[tuple[str, str], Item] = {}
 
-    def through(
-        self, kind: str, keys: Sequence[str], compute: Callable[[list[int]], list[Item]], batch: int
-    ) -> list[Item]:
-        """Return the items of `keys`, computing those that are missing.
-
-        Parameters
-        ----------
-        kind
-            Sub-folder of the cache.
-        keys
-            Content keys of the wanted items.
-        compute
-            Returns the items at the given positions.
-        batch
-            `compute` gets runs of this many consecutive positions, whole ones even if only one item of a run is
-            missing: what is cached already must not decide with which neighbours an item is computed.
-
-        Returns
-        -------
-        list
-            One item for each key.
-        """
-        found = [self._get(kind, key) for key in keys]
-        for start in range(0, len(keys), batch):
-            positions = list(range(start, min(start + batch, len(keys))))
-            if all(found[position] is not None for position in positions):
-                continue
-            for position, item in zip(positions, compute(positions), strict=True):
-                if found[position] is None:
-                    found[position] = item
-                    self._put(kind, keys[position], item)
-        return [item for item in found if item is not None]
-
-    def _get(self, kind: str, key: str) -> Item | None:
-        if key in self._items:
-            self._items.move_to_end(key)
-            return self._items[key]
+    def has(self, kind: str, key: str) -> bool:
+        """Whether an item is held; `kind` is the sub-folder."""
         if self.folder is None:
-            return None
+            return (kind, key) in self._items
+        return self._path(self.folder, kind, key).is_file()
+
+    def get(self, kind: str, key: str) -> Item:
+        """Return an item that is held."""
+        if self.folder is None:
+            return self._items[kind, key]
         path = self._path(self.folder, kind, key)
         try:
-            item = load(path.read_bytes())
-        except FileNotFoundError:
-            return None
+            return load(path.read_bytes())
         except (OSError, SafetensorError) as error:
             msg = f"{path}: damaged cache file ({_first_line(error)}); delete it or the whole cache, then go on"
             raise BackboneError(msg) from error
-        self._remember(key, item)
-        return item
 
-    def _put(self, kind: str, key: str, item: Item) -> None:
-        self._remember(key, item)
+    def put(self, kind: str, key: str, item: Item) -> None:
+        """Keep an item."""
         if self.folder is None:
+            self._items[kind, key] = item
             return
         path = self._path(self.folder, kind, key)
         temporary = path.with_name(f".{key}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -115,21 +75,17 @@ class Cache:
             msg = f"{path}: cannot write to the cache ({error.strerror}); choose another --cache or make space"
             raise BackboneError(msg) from error
 
-    def _remember(self, key: str, item: Item) -> None:
-        if key in self._items:
-            return
-        self._items[key] = item
-        self._held += _bytes(item)
-        while self._held > self._memory_bytes:
-            self._held -= _bytes(self._items.popitem(last=False)[1])
+    def forget(self, kind: str) -> None:
+        """Drop the items of a kind from memory; files stay."""
+        self._items = {name: item for name, item in self._items.items() if name[0] != kind}
+
+    def bytes_held(self, kind: str) -> int:
+        """Return the bytes of the items of a kind in memory."""
+        return sum(tensor.nbytes for (of, _), item in self._items.items() if of == kind for tensor in item.values())
 
     @staticmethod
     def _path(folder: Path, kind: str, key: str) -> Path:
         return folder / kind / key[:2] / f"{key}.safetensors"
-
-
-def _bytes(item: Item) -> int:
-    return sum(tensor.nbytes for tensor in item.values())
 
 
 def _first_line(error: Exception) -> str:

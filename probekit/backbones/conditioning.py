@@ -1,35 +1,37 @@
-"""The ordinary pipeline builds the transformer's inputs; this module catches them and joins them into batches.
+"""The ordinary pipeline builds the transformer's inputs; this module catches them.
 
-1. *prepare*: the pipeline is called with near-clean latents of the images of one prompt, guidance off and a one-step
-   copy of its scheduler, and stopped in a forward pre-hook of its transformer. What it was about to pass is the call.
-2. *collate*: the calls of several prompts become one. Several prompts are never given to one pipeline call, because
-   many pipelines then pair masks and embeddings wrongly.
+The pipeline is called with near-clean latents of the images of one prompt, guidance off and a one-step copy of its
+scheduler, and stopped in a forward pre-hook of its transformer. What it was about to pass is the call. Several prompts
+are never given to one pipeline call, because many pipelines then pair masks and embeddings wrongly; `batching` joins
+their calls.
 
-Prompt embeddings come from the pipeline's own ``encode_prompt``, once for each distinct prompt; `prepare` replays them.
+What the pipeline's own ``encode_prompt`` returns is recorded once for each distinct prompt (`Conditioner.encode`) and
+replayed for every image (`Conditioner.prepare`), so the text encoders need not be in memory any more.
 """
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from probekit.backbones.families import Component
+from probekit.backbones.families import Call, Component, Family
+from probekit.backbones.latents import LATENT_RULES
 from probekit.backbones.loading import quiet
 from probekit.errors import BackboneError, ConfigError
 
-GUIDANCE_RULE = "off (guidance_scale 1)"
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Embeddings = tuple[torch.Tensor | None, ...]
+Embeddings = list[Any]
+"""What each call of ``encode_prompt`` returned for one image of a prompt, in the order of the calls."""
 
 
 class _Caught(BaseException):
     """Carries the caught arguments out of the pipeline; no ``except Exception`` in there may stop it."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         self.call = call
 
 
@@ -42,57 +44,62 @@ class Conditioner:
 
     Parameters
     ----------
+    family
+        The pipeline's row of the table.
     pipe
-        A diffusers pipeline on `device`. It is changed in place and belongs to this object afterwards.
+        A diffusers pipeline. It is changed in place and belongs to this object afterwards; its models may be exchanged
+        at any time, and only those that a method needs must hold weights.
     device
         Where the pipeline computes.
     max_tokens
         Token limit handed to the pipeline as ``max_sequence_length``; None = the pipeline's default.
     """
 
-    def __init__(self, pipe: Component, device: torch.device, max_tokens: int | None) -> None:
+    def __init__(self, family: Family, pipe: Component, device: torch.device, max_tokens: int | None) -> None:
+        self.family = family
         self.pipe = pipe
-        default = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-        self.max_tokens: int = default if max_tokens is None else max_tokens
-        self._embeddings: Embeddings = ()
+        limit = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+        if limit is None and max_tokens is not None:
+            msg = f"max_tokens is {max_tokens}; {family.pipeline} has a fixed limit: leave it out"
+            raise ConfigError(msg)
+        self.max_tokens: int | None = max_tokens if max_tokens is not None or limit is None else limit.default
+        self._options = {} if limit is None else {"max_sequence_length": self.max_tokens}
         self._encode_prompt = pipe.encode_prompt
-        self.n_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
+        self._encode_arguments = inspect.signature(self._encode_prompt)
         self._scheduler = _one_step(pipe.scheduler)
+        self.n_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
         # The property searches all components for offloading hooks at every access, many times a call.
-        pinned = {"_execution_device": property(lambda _: device)}
+        pinned = {"_execution_device": property(lambda _: device), "device": property(lambda _: device)}
         pipe.__class__ = type(type(pipe).__name__, (type(pipe),), pinned)
-        pipe.encode_prompt = self._replay
         pipe.scheduler = self._scheduler
         pipe.set_progress_bar_config(disable=True)
+        self._device = device
 
-    @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> list[Embeddings]:
-        """Return what the pipeline's ``encode_prompt`` gives for one image of each prompt: tensors (1, ...) or None."""
-        with quiet():  # the pipeline would print every prompt that it cuts; `n_cut` counts them
-            together: Embeddings = self._encode_prompt(
-                prompt=prompts,
-                prompt_2=None,
-                prompt_3=None,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_tokens,
-            )
-        return [
-            tuple(None if tensor is None else tensor[i : i + 1] for tensor in together) for i in range(len(prompts))
-        ]
+    def encode(self, prompts: list[str], latent_shape: tuple[int, ...]) -> list[Embeddings]:
+        """Return what the pipeline's ``encode_prompt`` gives for one image of each prompt.
 
-    def n_cut(self, prompts: Sequence[str]) -> int:
-        """Count the prompts that are longer than one of the tokenizers takes, and so are cut."""
-        cut: set[int] = set()
-        for name, tokenizer in self.pipe.components.items():
-            if name.startswith("tokenizer") and tokenizer is not None:
-                limit = self.max_tokens if name == "tokenizer_3" else tokenizer.model_max_length  # CLIP's is its own
-                with quiet():
-                    tokens = tokenizer(list(prompts)).input_ids
-                cut |= {number for number, ids in enumerate(tokens) if len(ids) > limit}
-        return len(cut)
+        Parameters
+        ----------
+        prompts
+            At most `Family.text_batch` prompts.
+        latent_shape
+            (c, h, w) of any latent that the pipeline takes.
+        """
+        recorded: list[Any] = []
 
-    @torch.inference_mode()
+        def record(*args: Any, **kwargs: Any) -> object:
+            if self.family.text_batch > 1:
+                kwargs = self._encode_arguments.bind(*args, **kwargs).arguments | {"prompt": prompts}
+                args = ()
+            recorded.append(self._encode_prompt(*args, **kwargs))
+            return _entry(recorded[-1], 0) if self.family.text_batch > 1 else recorded[-1]
+
+        latents = torch.zeros(1, *latent_shape)
+        self._caught(record, prompts[0], latents, "0")
+        if self.family.text_batch == 1:
+            return [recorded]
+        return [[_entry(result, index) for result in recorded] for index in range(len(prompts))]
+
     def prepare(self, prompt: str, embeddings: Embeddings, latents: torch.Tensor, sigma: str) -> Call:
         """Return the arguments that the pipeline passes to the transformer.
 
@@ -109,124 +116,131 @@ class Conditioner:
 
         Returns
         -------
-        tuple
-            Positional and keyword arguments, with batch size k.
+        dict
+            The arguments by name, for k images.
         """
-        pipe, k = self.pipe, len(latents)
-        height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
-        self._embeddings = embeddings
-        self._scheduler.only_timestep = timestep_of(sigma, self.n_train_timesteps)
+        results = iter(embeddings)
+
+        def replay(*args: Any, **kwargs: Any) -> object:
+            asked = self._encode_arguments.bind(*args, **kwargs).arguments
+            k = int(asked.get("num_images_per_prompt", 1))
+            return (self.family.expand or _expand)(next(results), k)
+
+        return self._caught(replay, prompt, latents, sigma)
+
+    def timestep(self, sigma: str) -> float:
+        """Return the timestep of a noise level: sigma * N, or the integer of the nearest noise-to-signal ratio."""
+        if self.family.noise == "flow":
+            # in decimal, so that 0.07 gives 70 and not 70.00000000000001
+            return float(Decimal(sigma) * self.n_train_timesteps)
+        level = float(sigma)
+        clean = self._scheduler.alphas_cumprod.double().cpu()  # share of the signal's variance
+        wanted = torch.tensor(level / math.hypot(level, 1 - level)).double()
+        return float(((1 - clean).sqrt() - wanted).abs().argmin())
+
+    def sigma_floor(self) -> float:
+        """Return the smallest noise level that the model was trained on: 0 for flows."""
+        if self.family.noise == "flow":
+            return 0.0
+        clean = float(self._scheduler.alphas_cumprod[0])
+        ratio = math.sqrt((1 - clean) / clean)
+        return ratio / (1 + ratio)
+
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        """Count the prompts that are longer than one of the tokenizers takes, and so are cut."""
+        cut: set[int] = set()
+        for name, part in self.pipe.components.items():
+            if name.startswith(("tokenizer", "processor")) and part is not None:
+                tokenizer = getattr(part, "tokenizer", part)  # a processor holds its tokenizer
+                own = min(int(tokenizer.model_max_length), 10**9)  # "no limit" is 10^30
+                asked = self.max_tokens if self.max_tokens is not None else own
+                # CLIP's limit is its own; the other tokenizers cut where the pipeline says
+                limit = own if type(tokenizer).__name__.startswith("CLIP") else asked
+                with quiet():
+                    tokens = tokenizer(list(prompts)).input_ids
+                cut |= {number for number, ids in enumerate(tokens) if len(ids) > limit}
+        return len(cut)
+
+    @torch.inference_mode()
+    def _caught(self, encode_prompt: Any, prompt: str, latents: torch.Tensor, sigma: str) -> Call:
+        """Run the pipeline with a stand-in for ``encode_prompt`` until it calls its transformer."""
+        pipe, family, k = self.pipe, self.family, len(latents)
+        factor = pixels_per_latent(pipe, family)
+        height, width = (side * factor for side in latents.shape[-2:])
+        self._scheduler.only_timestep = self.timestep(sigma)
+        pipe.encode_prompt = encode_prompt
+        if family.sizes is not None:
+            family.sizes(pipe, height, width)
+        latents = latents.to(self._device, pipe.transformer.dtype)
         hook = pipe.transformer.register_forward_pre_hook(_catch, with_kwargs=True)
         try:
-            pipe(
-                prompt=prompt,
-                height=height,
-                width=width,
-                num_inference_steps=1,
-                guidance_scale=1.0,
-                num_images_per_prompt=k,
-                latents=latents,
-                output_type="latent",
-                max_sequence_length=self.max_tokens,
-            )
+            with quiet():  # the pipeline would print every prompt that it cuts; `n_cut` counts them
+                pipe(
+                    prompt=prompt,
+                    height=height,
+                    width=width,
+                    num_inference_steps=1,
+                    num_images_per_prompt=k,
+                    latents=latents if family.pack is None else family.pack(pipe, latents),
+                    output_type="latent",
+                    **self._options,
+                    **family.call,
+                )
         except _Caught as caught:
-            call = caught.call
+            args, kwargs = caught.call
         else:
-            msg = f"{type(pipe).__name__} finished without calling its transformer"
+            msg = f"{family.pipeline} finished without calling its transformer"
             raise BackboneError(msg)
         finally:
             hook.remove()
-        sizes = {len(value) for value in (*call[0], *call[1].values()) if isinstance(value, torch.Tensor)}
-        if sizes != {k}:
-            msg = f"{type(pipe).__name__} prepared tensors of batch size {sorted(sizes)} for {k} images"
-            raise BackboneError(msg)
-        return call
+            del pipe.encode_prompt
+        return dict(inspect.signature(pipe.transformer.forward).bind(*args, **kwargs).arguments)
 
-    def _replay(self, *, num_images_per_prompt: int, **_: object) -> Embeddings:
-        """Stand in for ``encode_prompt``, which repeats the embeddings of a prompt for each of its images."""
-        return tuple(
-            None if tensor is None else tensor.repeat_interleave(num_images_per_prompt, dim=0)
-            for tensor in self._embeddings
-        )
+
+def pixels_per_latent(pipe: Component, family: Family) -> int:
+    """Return the pixels on a side of one latent pixel."""
+    return family.cell(pipe) * LATENT_RULES[family.latents].cells
+
+
+def _entry(result: Any, index: int) -> Any:
+    """Cut one prompt out of what ``encode_prompt`` returned for several."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[index : index + 1], result)
+
+
+def _expand(result: Any, k: int) -> Any:
+    """Repeat what ``encode_prompt`` returned for one image: tensors along their first axis of size 1, lists of one."""
+    if isinstance(result, torch.Tensor):
+        single = [axis for axis, size in enumerate(result.shape) if size == 1]
+        return result.repeat_interleave(k, dim=single[0]) if single else result
+    if isinstance(result, list) and len(result) == 1:
+        return result * k
+    if isinstance(result, list | tuple):
+        return type(result)(_expand(entry, k) for entry in result)
+    if isinstance(result, dict):
+        return {name: _expand(entry, k) for name, entry in result.items()}
+    return result
 
 
 def _one_step(scheduler: Component) -> Component:
     """Copy a scheduler so that its schedule is ``only_timestep``, neither shifted nor rounded."""
     scheduler = copy.copy(scheduler)
 
-    def set_timesteps(num_inference_steps: int, device: torch.device | None = None, **_: object) -> None:
+    def set_timesteps(
+        num_inference_steps: int | None = None,
+        device: torch.device | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        **_: object,
+    ) -> None:
         scheduler.timesteps = torch.tensor([scheduler.only_timestep], dtype=torch.float32, device=device)
-        scheduler.num_inference_steps = num_inference_steps
+        scheduler.num_inference_steps = 1
 
     scheduler.set_timesteps = set_timesteps
     return scheduler
 
 
-def timestep_of(sigma: str, n_train_timesteps: int) -> float:
-    """Return sigma * N, multiplied in decimal so that 0.07 gives 70 and not 70.00000000000001."""
-    return float(Decimal(sigma) * n_train_timesteps)
-
-
 def check_max_tokens(max_tokens: int | None) -> None:
     """Refuse token limits that no pipeline takes."""
-    if max_tokens is not None and not 0 <= max_tokens <= 512:
-        msg = f"max_tokens is {max_tokens}; allowed: 0 to 512"
+    if max_tokens is not None and not 0 <= max_tokens <= 2048:
+        msg = f"max_tokens is {max_tokens}; allowed: 0 to 2048"
         raise ConfigError(msg)
-
-
-def plan_batches(prompts: Sequence[str], batch_size: int) -> list[list[slice]]:
-    """Divide rows into forward passes of at most `batch_size` rows: lists of runs of rows that share a prompt.
-
-    A run stays whole unless it alone exceeds `batch_size`.
-    """
-    if batch_size < 1:
-        msg = f"batch size is {batch_size}; allowed: whole numbers from 1"
-        raise ConfigError(msg)
-    batches: list[list[slice]] = []
-    free = 0
-    start = 0
-    while start < len(prompts):
-        stop = start + 1
-        while stop < len(prompts) and prompts[stop] == prompts[start] and stop - start < batch_size:
-            stop += 1
-        if stop - start > free:
-            batches.append([])
-            free = batch_size
-        batches[-1].append(slice(start, stop))
-        free -= stop - start
-        start = stop
-    return batches
-
-
-def collate(calls: Sequence[Call], sizes: Sequence[int]) -> Call:
-    """Join the calls of several prompts into one.
-
-    Parameters
-    ----------
-    calls
-        Arguments caught by `Conditioner.prepare`.
-    sizes
-        Number of images of each call.
-
-    Returns
-    -------
-    tuple
-        Tensors and lists with one entry an image are joined; everything else must be equal in all calls.
-    """
-    args = tuple(_join(values, sizes) for values in zip(*(args for args, _ in calls), strict=True))
-    names = list(calls[0][1])
-    if any(list(kwargs) != names for _, kwargs in calls):
-        msg = "the pipeline passes different arguments for different prompts"
-        raise BackboneError(msg)
-    return args, {name: _join([kwargs[name] for _, kwargs in calls], sizes) for name in names}
-
-
-def _join(values: Sequence[Any], sizes: Sequence[int]) -> object:
-    if all(isinstance(value, torch.Tensor) and len(value) == k for value, k in zip(values, sizes, strict=True)):
-        return torch.cat(list(values))
-    if all(isinstance(value, list) and len(value) == k for value, k in zip(values, sizes, strict=True)):
-        return [entry for value in values for entry in value]
-    if any(value != values[0] for value in values[1:]):
-        msg = f"the pipeline passes {values[0]!r} for one prompt and another value for the next"
-        raise BackboneError(msg)
-    return values[0]

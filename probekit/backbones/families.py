@@ -1,23 +1,33 @@
-"""What probekit must know about a transformer class: one row of `FAMILIES` each.
+"""What a row of the table of families says.
 
-Everything else (ids, masks, guidance embeddings, prompt templates) is left to the family's own pipeline, see
-`conditioning`. A new family is a new row, found by the class name in the transformer's ``config.json``.
+Everything that a row does not say (ids, masks, guidance embeddings, prompt templates) is left to the family's own
+pipeline, see `conditioning`. The table is in `catalogue`.
+
+Shapes: k images of one prompt, (c, h, w) a latent, t image tokens of an image, s all tokens of a tensor, d channels.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from probekit._types import LayerPoint
-from probekit.errors import BackboneError
 
 Component = Any  # a pipeline or a part of one: the classes of diffusers and transformers are not typed
+Call = dict[str, Any]
+"""Arguments of the transformer's forward, by name."""
 Place = Literal["first", "last", "only"]
+Offsets = Callable[[Call], torch.Tensor]
+"""Where the image tokens of each sample begin, int (b,), from the arguments of the transformer."""
+Tokens = Literal["all", "first", "last"] | Offsets
 
 
-@dataclass(frozen=True)
+UNUSED = frozenset({"image_encoder", "feature_extractor", "safety_checker"})
+"""Components of text-to-image pipelines that only further inputs or outputs need."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockList:
     """A list of blocks that share one convention.
 
@@ -26,11 +36,43 @@ class BlockList:
     path
         Attribute of the transformer that holds the blocks.
     returns
-        Where a block's return value holds the image tokens: ``first`` or ``last`` of a tuple, or ``only``.
+        Which entry of a block's return value holds the image tokens: ``first`` or ``last`` of a tuple, or ``only``
+        where it returns one tensor.
+    tokens
+        Where the image tokens sit along that tensor's tokens: ``all``, the ``first`` or ``last`` t, or a function of
+        the transformer's arguments that gives the place of the first one in each sample.
+    argument
+        Argument of a block that holds the image tokens, laid out as in what it returns.
+    text
+        The text tokens: ``first`` or ``last`` entry of the tuple, the ``rest`` of a tensor that holds both (where
+        images begin at different places: what comes before), or None where a block passes no text on.
+    text_argument
+        Argument of a block that holds the text tokens, where they are a stream of their own.
+    last_text
+        Whether the last block of the list passes text on as the others do.
+    sequence_first
+        The tensors are (s, b, d) and not (b, s, d).
     """
 
     path: str
-    returns: Place
+    returns: Place = "only"
+    tokens: Tokens = "all"
+    argument: str = "hidden_states"
+    text: Literal["first", "last", "rest"] | None = None
+    text_argument: str = "encoder_hidden_states"
+    last_text: bool = True
+    sequence_first: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output projection: path of the module, and where the image tokens sit in what enters it.
+
+    That is laid out, batch or sequence first, as in the last list of blocks.
+    """
+
+    path: str
+    tokens: Tokens = "all"
 
 
 @dataclass(frozen=True)
@@ -65,83 +107,87 @@ class Family:
     Attributes
     ----------
     transformer, pipeline
-        Class names in diffusers.
+        Class names, of diffusers unless `library` says otherwise.
     blocks
         The block lists in the order in which they run; layer k is the k-th block of all of them.
-    image_argument
-        Argument of the first block that holds the image tokens: layer 0.
+    output
+        The output projection.
     latents
-        Layout of the transformer's input: ``spatial`` is (b, c, h, w), cut into patches by the transformer.
-    timestep
-        Rule from sigma to the pipeline's timestep; N = the scheduler's number of training timesteps.
+        Name of the rule in `latents.LATENT_RULES` by which the VAE's posterior mode becomes a latent.
+    noise
+        ``flow``: the input is (1 - sigma) x0 + sigma eps at timestep sigma * N; ``vp``: the same divided by its norm
+        sqrt((1 - sigma)^2 + sigma^2), at the integer timestep whose noise-to-signal ratio is nearest (N = the
+        scheduler's number of training timesteps).
+    patch
+        Latent pixels on a side of one token: a number, or the name of a value of the transformer's config.
+    pack
+        Turns latents (k, c, h, w) into what the pipeline takes as ``latents``; None = as they are.
+    call
+        Further arguments of the pipeline: guidance off, prompt rewriting off, and the like.
+    vae_factor
+        Pixels on a side of one cell of the VAE: an attribute of the pipeline, or a function of it.
+    sizes
+        Makes the pipeline take a height and width in pixels, where it would choose its own.
+    optional
+        Components of the pipeline that may be missing.
+    unused
+        Components that the transformer's inputs do not need; they are never loaded.
     text_settings
         Values of the transformer's config on which the pipeline's prompt embeddings depend.
-    optional
-        Components of the pipeline that may be None.
+    text_batch
+        How many prompts the pipeline's ``encode_prompt`` takes at once without one changing the embeddings of another.
+    expand
+        Repeats what ``encode_prompt`` returned for one image to k images, where repeating along every tensor's first
+        axis of size 1 is not it.
+    joins
+        Arguments of the transformer, by name, which several prompts share in another way than one after the other.
     widths
-        Lists the widths on which a pipeline and its transformer must agree.
+        Lists the widths on which a pipeline and its transformer must agree; what it does not list shows itself as an
+        error of the self-test.
+    library
+        Module from which the two classes are imported.
+    tested
+        Whether probekit's own tests run the family on a tiny pipeline.
     """
 
     transformer: str
     pipeline: str
     blocks: tuple[BlockList, ...]
-    image_argument: str
-    latents: Literal["spatial"]
-    timestep: Literal["sigma * N"]
-    text_settings: tuple[str, ...]
-    optional: frozenset[str]
-    widths: Callable[[Component], list[Width]]
+    output: Output
+    latents: str = "shift-scale"
+    noise: Literal["flow", "vp"] = "flow"
+    patch: int | str = "patch_size"
+    pack: Callable[[Component, torch.Tensor], torch.Tensor] | None = None
+    call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    vae_factor: str | Callable[[Component], int] = "vae_scale_factor"
+    sizes: Callable[[Component, int, int], None] | None = None
+    optional: frozenset[str] = frozenset()
+    unused: frozenset[str] = UNUSED
+    text_settings: tuple[str, ...] = ()
+    text_batch: int = 1
+    expand: Callable[[Any, int], Any] | None = None
+    joins: Mapping[str, Callable[[list[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)
+    widths: Callable[[Component], list[Width]] = field(default=lambda pipe: [])
+    library: str = "diffusers"
+    tested: bool = False
 
-    def points(self, transformer: torch.nn.Module) -> list[LayerPoint]:
-        """List the places of `transformer` at which features can be taken, layer 0 first."""
-        names = [name for name, _, _ in self.modules(transformer)]
-        return [LayerPoint(0, f"input of {names[0]}"), *(LayerPoint(k, name) for k, name in enumerate(names, start=1))]
+    def cell(self, pipe: Component) -> int:
+        """Return the pixels on a side of one cell of the pipeline's VAE."""
+        return int(getattr(pipe, self.vae_factor) if isinstance(self.vae_factor, str) else self.vae_factor(pipe))
 
-    def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Place]]:
-        """List name, module and return convention of every block, in the order in which they run."""
+    def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, BlockList]]:
+        """List name, module and convention of every block, in the order in which they run."""
         return [
-            (f"{blocks.path}.{index}", block, blocks.returns)
+            (f"{blocks.path}.{index}", block, blocks)
             for blocks in self.blocks
-            for index, block in enumerate(getattr(transformer, blocks.path))
+            for index, block in enumerate(transformer.get_submodule(blocks.path))  # type: ignore[arg-type]
         ]
 
-
-def _sd3_widths(pipe: Component) -> list[Width]:
-    config = pipe.transformer.config
-    encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
-    pooled = sum(encoder.config.projection_dim for encoder in encoders)
-    clip = sum(encoder.config.hidden_size for encoder in encoders)
-    widths = [
-        Width("latent channels", config.in_channels, pipe.vae.config.latent_channels),
-        Width("pooled text width", config.pooled_projection_dim, pooled),
-        Width("text token width", config.joint_attention_dim, clip, at_least=True),
-    ]
-    if pipe.text_encoder_3 is not None:
-        widths.append(Width("T5 token width", config.joint_attention_dim, pipe.text_encoder_3.config.d_model))
-    return widths
-
-
-FAMILIES = {
-    row.transformer: row
-    for row in (
-        Family(
-            transformer="SD3Transformer2DModel",
-            pipeline="StableDiffusion3Pipeline",
-            blocks=(BlockList("transformer_blocks", returns="last"),),  # (text, image); the last block (None, image)
-            image_argument="hidden_states",
-            latents="spatial",
-            timestep="sigma * N",
-            text_settings=("joint_attention_dim",),  # to which CLIP's tokens are padded
-            optional=frozenset({"text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"}),
-            widths=_sd3_widths,
-        ),
-    )
-}
-
-
-def family_of(class_name: str) -> Family:
-    """Return the row of a transformer class, or say which classes are known."""
-    if class_name not in FAMILIES:
-        msg = f"transformer class {class_name!r} is not known; known: {', '.join(sorted(FAMILIES))}"
-        raise BackboneError(msg)
-    return FAMILIES[class_name]
+    def points(self, transformer: torch.nn.Module) -> list[LayerPoint]:
+        """List the places of `transformer` at which features can be taken, layer 0 first, the output point last."""
+        names = [name for name, _, _ in self.modules(transformer)]
+        return [
+            LayerPoint(0, f"input of {names[0]}"),
+            *(LayerPoint(k, name) for k, name in enumerate(names, start=1)),
+            LayerPoint(len(names) + 1, f"input of {self.output.path}"),
+        ]

@@ -1,14 +1,16 @@
-"""From a folder or hub id to a pipeline: find the parts, check that they fit, load them quietly.
+"""From a folder to a pipeline: check that its parts fit, load them quietly, one stage at a time.
 
-Components are loaded one by one, so that a missing weight is an error here and not a random number: no remote code, no
-pickle (safetensors only), no class outside diffusers and transformers.
+The pipeline is built with models without weights (on torch's meta device); those that a stage needs are exchanged for
+loaded ones and back. Components are loaded one by one, so that a missing weight is an error here and not a random
+number: no remote code, no pickle (safetensors only), no class outside diffusers, transformers and the row's library.
 """
 
 import hashlib
 import importlib
 import inspect
 import json
-import textwrap
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,58 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
-from probekit.backbones.families import Component, Family, family_of
+from probekit.backbones.catalogue import family_of
+from probekit.backbones.families import Component, Family
+from probekit.backbones.hub import Source, in_short, read_json
 from probekit.backbones.weights import RandomWeights, initialised, shuffle
 from probekit.errors import BackboneError
 
 _LIBRARIES = ("diffusers", "transformers")
 
-
-@dataclass(frozen=True)
-class Source:
-    """A base pipeline on disk: its folder, what it was asked for as, its commit, and its ``model_index.json``."""
-
-    folder: Path
-    model_id: str
-    revision: str | None
-    index: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Last part of the folder's name or hub id."""
-        return Path(self.model_id).name
-
-    def component(self, name: str) -> tuple[str | None, str | None]:
-        """Return library and class of a component, as the index names them; (None, None) for one that is left out."""
-        match self.index.get(name):
-            case [str(library), str(class_name)]:
-                return library, class_name
-            case _:
-                return None, None
-
-
-def locate(model_id: str, *, revision: str | None, without_transformer: bool) -> Source:
-    """Find a base pipeline in a local folder, or in the hub and its local cache."""
-    folder = Path(model_id)
-    if folder.is_dir():
-        if revision is not None:
-            msg = f"revision {revision!r} was given for the folder {folder}; only hub ids have revisions"
-            raise BackboneError(msg)
-        return Source(folder, str(folder.resolve()), None, _read_json(folder / "model_index.json"))
-    if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
-        msg = f"{model_id}: no such folder, and not a hub id (owner/name)"
-        raise BackboneError(msg)
-    skipped = {"transformer": None} if without_transformer else {}
-    try:
-        pipeline = _diffusers_class("DiffusionPipeline")
-        with quiet():
-            found = pipeline.download(model_id, revision=revision, use_safetensors=True, **skipped)
-    except (OSError, ValueError) as error:
-        msg = f"{model_id}: cannot be had from the hub or its cache ({_in_short(error)})"
-        raise BackboneError(msg) from error
-    folder = Path(found)
-    return Source(folder, model_id, folder.name, _read_json(folder / "model_index.json"))
+logger = logging.getLogger(__name__)
 
 
 def transformer_folder(source: Source, transformer: Path | None) -> Path:
@@ -83,23 +44,67 @@ def transformer_folder(source: Source, transformer: Path | None) -> Path:
     return transformer
 
 
-def transformer_family(folder: Path) -> Family:
-    """Return the row of the transformer in `folder`, by the class that its config names."""
-    class_name = _read_json(folder / "config.json").get("_class_name")
+def transformer_family(source: Source, folder: Path) -> Family:
+    """Return the row of the transformer in `folder`, by the class that its config names and the pipeline's."""
+    class_name = read_json(folder / "config.json").get("_class_name")
     try:
-        return family_of(str(class_name))
+        return family_of(str(class_name), str(source.index.get("_class_name")))
     except BackboneError as error:
         msg = f"{folder / 'config.json'}: {error}"
         raise BackboneError(msg) from error
 
 
-def load_transformer(folder: Path, family: Family, dtype: torch.dtype, random: RandomWeights | None) -> Component:
+def model_names(family: Family, source: Source) -> list[str]:
+    """List the models of a pipeline besides its transformer: the VAE and the text encoders."""
+    return [name for name, (kind, _) in _parts(family, source).items() if kind == "model" and name != "transformer"]
+
+
+def build_pipeline(family: Family, source: Source, transformer: Path, dtype: torch.dtype) -> Component:
+    """Build the pipeline with its tokenizers and scheduler, and with models that have no weights yet.
+
+    Raises
+    ------
+    BackboneError
+        If a component is missing or of a class that is not allowed, or if transformer and base do not fit together.
+    """
+    parts = {
+        name: _without_weights(value, _folder(source, transformer, name), dtype)
+        if kind == "model"
+        else _load_part(value, source.folder / name)
+        if kind == "part"
+        else value
+        for name, (kind, value) in _parts(family, source).items()
+    }
+    with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):  # of diffusers about its own parts
+        pipe = _class_of(family.library, family.pipeline)(**parts)
+    for width in family.widths(pipe):
+        if not width.agrees:
+            relation = "needs at least" if width.at_least else "has"
+            msg = (
+                f"{transformer}: {width.name} of the transformer is {width.transformer}, "
+                f"the base {relation} {width.base}"
+            )
+            raise BackboneError(msg)
+    return pipe
+
+
+def load_model(source: Source, name: str, like: Component, dtype: torch.dtype) -> Component:
+    """Load the VAE or a text encoder of a base pipeline on the CPU; `like` is the same model without weights."""
+    folder = source.folder / name
+    return _load_model(type(like), folder, _vae_dtype(folder, dtype) if name == "vae" else dtype)
+
+
+def load_transformer(folder: Path, like: Component, dtype: torch.dtype, random: RandomWeights | None) -> Component:
     """Load a transformer, or make the random one that `random` describes of it; on the CPU, ready to run."""
-    cls = _diffusers_class(family.transformer)
+    cls = type(like)
     if random is not None and random.kind == "init":
-        config = {key: value for key, value in _read_json(folder / "config.json").items() if not key.startswith("_")}
+        config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
         with quiet():
             model = initialised(lambda: cls.from_config(config), random.seed).to(dtype)
+        kept = set(cls._keep_in_fp32_modules or ())  # as from_pretrained keeps them
+        for parameter_name, parameter in model.named_parameters():
+            if kept & set(parameter_name.split(".")):
+                parameter.data = parameter.data.float()
         return model.eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
     model = _load_model(cls, folder, dtype)
     if random is not None:
@@ -107,37 +112,62 @@ def load_transformer(folder: Path, family: Family, dtype: torch.dtype, random: R
     return model
 
 
-def load_base(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Component]:
-    """Load every component of the pipeline except its transformer, on the CPU; those left out of the index are None."""
-    wanted = set(inspect.signature(_diffusers_class(family.pipeline)).parameters) - {"transformer"}
-    components: dict[str, Component] = {}
-    for name in sorted(wanted):
-        library, class_name = source.component(name)
-        if class_name is None and name in family.optional:
-            components[name] = None
-            continue
-        cls = getattr(importlib.import_module(library), str(class_name), None) if library in _LIBRARIES else None
-        if cls is None:
-            found = "missing" if class_name is None else f"{library}.{class_name}"
-            allowed = f"a class of {' or '.join(_LIBRARIES)}"
-            msg = f"{source.folder / 'model_index.json'}: {name} is {found}; allowed: {allowed}"
-            raise BackboneError(msg)
-        folder = source.folder / name
-        components[name] = _load_component(cls, folder, _vae_dtype(folder, dtype) if name == "vae" else dtype)
-    return components
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of the transformer.
 
+    Attributes
+    ----------
+    path
+        Its safetensors file.
+    sha256
+        Hex digest of that file.
+    """
 
-def build_pipeline(family: Family, components: dict[str, Component], where: str) -> Component:
-    """Join components to a pipeline after checking that transformer and base fit together."""
-    cls = _diffusers_class(family.pipeline)
-    with quiet():
-        pipe = cls(**components)
-    for width in family.widths(pipe):
-        if not width.agrees:
-            relation = "needs at least" if width.at_least else "has"
-            msg = f"{where}: {width.name} of the transformer is {width.transformer}, the base {relation} {width.base}"
+    path: Path
+    sha256: str
+
+    @classmethod
+    def at(cls, path: Path) -> "Adapter":
+        """Find the adapter in a file, or in a folder that holds one.
+
+        Raises
+        ------
+        BackboneError
+            If there is none, or several.
+        """
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if len(files) != 1 or not files[0].is_file():
+            msg = f"{path}: {len(files) if path.is_dir() else 'no'} LoRA adapter here; allowed: one *.safetensors file"
             raise BackboneError(msg)
-    return pipe
+        return cls(files[0], hashlib.sha256(files[0].read_bytes()).hexdigest())
+
+    def fuse(self, pipe: Component, transformer: Component) -> None:
+        """Add the adapter to the weights of a transformer, as the pipeline would.
+
+        Raises
+        ------
+        BackboneError
+            If the pipeline or the transformer cannot take it, or if it changes more than the transformer.
+        """
+        if not hasattr(pipe, "load_lora_into_transformer"):
+            msg = f"{self.path}: {type(pipe).__name__} takes no LoRA adapters"
+            raise BackboneError(msg)
+        try:
+            with quiet():
+                state = pipe.lora_state_dict(self.path.parent, weight_name=self.path.name, use_safetensors=True)
+                others = sorted({key.split(".")[0] for key in state} - {"transformer"})
+                if others:
+                    msg = f"{self.path}: the adapter changes {', '.join(others)}; allowed: transformer only"
+                    raise BackboneError(msg)
+                pipe.load_lora_into_transformer(state, transformer=transformer)
+                transformer.fuse_lora()
+                transformer.unload_lora()
+        except BackboneError:
+            raise
+        except Exception as error:  # whatever diffusers and peft choose
+            msg = f"{self.path}: cannot load the LoRA adapter ({in_short(error)})"
+            raise BackboneError(msg) from error
 
 
 def files_hash(folder: Path) -> str:
@@ -151,7 +181,7 @@ def files_hash(folder: Path) -> str:
 
 def config_hash(folder: Path) -> str:
     """Return the SHA-256 of a component's ``config.json``, without names and versions of what wrote it."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kept = {
         key: value
         for key, value in config.items()
@@ -160,27 +190,82 @@ def config_hash(folder: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _diffusers_class(name: str) -> Component:
-    """Import a class of diffusers, which takes seconds for a pipeline, and only when a backbone is loaded."""
+def _parts(family: Family, source: Source) -> dict[str, tuple[str, Any]]:
+    """Return for every parameter of the pipeline's constructor ("model" or "part", its class) or ("value", a value)."""
+    parts: dict[str, tuple[str, Any]] = {}
+    pipeline = _class_of(family.library, family.pipeline)
+    for name, parameter in inspect.signature(pipeline).parameters.items():
+        entry = source.index.get(name)
+        library, class_name = source.component(name)
+        if name == "transformer":
+            parts[name] = ("model", _class_of(family.library, family.transformer))
+        elif class_name is not None and name not in family.unused:
+            cls = _class_of(library, class_name) if library in (*_LIBRARIES, family.library) else None
+            if cls is None:
+                raise _wrong_part(source, name, f"{library}.{class_name}")
+            parts[name] = ("model" if issubclass(cls, torch.nn.Module) else "part", cls)
+        elif entry is not None and not _names_a_part(entry):
+            parts[name] = ("value", entry)
+        elif parameter.default is not inspect.Parameter.empty:
+            parts[name] = ("value", parameter.default)
+        elif name in family.optional | family.unused:
+            parts[name] = ("value", None)
+        else:
+            raise _wrong_part(source, name, "missing")
+    return parts
+
+
+def _names_a_part(entry: object) -> bool:
+    """Whether an entry of the index is [library, class], or [null, null] for a part that is left out."""
+    return isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+
+
+def _wrong_part(source: Source, name: str, found: str) -> BackboneError:
+    allowed = f"a class of {' or '.join(_LIBRARIES)}"
+    return BackboneError(f"{source.folder / 'model_index.json'}: {name} is {found}; allowed: {allowed}")
+
+
+def _class_of(library: str | None, name: str) -> Component:
+    """Import a class of a library, which takes seconds for a pipeline, and only when a backbone is loaded."""
     with quiet():
-        return getattr(importlib.import_module("diffusers"), name)
+        return getattr(importlib.import_module(str(library)), name, None)
+
+
+def _folder(source: Source, transformer: Path, name: str) -> Path:
+    return transformer if name == "transformer" else source.folder / name
+
+
+def _without_weights(cls: Component, folder: Path, dtype: torch.dtype) -> Component:
+    """Build a model from its config alone, on the meta device."""
+    read_json(folder / "config.json")
+    try:
+        with quiet(), init_empty_weights(include_buffers=True):
+            if hasattr(cls, "from_config"):
+                model = cls.from_config(cls.load_config(folder, local_files_only=True))
+            else:
+                config = cls.config_class.from_pretrained(folder, local_files_only=True)
+                # T5Gemma's encoder alone: its class, diffusers', takes this part of the config when it loads weights
+                model = cls(config.encoder if cls.__name__ == "T5GemmaEncoder" else config)
+    except Exception as error:  # a config that does not fit raises whatever the class chooses
+        msg = f"{folder}: cannot build the {cls.__name__} ({in_short(error)})"
+        raise BackboneError(msg) from error
+    with quiet():  # loading keeps the modules in float32 that should be so
+        return model.to("meta", dtype).eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
+
+
+def _load_part(cls: Component, folder: Path) -> Component:
+    try:
+        with quiet():
+            return cls.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        msg = f"{folder}: cannot load the {cls.__name__} ({in_short(error)})"
+        raise BackboneError(msg) from error
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
     """Return `dtype`, unless the VAE's config says (as it does by default) that float16 overflows in it."""
-    upcast = dtype == torch.float16 and _read_json(folder / "config.json").get("force_upcast", True)
+    upcast = dtype == torch.float16 and read_json(folder / "config.json").get("force_upcast", True)
     return torch.float32 if upcast else dtype
-
-
-def _load_component(cls: Component, folder: Path, dtype: torch.dtype) -> Component:
-    if issubclass(cls, torch.nn.Module):
-        return _load_model(cls, folder, dtype)
-    try:
-        with quiet():
-            return cls.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        msg = f"{folder}: cannot load the {cls.__name__} ({_in_short(error)})"
-        raise BackboneError(msg) from error
 
 
 def _load_model(cls: Component, folder: Path, dtype: torch.dtype) -> Component:
@@ -197,33 +282,13 @@ def _load_model(cls: Component, folder: Path, dtype: torch.dtype) -> Component:
         with quiet(), torch.random.fork_rng(devices=[]):
             model, report = cls.from_pretrained(folder, **options)
     except Exception as error:  # damaged files raise whatever the two libraries and safetensors choose
-        msg = f"{folder}: cannot load the {cls.__name__} ({_in_short(error)})"
+        msg = f"{folder}: cannot load the {cls.__name__} ({in_short(error)})"
         raise BackboneError(msg) from error
     absent = sorted(str(key) for key in report["missing_keys"])
     if absent:
         msg = f"{folder}: the weights lack {len(absent)} tensors that {cls.__name__} has, such as {absent[0]}"
         raise BackboneError(msg)
     return model.eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        msg = f"{path.parent}: has no {path.name}"
-        raise BackboneError(msg) from error
-    except (OSError, ValueError) as error:
-        msg = f"{path}: cannot be read ({_in_short(error)})"
-        raise BackboneError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path}: is not a JSON object"
-        raise BackboneError(msg)
-    return content
-
-
-def _in_short(error: Exception) -> str:
-    """Return an error's message on one line; those of the libraries have pages."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 @contextmanager
@@ -239,7 +304,9 @@ def quiet() -> Iterator[None]:
     for library in barred:
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of their own imports
+            yield
     finally:
         for library, verbosity in before:
             library.set_verbosity(verbosity)

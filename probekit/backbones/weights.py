@@ -6,13 +6,18 @@ Random weights replace those of the transformer only; the VAE and the text encod
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from probekit.errors import ConfigError
+from probekit.backbones.hub import in_short, read_json
+from probekit.errors import BackboneError, ConfigError
 
+_WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _ALLOWED = "allowed: init:SEED (untrained) or shuffled:SEED (entries permuted), with a whole number SEED from 0"
 
 
@@ -61,10 +66,44 @@ def shuffle(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def state_hash(model: torch.nn.Module) -> str:
-    """Return the SHA-256 over (name, dtype, shape, bytes) of the state dict, by sorted name, in the dtype it has."""
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files that diffusers and transformers load from a model's folder.
+
+    Raises
+    ------
+    BackboneError
+        If there are none.
+    """
+    for name in _WEIGHT_NAMES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if (folder / name).is_file():
+            return [folder / name]
+    msg = f"{folder}: has no weights ({' or '.join(_WEIGHT_NAMES)})"
+    raise BackboneError(msg)
+
+
+def stored_hash(folder: Path) -> str:
+    """Return the SHA-256 over (name, dtype, shape, bytes) of a model's stored tensors, by name: shards do not matter.
+
+    Raises
+    ------
+    BackboneError
+        If a file is missing or damaged.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    with ExitStack() as opened:
+        at: dict[str, Any] = {}
+        for path in weight_files(folder):
+            try:
+                file = opened.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                msg = f"{path}: cannot read the weights ({in_short(error)})"
+                raise BackboneError(msg) from error
+            at |= dict.fromkeys(file.keys(), file)
+        for name in sorted(at):
+            tensor = at[name].get_tensor(name)
+            digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

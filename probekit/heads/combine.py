@@ -47,7 +47,8 @@ def resolve_layer_sets(
     specs
         Each is ``"singles"`` (every layer alone), ``"all"`` (every layer together), a list of layer numbers, or
         ``{"relative": depths}`` with depths from 0 to 1, of which each becomes the layer nearest to depth times
-        ``n_blocks`` (halves up).
+        ``n_blocks`` (halves up). The output point ``n_blocks + 1`` is a function of the last layer and no layer of its
+        own: it is among the singles and may be listed by number, but is not in ``"all"`` and at no relative depth.
     n_blocks
         Blocks of the backbone; layer 0 is before the first, layer ``n_blocks`` after the last.
     stored
@@ -69,7 +70,7 @@ def resolve_layer_sets(
         if spec == "singles":
             sets += [(layer,) for layer in layers]
         elif spec == "all":
-            sets.append(tuple(layers))
+            sets.append(_present({layer for layer in layers if layer <= n_blocks}, spec, layers))
         elif isinstance(spec, Mapping) and set(spec) == {"relative"}:
             outside = [depth for depth in spec["relative"] if not 0 <= depth <= 1]
             if outside:

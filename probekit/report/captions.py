@@ -9,21 +9,27 @@ from probekit.report.points import undecided_kinds
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
+    PROMPTS,
+    RANDOM,
     Model,
     Setting,
     all_layers,
     control_kinds,
     layer_rows,
+    output_rows,
     reported_rows,
     trained_models,
     trained_rows,
     training_series,
 )
 from probekit.report.tables import differing_data, interval, percent, points, seeds_text
+from probekit.results import CONTROLS
 
 _KINDS = {
     "init": "drawn from the constructor's distribution",
     "shuffled": "the trained entries permuted within each tensor",
+    "empty-prompts": "pointing down, every prompt empty",
+    "shuffled-prompts": "pointing up, every row the prompt of another",
 }
 _LAYERS = {CHOSEN: "At the layer chosen on validation", ALL_LAYERS: "With all layers together"}
 
@@ -49,7 +55,11 @@ def found(
     for margin in margins:
         if margin.model == large.label and margin.layers == CHOSEN:
             spread = "" if pd.isna(margin.seed_sd) else f"; SD over {margin.n_seeds} seeds {100 * margin.seed_sd:.1f}"
-            network = f"the same network with random weights ({margin.kind}: mean {percent(margin.random)} %{spread})"
+            share = f"mean {percent(margin.control)} %{spread}"
+            if margin.kind in RANDOM:
+                network = f"the same network with random weights ({margin.kind}: {share})"
+            else:
+                network = f"the same trained network with {CONTROLS[margin.kind]} ({share.removeprefix('mean ')})"
             verb = _verdict(margin.effect, "is {} above", "is {} below", "cannot be told ({}) from")
             sentences.append(f"That {verb} {network}.{seeds_text(margin.effect)}")
     if join := joins.get(large.label):
@@ -87,7 +97,7 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
     rows = reported_rows(frame)
     parts = [
         f"Test accuracy on {setting.dataset} ({setting.protocol} protocol, {setting.head} head, noise level"
-        f" {setting.sigma}, pooling {setting.pooling}) of single layers.",
+        f" {setting.sigma}, noise draw {setting.draw}, pooling {setting.pooling}) of single layers.",
         "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
         " not retraining.",
         "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
@@ -97,7 +107,12 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
         if len(all_layers(rows))
         else "The run has no head on all layers together.",
     ]
-    if kinds := control_kinds(rows):
+    if len(output_rows(rows)):
+        parts.append(
+            "Cross right of the last layer (hollow for random weights): the tokens entering the output projection, a"
+            " function of the last layer; never chosen, and not in the head on all layers."
+        )
+    if kinds := control_kinds(rows, RANDOM):
         names = "; ".join(f"{kind}: {_KINDS.get(kind, kind)}" for kind in kinds)
         parts.append(
             f"Dotted: the transformer with random weights ({names}), mean over seeds, single seeds thin, hollow diamond"
@@ -105,6 +120,11 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
         )
     else:
         parts.append("The run has no random-weights controls, so nothing here says what training brought.")
+    if kinds := control_kinds(rows, PROMPTS):
+        names = "; ".join(f"{CONTROLS[kind]}: {_KINDS[kind]}" for kind in kinds)
+        parts.append(
+            f"Grey triangles: the trained transformer told something else ({names}), images and labels unchanged."
+        )
     if len(trained_models(rows)) > 1:
         parts.append("Thin grey: the other backbones.")
     return " ".join(parts)
@@ -116,7 +136,7 @@ def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> s
     if not sizes:
         return "All backbones have the same size, so this says nothing about scaling."
     parts = [size_sentence(layers, effects, models[0].label, models[-1].label) for layers, effects in sizes.items()]
-    if not control_kinds(frame):
+    if not control_kinds(frame, RANDOM):
         parts.append("Without random-weights controls the effect of width alone is unknown.")
     else:
         parts.append("Bars of random weights: range over seeds.")
@@ -162,9 +182,18 @@ def kinds_caption(frame: pd.DataFrame, setting: Setting) -> str:
     return " ".join(parts)
 
 
-def limits(frame: pd.DataFrame) -> list[str]:
-    """List what the page does not show."""
+def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
+    """List what the page does not show.
+
+    Parameters
+    ----------
+    frame
+        Rows of the setting that is drawn.
+    whole
+        Rows of all settings.
+    """
     rows = reported_rows(frame)
+    whole = whole[whole["dataset"].isin(frame["dataset"])]
     n_models = len(trained_models(rows))
     items = [
         "The interval of an accuracy covers one fitted head on pairs like these. That of a difference covers, beside"
@@ -185,7 +214,7 @@ def limits(frame: pd.DataFrame) -> list[str]:
             "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"
             " so what only the prompt decides is at 50 % there, up to the noise, which may differ between prompts."
         )
-    if control_kinds(rows):
+    if control_kinds(rows, RANDOM):
         items.append(
             "Random weights replace the transformer only. VAE and text encoders stay trained, so random weights above"
             " 50 % are expected."
@@ -196,8 +225,18 @@ def limits(frame: pd.DataFrame) -> list[str]:
         items.append(f"{n_models} models are a contrast between these checkpoints; a slope for others would need more.")
     if rows["training_images"].isna().all():
         items.append("How long the backbones were trained is not recorded.")
-    if rows["sigma"].nunique() == 1:
+    if control_kinds(rows, PROMPTS):
+        items.append(
+            "What a head reads with empty or shuffled prompts needs no prompt, such as a picture's quality. A margin"
+            " over them is what the prompt brings to heads of this kind, not all that the backbone makes of it."
+        )
+    if whole["sigma"].nunique() == 1:
         items.append(f"One noise level only ({rows['sigma'].iloc[0]}); other levels may rank layers differently.")
+    if (draws := whole["draw"].nunique()) > 1:
+        items.append(
+            f"Figures and differences are of noise draw {rows['draw'].iloc[0]}, one of {draws}; the others stand under"
+            " Other settings. Draws are never averaged, and how far they differ is in no interval."
+        )
     return items
 
 

@@ -20,6 +20,8 @@ from probekit.errors import ResultsError
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
+    PROMPTS,
+    RANDOM,
     Model,
     control_kinds,
     control_rows,
@@ -30,7 +32,7 @@ from probekit.report.select import (
     trained_rows,
     training_series,
 )
-from probekit.results import load_margins
+from probekit.results import CONTROLS, load_margins
 from probekit.stats import PROTOCOLS, paired_difference
 from probekit.stats.comparisons import POWER
 
@@ -91,13 +93,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class Margin:
-    """What a trained model has over its random weights, at the validation-chosen layer and with all layers."""
+    """What a trained model has over a kind of its controls, at the validation-chosen layer and with all layers."""
 
     model: str
     kind: str
     layers: str
     n_seeds: int
-    random: float
+    control: float
     seed_sd: float
     effect: Effect
 
@@ -196,16 +198,19 @@ def _trained(rows: pd.DataFrame, model: Model) -> Side:
     return Side(f"trained {model.name}", tuple(mine["record_id"]), tuple(mine["backbone"]))
 
 
-def _random(rows: pd.DataFrame, model: Model, kind: str) -> Side:
-    """Return the random weights of a model; ``shuffled`` weights of one training seed count as that training seed."""
+def _control(rows: pd.DataFrame, model: Model, kind: str) -> Side:
+    """Return a kind of controls of a model; those made of one training seed count as that training seed.
+
+    A network with empty prompts is the trained network itself, told nothing.
+    """
     mine = of_kind(control_rows(rows, model), kind)
-    nested = kind != "init" and mine["backbone"].nunique() > 1
+    nested = kind == "empty-prompts" or (kind != "init" and mine["backbone"].nunique() > 1)
     seeds = mine["backbone"] if nested else f"{model.name} " + mine["control"]
     return Side(f"{kind} {model.name}", tuple(mine["record_id"]), tuple(seeds))
 
 
-def random_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
-    """Trained minus random weights, for every model, layer choice and kind of control that the run has."""
+def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
+    """Trained with the real prompts minus control, for every model, layer choice and kind of control of the run."""
     rows = reported_rows(frame)
     margins = []
     for model in trained_models(rows):
@@ -215,8 +220,8 @@ def random_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
             for kind in control_kinds(controls) if trained.keys else []:
                 seeds = of_kind(controls, kind)
                 sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
-                what = f"{model.label}: trained - random weights ({kind})"
-                effect = verdicts.compare(what, [trained], [_random(part, model, kind)])
+                what = f"{model.label}: {'real prompts' if kind in PROMPTS else 'trained'} - {CONTROLS[kind]}"
+                effect = verdicts.compare(what, [trained], [_control(part, model, kind)])
                 margins.append(
                     Margin(model.label, kind, layers, len(seeds), float(seeds["accuracy"].mean()), sd, effect)
                 )
@@ -249,8 +254,8 @@ def size_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effe
         if not (above.keys and below.keys):
             continue
         found[layers] = [verdicts.compare(f"{title}, trained", [above], [below])]
-        for kind in control_kinds(part):
-            wide, narrow = _random(part, large, kind), _random(part, small, kind)
+        for kind in control_kinds(part, RANDOM):
+            wide, narrow = _control(part, large, kind), _control(part, small, kind)
             if wide.keys and narrow.keys:
                 what = f"difference of the two: what random weights ({kind}) leave"
                 found[layers].append(verdicts.compare(f"{title}, random weights ({kind})", [wide], [narrow]))

@@ -11,17 +11,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from probekit.report.marks import (
+    OUTPUT_MARKER,
     control_handles,
     curve,
     figure_legend,
     in_percent,
     levels,
     name_chosen,
+    output_point,
     random_curves,
+    right_end,
     short_name,
 )
 from probekit.report.points import ONE_HEAD, depth_points, kinds_points
-from probekit.report.select import Setting
+from probekit.report.select import OUTPUT, Setting
 from probekit.report.style import (
     BEHIND,
     CHANCE,
@@ -80,6 +83,7 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
             random_curves(axes, mine, colour, seeds=True)
             curve(axes, mine, colour, width=1.7, band=True, marker=True)
             levels(axes, mine, colour, line=True)
+            output_point(axes, mine, colour, bars=True)
             name_chosen(axes, mine, colour, text_height=text_height)
         text = f"trained, {100 * level:g} % interval"
         ring = {"marker": "o", "markerfacecolor": "white", "markersize": 6, "linestyle": ""}
@@ -88,6 +92,7 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
             Line2D([], [], color=MUTED, linewidth=1.7, marker="o", markersize=3, label=text),
             Line2D([], [], color=MUTED, label="chosen on validation", **ring),  # type: ignore[arg-type]
             Line2D([], [], color=MUTED, label="all layers together", **dashed),  # type: ignore[arg-type]
+            *_output_handles(points),
             *control_handles(points),
         ]
         figure_legend(figure, handles, columns=2 if len(models) == 1 else 4 if len(handles) < 5 else 3)
@@ -126,16 +131,26 @@ def kinds_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
                 mine = here[here["model"] == model]
                 curve(axes, mine, palette[model], width=1.7 if model == last else 1.1, band=model == last)
                 levels(axes, mine, palette[model], line=False)
+                output_point(axes, mine, palette[model], bars=False)
             axes.set_title(kind)
             axes.text(1, 1.03, f"{here['n_pairs'].max()} pairs", transform=axes.transAxes, **small)  # type: ignore[arg-type]
         of = short_name(last) if len(models) > 1 else ""
         band = f"{of}, {100 * level:g} % interval".removeprefix(", ")
         handles: list[Artist] = [Line2D([], [], color=palette[name], linewidth=1.7, label=name) for name in models]
         handles.append(Line2D([], [], color=MUTED, marker="D", markersize=4, linestyle="", label="all layers together"))
+        handles.extend(_output_handles(points))
         handles.append(Patch(color=palette[last], alpha=0.2, linewidth=0, label=band))
         handles.extend(control_handles(points, colour=palette[last], of=of))
         figure_legend(figure, handles, columns=4 if max(map(len, models)) <= 16 else 3)
     return figure
+
+
+def _output_handles(points: pd.DataFrame) -> list[Line2D]:
+    """Legend entry of the output point, where it is drawn."""
+    if not (points["layers"] == OUTPUT).any():
+        return []
+    mark = {"marker": OUTPUT_MARKER, "markersize": 4.5, "linestyle": ""}
+    return [Line2D([], [], color=MUTED, label="entering the output projection", **mark)]  # type: ignore[arg-type]
 
 
 def _grid(n: int, *, panel_height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
@@ -171,7 +186,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], points: pd.DataFrame) -> Non
     for axes in panels:
         percent_axis(axes, pd.concat([points["accuracy"], points["low"], points["high"]]))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
-        axes.set_xlim(-0.03, 1.12)
+        axes.set_xlim(-0.03, right_end(points) + 0.06)
     label(panels[0], 0.0, CHANCE, "chance", FAINT, va="top", offset=(0, -1.5), fontsize=6.5)
     figure.supxlabel("Relative depth (0 = tokens entering the first block, 1 = after the last)", fontsize=8)
     figure.supylabel("Test accuracy (%)", fontsize=8)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -11,11 +12,19 @@ from matplotlib.lines import Line2D
 
 from probekit.errors import ResultsError
 from probekit.report.points import ONE_HEAD, SEED_RANGE
-from probekit.report.select import ALL_LAYERS
+from probekit.report.select import ALL_LAYERS, OUTPUT, PROMPTS
 from probekit.report.style import BEHIND, CHANCE, MUTED, label
+from probekit.results import CONTROLS
 
-DASHES = {"init": (0, (0.9, 1.7)), "shuffled": (0, (3, 1.4, 0.9, 1.4))}
-WORDS = {"init": "random weights (init)", "shuffled": "random weights (shuffled)"}
+DASHES = {
+    "init": (0, (0.9, 1.7)),
+    "shuffled": (0, (3, 1.4, 0.9, 1.4)),
+    "empty-prompts": (0, (2.4, 1.2)),
+    "shuffled-prompts": (0, (2.4, 1.2, 0.9, 1.2, 0.9, 1.2)),
+}
+MARKERS = {"init": "o", "shuffled": "s", "empty-prompts": "v", "shuffled-prompts": "^"}
+OUTPUT_MARKER = "P"
+BESIDE = 0.06  # of the depth of the backbone: between the last layer and what is drawn beyond it
 LONGEST_NAME = 16
 
 
@@ -67,41 +76,73 @@ def curve(
 
 
 def random_curves(axes: Axes, points: pd.DataFrame, colour: str, *, seeds: bool) -> None:
-    """Random weights: the mean over seeds dotted, single seeds thin."""
+    """Draw controls: the mean over seeds in the dashes of its kind, single seeds thin; other prompts in grey."""
     single = points[(points["layers"] == "single") & (points["weights"] != "trained")]
     for (kind, name), line in single.groupby(["weights", "backbone"], sort=False):
         line = line.sort_values("layer")
+        places, values = line["relative_depth"], line["accuracy"]
         if name == "mean":
-            style = DASHES[str(kind)]
-            axes.plot(line["relative_depth"], line["accuracy"], color=colour, linewidth=1.5, linestyle=style, zorder=3)
+            axes.plot(places, values, linestyle=DASHES[str(kind)], zorder=3, **_control_look(str(kind), colour))
         elif seeds:
-            axes.plot(line["relative_depth"], line["accuracy"], color=colour, linewidth=0.5, alpha=0.35, zorder=2)
+            axes.plot(places, values, color=_control_colour(str(kind), colour), linewidth=0.5, alpha=0.35, zorder=2)
+
+
+def _control_colour(kind: str, colour: str) -> str:
+    return MUTED if kind in PROMPTS else colour
+
+
+def _control_look(kind: str, colour: str) -> dict[str, Any]:
+    """Random weights in the colour of their model; other prompts in grey with their marker."""
+    if kind not in PROMPTS:
+        return {"color": colour, "linewidth": 1.5}
+    marker = {"marker": MARKERS[kind], "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8}
+    return {"color": MUTED, "linewidth": 1.0} | marker
 
 
 def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None:
-    """All layers together: diamonds beyond the last block, filled for trained and hollow for random weights."""
-    for weights, rows in points[points["layers"] == ALL_LAYERS].groupby("weights", sort=False):
+    """All layers together: diamonds beyond the last block, filled for trained and hollow for controls."""
+    place = right_end(points)
+    _beyond(axes, points[points["layers"] == ALL_LAYERS], colour, marker="D", place=place, bars=line)
+    joined = points[(points["layers"] == ALL_LAYERS) & (points["weights"] == "trained")]
+    joined = joined[joined["interval"] == ONE_HEAD]
+    if line and len(joined):
+        level = float(joined["accuracy"].mean())
+        axes.plot([0, place], [level, level], color=colour, linewidth=0.9, linestyle=(0, (5, 2)), zorder=3)
+        text = f"all layers: {level:.1f}" + (" (mean)" if len(joined) > 1 else "")
+        label(axes, 0, level, text, colour, va="bottom", offset=(0, 1.5))
+
+
+def output_point(axes: Axes, points: pd.DataFrame, colour: str, *, bars: bool) -> None:
+    """Draw the tokens entering the output projection: crosses beyond the last block, apart from the curve of layers."""
+    rows = points[points["layers"] == OUTPUT]
+    _beyond(axes, rows, colour, marker=OUTPUT_MARKER, place=1 + BESIDE, bars=bars)
+
+
+def right_end(points: pd.DataFrame) -> float:
+    """Place of all layers together on the axis of relative depth: right of the output point where there is one."""
+    return 1 + BESIDE * (2 if (points["layers"] == OUTPUT).any() else 1)
+
+
+def _beyond(axes: Axes, points: pd.DataFrame, colour: str, *, marker: str, place: float, bars: bool) -> None:
+    for weights, rows in points.groupby("weights", sort=False):
         trained = weights == "trained"
         rows = rows[rows["interval"] == (ONE_HEAD if trained else SEED_RANGE)]
-        if not trained and not line:
+        if not trained and not bars:
             continue
-        level = rows["accuracy"].mean()
+        level, shown = rows["accuracy"].mean(), _control_colour(str(weights), colour)
         axes.errorbar(
-            [1.06],
+            [place],
             [level],
-            yerr=[[level - rows["low"].min()], [rows["high"].max() - level]] if line else None,
-            fmt="D",
-            markersize=4 if trained else 3.2,
-            color=colour,
+            yerr=[[level - rows["low"].min()], [rows["high"].max() - level]] if bars else None,
+            fmt=MARKERS[str(weights)] if weights in PROMPTS else marker,
+            markersize=(4 if trained else 3.2) + 1.2 * (marker == OUTPUT_MARKER),
+            color=shown,
             elinewidth=0.9,
-            markerfacecolor=colour if trained else "white",
+            markeredgewidth=1.0 if trained else 0.8,
+            markerfacecolor=shown if trained else "white",
             zorder=5,
             clip_on=False,
         )
-        if trained and line:
-            axes.plot([0, 1.06], [level, level], color=colour, linewidth=0.9, linestyle=(0, (5, 2)), zorder=3)
-            text = f"all layers: {level:.1f}" + (" (mean)" if len(rows) > 1 else "")
-            label(axes, 0, float(level), text, colour, va="bottom", offset=(0, 1.5))
 
 
 def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: float) -> None:
@@ -140,15 +181,16 @@ def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: f
 
 
 def control_handles(points: pd.DataFrame, *, colour: str = MUTED, of: str = "", marker: bool = False) -> list[Line2D]:
-    """Legend entries of the kinds of random weights that are drawn."""
+    """Legend entries of the kinds of controls that are drawn."""
     means = points[points["interval"] == SEED_RANGE]
     handles = []
     for kind in [kind for kind in DASHES if kind in set(means["weights"])]:
         seeds = int(means[means["weights"] == kind]["n_seeds"].max())
-        text = f"{of}, {WORDS[kind]}" if of else f"{WORDS[kind]}, {seeds} seed{'s' * (seeds > 1)}"
-        handle = Line2D([], [], color=colour, linewidth=1.5, linestyle=DASHES[kind], label=text)
+        number = "" if kind == "empty-prompts" else f", {seeds} seed{'s' * (seeds > 1)}"
+        text = f"{of}, {CONTROLS[kind]}" if of else f"{CONTROLS[kind]}{number}"
+        handle = Line2D([], [], linestyle=DASHES[kind], label=text, **_control_look(kind, colour))
         if marker:
-            handle.set(marker="o" if kind == "init" else "s", markersize=4.5, markerfacecolor="white")
+            handle.set(marker=MARKERS[kind], markersize=4.5, markerfacecolor="white")
         handles.append(handle)
     return handles
 

@@ -17,8 +17,8 @@ from probekit.errors import ResultsError
 from probekit.report import captions, tables
 from probekit.report.effects import (
     Verdicts,
+    control_margins,
     joining_effects,
-    random_margins,
     size_effects,
     training_effects,
 )
@@ -111,7 +111,7 @@ def _section(
     frame = narrow(whole, setting)
     level = float(options.get("level", 0.95))
     verdicts = Verdicts(run, setting.protocol, level=level, resamples=int(options.get("resamples", 2000)))
-    margins, joins = random_margins(frame, verdicts), joining_effects(frame, verdicts)
+    margins, joins = control_margins(frame, verdicts), joining_effects(frame, verdicts)
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
     figures = []
@@ -121,6 +121,7 @@ def _section(
     ) -> None:
         stem = folder / f"{name}{suffix}"
         svg = save(draw(frame, setting=setting, level=level), stem, data(frame, setting=setting))
+        caption = " ".join([caption, *tables.unresolved(frame, brief=True)])
         links = {kind.upper(): quote(f"{folder.name}/{stem.name}.{kind}") for kind in ("svg", "png", "csv")}
         figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
 
@@ -171,7 +172,7 @@ def _section(
         ),
         "counts": tables.counts_table(frame),
         "protocol": (PROTOCOLS[setting.protocol].__doc__ or "").strip().split("\n\n")[0],
-        "limits": captions.limits(frame),
+        "limits": captions.limits(frame, whole),
     }
 
 
@@ -203,8 +204,9 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
             facts |= _flat(item, f"{prefix}{key}.")
         elif key == "path":
             facts["store"] = Path(str(item)).name  # a page that is passed on names no folders of this machine
-        else:
-            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+        elif item != "":
+            number = f"{item:.4g}" if isinstance(item, float) else json.dumps(item, ensure_ascii=False)
+            text = item if isinstance(item, str) else number
             text = f"{text[:12]}\N{HORIZONTAL ELLIPSIS}" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
             facts[f"{prefix}{key}"] = text if len(text) <= _SHORT else f"{text[:_SHORT]}\N{HORIZONTAL ELLIPSIS}"
     return facts
@@ -220,7 +222,7 @@ def _fingerprints(frame: pd.DataFrame) -> pd.DataFrame:
     stores = frame.drop_duplicates(["backbone", "control", "dataset", "store_fingerprint"])
     columns = {
         "backbone": "Backbone",
-        "control": "Weights",
+        "control": "Condition",
         "dataset": "Data set",
         "width": "Width",
         "n_blocks": "Blocks",

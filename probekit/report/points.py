@@ -1,7 +1,7 @@
 """The points of every figure as a table: what is drawn is exactly what the CSV beside a figure holds.
 
 Accuracies are shares from 0 to 1 as in the results table. ``interval`` says what ``low`` and ``high`` are: the interval
-of one fitted head, or the range over seeds of a mean.
+of one fitted head, or the range over seeds of a mean. ``weights`` is ``trained`` or the kind of a control.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -12,6 +12,7 @@ import pandas as pd
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
+    OUTPUT,
     Model,
     Setting,
     all_layers,
@@ -20,7 +21,9 @@ from probekit.report.select import (
     layer_rows,
     narrow,
     of_kind,
+    output_rows,
     reported_rows,
+    single_layers,
     sources,
     trained_models,
     trained_rows,
@@ -63,10 +66,15 @@ _TRAINING = ["series", "training_images", *_SCALING]
 
 _NEEDED = ["backbone", "control", "source", "layer_set", "layer", "n_layers", "combination", "chosen", "n_pairs"]
 _NEEDED += ["accuracy", "low", "high", "relative_depth", "n_blocks", "width", "backbone_parameters", "training_images"]
+_NEEDED += ["pooling_layers"]
 
 
 def depth_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
-    """Test accuracy of every single layer and of all layers together, for each model and its random weights."""
+    """Test accuracy of every single layer, the output point and all layers together, for each model and its controls.
+
+    The output point stands at relative depth 1 like the last layer, of which it is a function; ``layers`` tells them
+    apart.
+    """
     return _table(_depth_rows(reported_rows(narrow(frame, setting))[_NEEDED]), _DEPTH)
 
 
@@ -107,9 +115,9 @@ def training_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> p
 
 
 def _depth_rows(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    singles, joined = rows[rows["combination"] == "single"], all_layers(rows)
+    parts = {"single": single_layers(rows), OUTPUT: output_rows(rows), ALL_LAYERS: all_layers(rows)}
     for model in trained_models(rows):
-        for layers, part in (("single", singles), (ALL_LAYERS, joined)):
+        for layers, part in parts.items():
             for row in trained_rows(part, model).to_dict("records"):
                 yield _one(row, model, "trained", layers)
             controls = control_rows(part, model)

@@ -1,6 +1,10 @@
-"""Which rows of the tidy frame a figure or a table shows: one setting, one entry for each model, its own controls."""
+"""Which rows of the tidy frame a figure or a table shows: one setting, one entry for each model, its own controls.
+
+A setting is one noise level, one noise draw and one pooling among others: rows of several are never drawn as one.
+"""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -9,9 +13,12 @@ from probekit.results import ALL_SOURCES
 
 CHOSEN = "chosen layer"
 ALL_LAYERS = "all layers"
+OUTPUT = "output point"
+RANDOM, PROMPTS = ("init", "shuffled"), ("empty-prompts", "shuffled-prompts")
 
 _TRAINING_LENGTH = re.compile(r"-[^-]*\d[^-]*$")
 _TRAINING_SEED = re.compile(r"[-_.]?(?:seed|run)[-_]?\d+$")
+_CONTROL_SEED = r":\d+"
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,20 @@ def reported_rows(frame: pd.DataFrame, source: str = ALL_SOURCES) -> pd.DataFram
 
 
 def all_layers(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows whose head sees every layer concatenated."""
-    return frame[(frame["combination"] == "concat") & (frame["n_layers"] == frame["n_blocks"] + 1)]
+    """Keep the rows whose head sees every layer concatenated at which the pooling exists, without the output point."""
+    last = frame["layer_set"].str.split("+").str[-1].astype("int64")
+    every = (frame["n_layers"] == frame["pooling_layers"]) & (last <= frame["n_blocks"])
+    return frame[(frame["combination"] == "concat") & every]
+
+
+def single_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of single layers, without the output point."""
+    return frame[(frame["combination"] == "single") & (frame["layer"] <= frame["n_blocks"])]
+
+
+def output_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the output point: the tokens entering the output projection, a function of the last layer."""
+    return frame[(frame["combination"] == "single") & (frame["layer"] > frame["n_blocks"])]
 
 
 def layer_rows(frame: pd.DataFrame, layers: str) -> pd.DataFrame:
@@ -156,32 +175,33 @@ def trained_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
 
 
 def control_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
-    """Keep the random-weights rows of a model, each network once.
+    """Keep the rows of a model's controls, each network once.
 
     ``init`` weights depend on nothing but shape and seed: those of another backbone of the same shape stand in where
-    the model has none of its own, and those that several backbones have are one network. ``shuffled`` weights are
-    a backbone's own.
+    the model has none of its own, and those that several backbones have are one network. ``shuffled`` weights and
+    other prompts are a backbone's own.
     """
     control = frame["control"] != "trained"
     own = frame[control & frame["backbone"].isin(model.backbones)]
-    if not own["control"].str.startswith("init:").any():
+    if of_kind(own, "init").empty:
         n_blocks, width, parameters = model.shape
         same = (frame["n_blocks"] == n_blocks) & (frame["width"] == width)
         same &= frame["backbone_parameters"] == parameters
-        own = pd.concat([own, frame[same & frame["control"].str.startswith("init:")]])
+        own = pd.concat([own, of_kind(frame[same], "init")])
     init = own["control"].str.startswith("init:")
     home = own[init].drop_duplicates("control").set_index("control")["backbone"]
     return own[~init | (own["backbone"] == own["control"].map(home))]
 
 
-def control_kinds(frame: pd.DataFrame) -> list[str]:
-    """Kinds of random weights in the frame: ``init`` before ``shuffled``."""
-    return sorted({str(control).partition(":")[0] for control in frame["control"].unique() if control != "trained"})
+def control_kinds(frame: pd.DataFrame, kinds: Sequence[str] = (*RANDOM, *PROMPTS)) -> list[str]:
+    """Kinds of controls in the frame, of those in question; random weights with other prompts are of no kind."""
+    found = set(frame["control"].str.replace(_CONTROL_SEED, "", regex=True))
+    return [kind for kind in kinds if kind in found]
 
 
 def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Keep the rows of one kind of random weights."""
-    return frame[frame["control"].str.startswith(f"{kind}:")]
+    """Keep the rows of one kind of controls."""
+    return frame[frame["control"].str.replace(_CONTROL_SEED, "", regex=True) == kind]
 
 
 def _by_size(model: Model) -> tuple[int, int, str]:

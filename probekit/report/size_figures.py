@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from probekit._types import FloatArray
-from probekit.report.marks import DASHES, control_handles, figure_legend, in_percent, short_name
+from probekit.report.marks import DASHES, MARKERS, control_handles, figure_legend, in_percent, short_name
 from probekit.report.points import ONE_HEAD, SEED_RANGE, scaling_points, training_points
 from probekit.report.select import ALL_LAYERS, CHOSEN, Setting
 from probekit.report.style import (
@@ -32,7 +32,7 @@ _LINE = "#8a949d"
 
 
 def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: float = 0.95) -> Figure:
-    """Test accuracy against parameters of the transformer, trained and random, single layer and all layers.
+    """Test accuracy against parameters of the transformer, trained and controls, single layer and all layers.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def _scaling_panel(axes: Axes, points: pd.DataFrame, palette: dict[str, str]) ->
                     mean["parameters"].astype(float).to_numpy(),
                     mean,
                     colour,
-                    fmt="o" if weights == "init" else "s",
+                    fmt=MARKERS[str(weights)],
                     markersize=4.5,
                     hollow=True,
                 )

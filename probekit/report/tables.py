@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit._types import RESOLVED_RATIO
 from probekit.report.effects import Effect, Margin
 from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
+    RANDOM,
     Setting,
     all_layers,
     control_kinds,
@@ -23,7 +25,7 @@ from probekit.report.select import (
     trained_rows,
 )
 from probekit.report.style import in_millions
-from probekit.results import ALL_SOURCES, CHOICE_KEYS
+from probekit.results import ALL_SOURCES, CHOICE_KEYS, CONTROLS
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -68,7 +70,7 @@ def seeds_text(*effects: Effect) -> str:
 
 
 def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[str, Effect]) -> pd.DataFrame:
-    """One row for each model: the validation-chosen layer, its margin over random weights, and all layers together."""
+    """One row for each model: the validation-chosen layer, its margin over its controls, and all layers together."""
     rows = reported_rows(frame)
     kinds = control_kinds(rows)
     table = []
@@ -82,13 +84,16 @@ def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[s
             else NONE,
             "Test accuracy": _accuracy(chosen),
         }
+        if rows["sigma_ratio"].notna().any():
+            entry["Noise over rounding"] = "\n".join(_ratios(trained_rows(rows, model)))
         if chosen["macro_accuracy"].notna().any():
             entry["Mean over kinds"] = _accuracy(chosen, "macro_")
         for kind in kinds:
             found = [item for item in margins if (item.model, item.kind, item.layers) == (model.label, kind, CHOSEN)]
             spread = [NONE if pd.isna(item.seed_sd) else f"{100 * item.seed_sd:.1f}" for item in found]
-            entry[f"Random weights ({kind})"] = f"{percent(found[0].random)}\nSD {spread[0]}" if found else NONE
-            entry[f"Margin over {kind}"] = effect_text(found[0].effect) if found else NONE
+            of_seeds = "" if kind == "empty-prompts" else f"\nSD {spread[0]}" if found else ""
+            entry[_headed(kind)] = f"{percent(found[0].control)}{of_seeds}" if found else NONE
+            entry[f"Margin over {_short_kind(kind)}"] = effect_text(found[0].effect) if found else NONE
         entry["All layers"] = _accuracy(joined)
         entry["All layers over the chosen one"] = effect_text(joins.get(model.label))
         table.append(entry)
@@ -121,8 +126,10 @@ def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.D
     table = []
     for row in reported_rows(mine).sort_values(["n_layers", "layer"], kind="stable").to_dict("records"):
         same = (controls["layer_set"] == row["layer_set"]) & (controls["head"] == row["head"])
-        random = controls[same & (controls["seed"] == row["seed"])]
+        same_head = controls[same & (controls["seed"] == row["seed"])]
+        output = row["n_layers"] == 1 and row["layer"] > row["n_blocks"]
         name = "all layers" if row["record_id"] in everything else row["layer_set"].replace("+", " + ")
+        name += " (entering the output projection)" if output else ""
         shown = row["chosen"] and row["head"] == setting.head
         entry: dict[str, Any] = {
             "mark": "chosen" if shown else "joined" if row["n_layers"] > 1 else "",
@@ -134,7 +141,8 @@ def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.D
             "Training": percent(row["train_accuracy"]),
         }
         for kind in control_kinds(controls):
-            entry[f"Random ({kind})"] = percent(of_kind(random, kind)["accuracy"].mean())
+            title = f"Random ({kind})" if kind in RANDOM else _headed(kind)
+            entry[title] = percent(of_kind(same_head, kind)["accuracy"].mean())
         entry |= {
             "C": NONE if pd.isna(row["strength"]) else f"{row['strength']:g}",
             "Head parameters": f"{row['head_parameters']:,}",
@@ -145,7 +153,7 @@ def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.D
 
 
 def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every seed of random weights: its own validation-chosen layer and all layers together."""
+    """Every control with its seed: its own validation-chosen layer and all layers together."""
     rows = reported_rows(frame)
     table = []
     for model in trained_models(rows):
@@ -156,7 +164,7 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
             )
             entry = {
                 "Backbone": model.label,
-                "Random weights": control,
+                "Control": control.replace("+", " + "),
                 "Layer": ", ".join(map(str, chosen["layer"])) or NONE,
             }
             table.append(entry | {"Test accuracy": _accuracy(chosen), "All layers": _accuracy(joined)})
@@ -188,10 +196,13 @@ def other_settings_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["chosen"] & (rows["control"] == "trained")]
     shown = pd.concat([narrow(rows, setting) for setting in settings(frame)])
     keys = [key for key in CHOICE_KEYS if key not in ("backbone", "control") and frame[key].nunique() > 1]
+    measured = rows["sigma_ratio"].notna().any()
     if not keys:
         return pd.DataFrame()
     rest = rows[~rows["record_id"].isin(shown["record_id"])]
     table = pd.DataFrame({key.capitalize(): rest[key].astype(str) for key in ["backbone", *keys]})
+    if measured:
+        table["Noise over rounding"] = [_ratio(value) for value in rest["sigma_ratio"]]
     return table.assign(
         Layer=rest["layer"].astype(str),
         **{"Test accuracy": [_accuracy(rest.loc[[index]]) for index in rest.index]},
@@ -218,9 +229,14 @@ def warnings_list(
     validated = records["record_id"].isin(frame[frame["split"] == "validation"]["record_id"])
     found = [
         *differing_data(frame),
+        *unresolved(frame),
         *_dropped(effects),
         *_strengths(records[records["edge_of_grid"]], strengths or {}),
         _counted(records[~records["converged"]], "did not converge"),
+        _counted(
+            records[records["head_parameters"] == 0],
+            "had nothing to fit, since no training pair differs there (such as text before it meets the image)",
+        ),
         _counted(
             test[test["effective_groups"] < FEW_GROUPS],
             f"rest on fewer than {FEW_GROUPS} effective groups; intervals are rough",
@@ -238,7 +254,7 @@ def warnings_list(
         )
     if ties:
         found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
-    if predicted := int(test["predicted_ties"].max()):
+    if predicted := int(test["predicted_ties"].where(test["accuracy"].notna(), 0).max()):
         found.append(f"Up to {predicted:,} test pairs got exactly equal scores and count as wrong.")
     return [text for text in found if text]
 
@@ -258,6 +274,48 @@ def differing_data(frame: pd.DataFrame) -> list[str]:
         f" labels than the rest, so comparisons with them are not of the backbones alone: {'; '.join(first)}{more}."
         " Dump the missing rows or sweep all stores with the same judgements."
     ]
+
+
+def unresolved(frame: pd.DataFrame, *, brief: bool = False) -> list[str]:
+    """Name the stores whose features a noise level moves too little to be told from rounding."""
+    stores = frame.drop_duplicates(["backbone", "control", "sigma"])
+    stores = stores[stores["sigma_ratio"] < RESOLVED_RATIO]
+    stores = stores.sort_values("control", key=lambda control: control != "trained", kind="stable")
+    found = []
+    for sigma, rows in stores.groupby("sigma", sort=False):
+        first = [
+            f"{row['backbone']}{'' if row['control'] == 'trained' else ' (' + row['control'] + ')'}"
+            f" ({row['sigma_ratio']:.1f})"
+            for row in rows.head(_NAMED).to_dict("records")
+        ]
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        meaning = (
+            " (see Warnings)."
+            if brief
+            else ": the change of features from clean latents is so many times (in brackets) that from bfloat16 to"
+            f" float32, and below {RESOLVED_RATIO:g} it does not stand out from rounding. Nothing there can be credited"
+            " to the noise."
+        )
+        found.append(f"Noise level {sigma} is not resolved for {', '.join(first)}{more}{meaning}")
+    return found
+
+
+def _ratio(value: float) -> str:
+    unresolved = ", not resolved" if value < RESOLVED_RATIO else ""
+    return NONE if pd.isna(value) else f"{value:.1f}{unresolved}"
+
+
+def _ratios(rows: pd.DataFrame) -> list[str]:
+    """Return the distinct ratios of some backbones; training seeds have one each."""
+    return list(dict.fromkeys(_ratio(value) for value in rows.drop_duplicates("backbone")["sigma_ratio"]))
+
+
+def _headed(kind: str) -> str:
+    return CONTROLS[kind][0].upper() + CONTROLS[kind][1:]
+
+
+def _short_kind(kind: str) -> str:
+    return kind if kind in RANDOM else CONTROLS[kind]
 
 
 def _dropped(effects: Iterable[Effect]) -> list[str]:
@@ -303,6 +361,7 @@ def _short(layer_set: str) -> str:
 def _notes(row: dict[Hashable, Any]) -> list[str]:
     notes = ["chosen on validation"] if row["chosen"] else []
     notes += ["edge of grid"] if row["edge_of_grid"] else []
+    notes += ["nothing to fit"] if row["head_parameters"] == 0 else []
     return notes + (["not converged"] if not row["converged"] else [])
 
 

@@ -7,7 +7,7 @@ m = rows of a shard, d = channels of a feature vector.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, mod
 from probekit.errors import StoreError
 
 FORMAT = "probekit-features"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 FORMAT_MAJOR = 1
 DEFAULT_SHARD_BYTES = 512 * 2**20
 STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
@@ -25,9 +25,11 @@ STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
 FP16_LIMIT = 32752.0  # half of float16's largest value
 FP16_NOISE_RATIO = 1e-3
 FP16_PAIRS = 2048
+_CHOICE_VALUES = 2**19  # looked at together, whatever the width
 DTYPE_POLICY = f"float16 if absmax < {FP16_LIMIT:.0f} and p99 pair noise ratio <= {FP16_NOISE_RATIO}, else float32"
 
 SEAL = "self_sha256"
+SIGMA_RESOLUTION = "sigma_resolution"  # member of ``describe``
 
 # The tables of a shard: dataset -> (dtype, length in terms of (rows, prompts), further dimension or none).
 TABLES: dict[str, tuple[str, str]] = {
@@ -112,11 +114,20 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If ``layers`` or ``poolings``, which the format needs, are absent.
+        If ``layers`` or ``poolings``, which the format needs, are absent, or ``pooling_layers`` does not fit them.
     """
     if not config.get("layers") or not config.get("poolings"):
         msg = "config needs 'layers': [{'index', 'name', 'stream'}, ...] and 'poolings': {name: definition}"
         raise ValueError(msg)
+    layers = [layer["index"] for layer in config["layers"]]
+    for pooling, some in config.get("pooling_layers", {}).items():
+        in_order = [layer for layer in layers if layer in some]
+        if pooling not in config["poolings"] or not some or some != in_order or some == layers:
+            msg = (
+                f"pooling_layers: {pooling!r} is at {some}; allowed: some but not all of the layers {layers}, in their "
+                f"order, for one of {', '.join(config['poolings'])}"
+            )
+            raise ValueError(msg)
     own = {"format": f"{FORMAT}/{FORMAT_MAJOR}", "dtype_policy": DTYPE_POLICY}
     return dict(json.loads(canonical_json(dict(config) | own)))
 
@@ -132,9 +143,17 @@ def differences(stored: object, asked: object, path: str = "") -> Iterator[tuple
         yield path, stored, asked
 
 
-def rows_per_shard(*, n_layers: int, n_poolings: int, width: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
-    """Rows that fit into one shard when every value takes 4 bytes."""
-    return max(1, shard_bytes // (4 * n_layers * n_poolings * width))
+def rows_per_shard(*, values_per_row: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+    """Rows that fit into one shard when every value takes 4 bytes.
+
+    Parameters
+    ----------
+    values_per_row
+        Sum of the widths of all feature datasets.
+    shard_bytes
+        Largest shard.
+    """
+    return max(1, shard_bytes // (4 * values_per_row))
 
 
 def block_name(row_ids: list[str] | tuple[str, ...]) -> str:
@@ -145,6 +164,18 @@ def block_name(row_ids: list[str] | tuple[str, ...]) -> str:
 def dataset_name(pooling: str, layer: int) -> str:
     """HDF5 path of one layer's features, without the leading slash."""
     return f"features/{pooling}/{layer:03d}"
+
+
+def layers_of(config: Mapping[str, Any], pooling: str) -> list[dict[str, Any]]:
+    """Layers of a configuration at which a pooling exists: all, but for poolings that ``pooling_layers`` names."""
+    layers: Sequence[dict[str, Any]] = config["layers"]
+    some = config.get("pooling_layers", {}).get(pooling)
+    return [layer for layer in layers if some is None or layer["index"] in some]
+
+
+def feature_keys(config: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """(pooling, layer) of every feature dataset that a shard of this configuration holds."""
+    return {(pooling, layer["index"]) for pooling in config["poolings"] for layer in layers_of(config, pooling)}
 
 
 class DatasetRecord(BaseModel):
@@ -272,7 +303,7 @@ def choose_dtype(
     if len(first) > FP16_PAIRS:
         first = first[np.linspace(0, len(first) - 1, FP16_PAIRS).astype(np.int64)]
     signal, noise = np.zeros(values.shape[1]), np.zeros(values.shape[1])
-    for part in np.array_split(first, math.ceil(len(first) / 256)):  # in parts: bounded memory
+    for part in np.array_split(first, math.ceil(len(first) * values.shape[1] / _CHOICE_VALUES)):  # bounded memory
         a, b = values[part].astype(np.float64), values[part + 1].astype(np.float64)
         error = (a.astype(np.float16) - a) - (b.astype(np.float16) - b)
         # Second moments, not variances: which row of a pair comes first is arbitrary.

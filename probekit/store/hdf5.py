@@ -27,7 +27,7 @@ def write_hdf5(
     config: Mapping[str, Any],
     attributes: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Fill an HDF5 file with the rows and features (m, d) of a shard.
+    """Fill an HDF5 file with the rows and features (m, d) of a shard; d may differ between poolings.
 
     Returns
     -------
@@ -51,9 +51,12 @@ def write_hdf5(
         _set_attributes(file, attributes)
         for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
             records[name] = _write_dataset(file, name, table, fmt.TABLES[name][0], {})
+        kept = fmt.feature_keys(config)
         for layer in config["layers"]:
             for pooling, definition in config["poolings"].items():
                 key, name = (pooling, layer["index"]), fmt.dataset_name(pooling, layer["index"])
+                if key not in kept:
+                    continue
                 values = features[key]
                 if not ok.all():
                     values = np.where(ok[:, None], values, np.float32(np.nan))

@@ -41,9 +41,14 @@ class FeatureStore:
     config, describe, fingerprint
         Configuration behind the numbers, facts of the backbone, SHA-256 of the configuration.
     layers, poolings
-        What every row has features for.
+        What every row has features for; `layers_of` says at which layers a pooling exists.
+    coordinates
+        (sigma, draw) for which at least one row has features, ascending.
     sigmas, draws
-        Noise levels and draws for which at least one row has features, ascending.
+        The noise levels and the draws among them.
+    sigma_resolution
+        Noise level -> ``{"ratio", "resolved", "rows", "note"}``, where it was measured; see
+        `StoreWriter.record_resolution`.
 
     Raises
     ------
@@ -60,15 +65,30 @@ class FeatureStore:
         self.config: dict[str, Any] = content["config"]
         self.describe: dict[str, Any] = content["describe"]
         self.fingerprint: str = content["fingerprint"]
+        self.format_version: str = content["format_version"]
         self.layers = [LayerPoint(**layer) for layer in self.config["layers"]]
         self.poolings: list[str] = list(self.config["poolings"])
+        self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             msg = f"{problems[0]}{more}; {MEND}"
             raise StoreError(msg)
-        self.sigmas = sorted({shard.sidecar.sigma for shard in self._shards}, key=float)
-        self.draws = sorted({shard.sidecar.draw for shard in self._shards})
+        held = {(shard.sidecar.sigma, shard.sidecar.draw) for shard in self._shards}
+        self.coordinates = sorted(held, key=lambda place: (float(place[0]), place[1]))
+        self.sigmas = list(dict.fromkeys(sigma for sigma, _ in self.coordinates))
+        self.draws = sorted({draw for _, draw in held})
+
+    def layers_of(self, pooling: str) -> list[LayerPoint]:
+        """Layers at which a pooling exists: all of ``layers`` for most.
+
+        Raises
+        ------
+        StoreError
+            If the store does not hold the pooling.
+        """
+        layers = fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings))
+        return [LayerPoint(**layer) for layer in layers]
 
     @property
     def judgements(self) -> list[str]:
@@ -101,7 +121,7 @@ class FeatureStore:
         Parameters
         ----------
         layer
-            Layer number, one of ``layers``.
+            Layer number, one of ``layers_of(pooling)``.
         sigma, pooling, draw
             May be left out where the store holds one.
 
@@ -118,7 +138,14 @@ class FeatureStore:
         layer = self._choose("layer", layer, [point.index for point in self.layers])
         sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
         pooling = self._choose("pooling", pooling, self.poolings)
-        draw = self._choose("draw", draw, self.draws)
+        allowed = [point.index for point in self.layers_of(pooling)]
+        if layer not in allowed:
+            msg = (
+                f"{self.path}: pooling {pooling!r} does not exist at layer {layer}; allowed: "
+                f"{', '.join(map(str, allowed))}"
+            )
+            raise StoreError(msg)
+        draw = self._choose("draw", draw, [draw for at, draw in self.coordinates if at == sigma])
         name = fmt.dataset_name(pooling, layer)
         shards = [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
         rows, places = self._index
@@ -170,7 +197,9 @@ class FeatureStore:
 
     def summary(self) -> dict[str, Any]:
         """Plain facts of the store for ``inspect``."""
-        at = [(shard.sidecar.sigma, shard.sidecar.draw, shard.sidecar.n_rows) for shard in self._shards]
+        rows: Counter[tuple[str, int]] = Counter()
+        for shard in self._shards:
+            rows[shard.sidecar.sigma, shard.sidecar.draw] += shard.sidecar.n_rows
         features = [
             (record.dtype, record.noise_ratio)
             for shard in self._shards
@@ -179,18 +208,18 @@ class FeatureStore:
         ]
         return {
             "path": str(self.path),
-            "format_version": fmt.FORMAT_VERSION,
+            "format_version": self.format_version,
             "fingerprint": self.fingerprint,
-            "backbone": self.describe,
+            "backbone": {key: value for key, value in self.describe.items() if key != fmt.SIGMA_RESOLUTION},
             "layers": len(self.layers),
-            "poolings": self.poolings,
+            "poolings": {pooling: f"{len(self.layers_of(pooling))} layers" for pooling in self.poolings},
             "rows": len(self.rows),
             "prompts": int(self.rows["prompt"].nunique()),
             "bad_rows": int((self.rows["status"] != fmt.STATUS_OK).sum()),
             "coordinates": [
-                {"sigma": sigma, "draw": draw, "rows": sum(n for s, d, n in at if (s, d) == (sigma, draw))}
-                for sigma, draw in sorted({(s, d) for s, d, _ in at}, key=lambda c: (float(c[0]), c[1]))
+                {"sigma": sigma, "draw": draw, "rows": rows[sigma, draw]} for sigma, draw in self.coordinates
             ],
+            "sigma_resolution": self.sigma_resolution,
             "shards": self.n_shards,
             "bytes": self.nbytes,
             "datasets": dict(Counter({"<f2": "float16", "<f4": "float32"}[dtype] for dtype, _ in features)),

@@ -5,6 +5,7 @@ m = rows of the shard, k = its prompts, d = channels.
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 
 CHUNK_BYTES = 8 * 2**20
+_DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
 
@@ -220,9 +222,9 @@ def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str,
         elif folder != root and folder.is_dir() and _is_sigma(folder.name):
             yield folder, folder.name, 0
             for inner in sorted(folder.iterdir()):
-                if inner.name.isdecimal() and inner.is_symlink():
+                if _DRAW.fullmatch(inner.name) and inner.is_symlink():
                     problems.append(f"{inner}: is a symbolic link; allowed: a folder")
-                elif inner.name.isdecimal() and inner.is_dir():
+                elif _DRAW.fullmatch(inner.name) and inner.is_dir():
                     yield inner, folder.name, int(inner.name)
 
 

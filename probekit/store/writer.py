@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probekit._types import canonical_sigma
+from probekit._types import RESOLVED_RATIO, canonical_sigma
 from probekit.errors import FingerprintError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import (
@@ -67,9 +67,11 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
         Folder of the store; new, empty or a store.
     config
         JSON-plain values of everything that changes the numbers; ``layers`` is a list of
-        ``{"index", "name", "stream"}``, ``poolings`` maps names to definitions.
+        ``{"index", "name", "stream"}``, ``poolings`` maps names to definitions, ``pooling_layers`` maps the names of
+        poolings that do not exist at all layers to the layers at which they do.
     describe
         JSON-plain facts of the backbone for readers; where they differ from those in the store, they replace them.
+        What `StoreWriter.record_resolution` recorded stays.
 
     Raises
     ------
@@ -107,7 +109,8 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
                 "use another --out, or the store's value"
             )
             raise FingerprintError(msg)
-        facts = json.loads(fmt.canonical_json(describe))
+        recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
+        facts = json.loads(fmt.canonical_json(describe)) | recorded
         changes = list(fmt.differences(stored["describe"], facts))
         for key, old, new in changes:
             logger.warning("%s: %s was %s, is now %s", file, key, _short(old), _short(new))
@@ -211,8 +214,9 @@ class StoreWriter:
             The m rows in the order of the block: ``row_id``, ``prompt``, ``image_id``, ``image_sha256`` (bytes),
             ``width``, ``height``, ``file_bytes``, ``status`` (0 ok, 1 unreadable).
         features
-            (pooling, layer) -> (m, d) for every pooling and layer of the store. Rows with a non-finite value anywhere
-            get status 2; rows with a status other than 0 are stored as NaN.
+            (pooling, layer) -> (m, d) for every pooling and each layer at which it exists; d may differ between
+            poolings. Rows with a non-finite value anywhere get status 2; rows with a status other than 0 are stored as
+            NaN.
 
         Raises
         ------
@@ -221,9 +225,13 @@ class StoreWriter:
         ValueError
             If rows or features are not those of the block and the store.
         """
-        wanted = {(pooling, layer["index"]) for pooling in self.config["poolings"] for layer in self.config["layers"]}
-        if rows["row_id"].tolist() != list(block.row_ids) or features.keys() != wanted:
-            msg = f"block {block.name} needs its {len(block.row_ids)} rows in order and features for {sorted(wanted)}"
+        if rows["row_id"].tolist() != list(block.row_ids):
+            msg = f"block {block.name} needs its {len(block.row_ids)} rows in their order"
+            raise ValueError(msg)
+        wanted = fmt.feature_keys(self.config)
+        if features.keys() != wanted:
+            lacking, extra = sorted(wanted - features.keys()), sorted(features.keys() - wanted)
+            msg = f"block {block.name} lacks features for {lacking} and has {extra}, which the store's config does not"
             raise ValueError(msg)
         sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
@@ -264,6 +272,30 @@ class StoreWriter:
             publish(temp, descriptor, path)
         write_atomically(path.with_suffix(".json"), fmt.seal(identity | sidecar))
         return path
+
+    def record_resolution(self, sigma: str, *, ratio: float | None, rows: int, note: str = "") -> None:
+        """Record in ``store.json`` how far a noise level stands out from the rounding of the compute dtype.
+
+        Parameters
+        ----------
+        sigma
+            Noise level above 0.
+        ratio
+            Feature change from sigma 0 to this sigma over the change from bfloat16 to float32; below `RESOLVED_RATIO`
+            the noise level is unresolved. None if it was not measured.
+        rows
+            Rows that it was measured on.
+        note
+            What a reader should know of the measurement, such as why there is none.
+        """
+        resolved = None if ratio is None else ratio >= RESOLVED_RATIO
+        entry = {"ratio": ratio, "resolved": resolved, "rows": rows, "note": note}
+        file = self.path / "store.json"
+        with locked(file):
+            stored = read_store_file(file)  # another process may have recorded its noise level meanwhile
+            stored["describe"].setdefault(fmt.SIGMA_RESOLUTION, {})[canonical_sigma(sigma)] = entry
+            write_atomically(file, fmt.seal(stored))
+        self.describe = stored["describe"]
 
     def write_judgements(self, name: str, frame: pd.DataFrame) -> Path:
         """Write a set of pairs beside the shards, in place of an older one of the same name with no other pairs.
