@@ -93,7 +93,9 @@ class DumpConfig(_Strict):
     resize: Literal["crop", "pad", "bucket"] = Field(
         "crop", description="how images get that size: largest centre square, whole image on grey, or nearest aspect"
     )
-    decode_workers: int = Field(0, ge=0, description="processes that decode and resize images ahead of the model")
+    decode_workers: int | None = Field(
+        None, ge=0, description="processes that decode images ahead of the model (default: 0 on the CPU, else up to 8)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="compute type (default: float32 on the CPU, bfloat16 on CUDA)"
     )

@@ -8,6 +8,7 @@ Each image is decoded and encoded once for all its noise levels and draws.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -102,7 +103,7 @@ def dump_features(
     layers: Literal["all"] | Sequence[int] = "all",
     output_tokens: bool = False,
     batch_size: int = 8,
-    decode_workers: int = 0,
+    decode_workers: int | None = None,
     seed: int = 0,
     training_images: int | None = None,
     shard_size: int = 512,
@@ -137,7 +138,7 @@ def dump_features(
     batch_size
         Images per forward pass.
     decode_workers
-        Processes that decode and resize images ahead of the model.
+        Processes that decode and resize images ahead of the model; default: none on the CPU, else one a core, up to 8.
     seed
         Seed of the noise.
     training_images
@@ -199,6 +200,8 @@ def dump_features(
         if progress is not None:
             progress(done, total, "")
 
+    if decode_workers is None:
+        decode_workers = 0 if backbone.device.type == "cpu" else min(8, os.cpu_count() or 1)
     if not todo:
         return FeatureStore(out)
     _warn(backbone, list(said.values()), [sigma for sigma, _ in coordinates])

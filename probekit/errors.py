@@ -28,6 +28,10 @@ class BackboneError(ProbekitError):
     """A backbone that cannot be loaded or probed."""
 
 
+class DeviceMemoryError(BackboneError):
+    """A device whose memory does not hold what has to be on it at once."""
+
+
 class StoreError(ProbekitError):
     """A feature store that is damaged, or was asked for something it does not hold."""
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +29,7 @@ from probekit.backbones.batching import Layout, runs
 from probekit.backbones.cache import Cache, Item, content_key
 from probekit.backbones.capture import POOLINGS, check_layers, check_poolings, pooled_layers, refuse_hooks, text_layers
 from probekit.backbones.conditioning import Conditioner, Embeddings, check_max_tokens, pixels_per_latent
-from probekit.backbones.devices import resolve_device, resolve_dtype
+from probekit.backbones.devices import enough_memory, resolve_device, resolve_dtype
 from probekit.backbones.families import Call
 from probekit.backbones.hub import in_short, locate
 from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES, Resize, bucket_sizes
@@ -44,7 +45,7 @@ from probekit.backbones.loading import (
     transformer_folder,
 )
 from probekit.backbones.weights import RandomWeights, stored_hash
-from probekit.errors import BackboneError, ConfigError
+from probekit.errors import BackboneError, ConfigError, DeviceMemoryError
 
 EXTRACTOR_VERSION = "2"  # part of every fingerprint: raised when the same settings would give other features
 PROMPT_BYTES = 4 << 30
@@ -117,6 +118,8 @@ class Backbone:
         self._family = transformer_family(base.source, folder)
         pipe = build_pipeline(self._family, base.source, folder, base.dtype)
         self._conditioner = Conditioner(self._family, pipe, base.device, settings.max_tokens)
+        if adapter is not None:
+            adapter.check(pipe)
         self._without_weights = dict(pipe.components)
         self._stored = None if random is not None and random.kind == "init" else stored_hash(folder)
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -271,7 +274,7 @@ class Backbone:
         if all(self._base.cache.has("prompts", self._prompt_key(prompt)) for prompt in prompts):
             return
         self._release_image_stage()
-        self._base.cache.forget("prompts")
+        self._base.cache.forget("prompts", but={self._prompt_key(prompt) for prompt in prompts})
         wanted = deque(
             prompt
             for prompt in dict.fromkeys([*prompts, *later])
@@ -280,7 +283,7 @@ class Backbone:
         needed = set(prompts)
         size, side = self._family.text_batch, self.size.resolution
         held = 0
-        with self._text_encoders():
+        with enough_memory("the text encoders", self.device, "--dtype bfloat16, --device cpu"), self._text_encoders():
             while wanted and (held < PROMPT_BYTES or wanted[0] in needed):
                 batch = [wanted.popleft() for _ in range(min(size, len(wanted)))]
                 # filled up, because the batch size moves the last bits of an embedding and its neighbours do not
@@ -403,7 +406,7 @@ class Backbone:
                 noisy, rounded = run(sigma, torch.float32), run(sigma, torch.bfloat16)
                 change, rounding = (np.sqrt(((a - noisy) ** 2).mean(axis=(1, 2))) for a in (clean, rounded))
                 ratios[sigma] = float(np.median(change / np.maximum(rounding, np.finfo(np.float64).tiny)))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DeviceMemoryError):
             return {}, "not measured: the transformer does not fit on the device in float32"
         return ratios, ""
 
@@ -469,7 +472,7 @@ class Backbone:
             "noise_rule": NOISE_RULE if self.canvas is None else f"{NOISE_RULE}; {CANVAS_RULE}",
             "prompt_template": "the pipeline's",
             "max_tokens": self._conditioner.max_tokens,
-            "pipeline_arguments": {name: repr(value) for name, value in family.call.items()},
+            "pipeline_arguments": self._pipeline_settings,
             "timestep_rule": f"{family.noise}, N = {self._conditioner.n_train_timesteps}",
         }
 
@@ -496,6 +499,7 @@ class Backbone:
     def _text_encoders(self) -> Iterator[None]:
         """Have the text encoders in memory."""
         names = [name for name in model_names(self._family, self._base.source) if name != "vae"]
+        self._base.occupy(self._release_transformer)
         try:
             for name in names:
                 self._exchange(name, self._base.load(name, self._without_weights[name]))
@@ -507,14 +511,27 @@ class Backbone:
 
     def _load_image_stage(self, prompt: str, shape: torch.Size) -> None:
         """Have the transformer in memory; the first time, learn how its inputs grow and test the row of the table."""
-        if self._transformer.device.type != "meta":
+        try:
+            if self._transformer.device.type == "meta":
+                self._load_transformer()
             refuse_hooks(self._transformer)
-            return
-        like = self._without_weights["transformer"]
-        model = load_transformer(self._folder, like, self.dtype, self._random)
+            if not self._tested:
+                self._test(prompt, shape)
+                self._tested = True
+        except BaseException:  # nothing half made or wrong stays for the next call
+            self._release_transformer()
+            raise
+
+    def _load_transformer(self) -> None:
+        self._base.occupy(self._release_transformer)
+        model = load_transformer(self._folder, self._without_weights["transformer"], self.dtype, self._random)
+        self._exchange("transformer", model)
         if self._adapter is not None:
-            self._adapter.fuse(self._conditioner.pipe, model)
+            self._adapter.fuse(self._conditioner.pipe)
         if self._settings.offload == "group":
+            if not getattr(model, "_supports_group_offloading", False):
+                msg = f"offload is 'group'; allowed for {self._family.transformer}: none, diffusers cannot offload it"
+                raise ConfigError(msg)
             model.enable_group_offload(
                 onload_device=self.device,
                 offload_device=torch.device("cpu"),
@@ -522,15 +539,11 @@ class Backbone:
                 use_stream=self.device.type == "cuda",
             )
         else:
-            model.to(self.device)
+            with enough_memory("the transformer", self.device, "--offload group, --dtype bfloat16"):
+                model.to(self.device)
         if self._settings.compile:
             for _, block, _ in self._family.modules(model):
                 block.forward = torch.compile(block.forward)  # and not the block: the hooks stay outside the graph
-        self._exchange("transformer", model)
-        refuse_hooks(model)
-        if not self._tested:
-            self._test(prompt, shape)
-            self._tested = True
 
     def _test(self, prompt: str, shape: torch.Size) -> None:
         """Check on three images of a prompt that the row of the table fits the model."""
@@ -544,7 +557,7 @@ class Backbone:
             selftest.check_slices(self._transformer, self._family, call, grid=self._grid(shape))
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
-                raise self._too_large(shape) from error
+                raise self._too_large(shape, len(images)) from error
             found = f"what {self._family.pipeline} prepares for it ({in_short(error)})"
             msg = f"{self._folder}: the transformer does not run on {found}"
             raise BackboneError(msg) from error
@@ -572,24 +585,31 @@ class Backbone:
         if dtype == self.dtype:
             yield
             return
-        stored = {name: tensor.dtype for name, tensor in before.state_dict().items()}
         exact = dtype == torch.float32  # no weight is rounded, so the model itself can go there and back
-        with quiet():
-            model = (before if exact else copy.deepcopy(before)).to(dtype)
-        self._exchange("transformer", model)
-        self._cast = dtype
+        weights = [(parameter, parameter.dtype) for parameter in before.parameters()]
+        buffers = [(module, *named) for module in before.modules() for named in module.named_buffers(recurse=False)]
         try:
+            with quiet():
+                model = (before if exact else copy.deepcopy(before)).to(dtype)
+            self._exchange("transformer", model)
+            self._cast = dtype
             yield
         finally:
             self._cast = None
             self._exchange("transformer", before)
-            for name, tensor in before.state_dict(keep_vars=True).items() if exact else ():
-                tensor.data = tensor.data.to(stored[name])
+            if exact:
+                for parameter, stored in weights:
+                    parameter.data = parameter.data.to(stored)
+                for module, name, buffer in buffers:
+                    setattr(module, name, buffer)
             _empty_cache(self.device)
 
     def _release_image_stage(self) -> None:
-        self._exchange("transformer", self._without_weights["transformer"])
         self._base.release_vae()
+        self._release_transformer()
+
+    def _release_transformer(self) -> None:
+        self._exchange("transformer", self._without_weights["transformer"])
         _empty_cache(self.device)
 
     def _exchange(self, name: str, model: torch.nn.Module) -> None:
@@ -635,6 +655,7 @@ class Backbone:
                 continue
             joined = [row for rows, _ in batch for row in rows]
             shape = latents[joined[0]].shape
+            pooled = None
             try:
                 pooled = pooled_layers(
                     self._transformer,
@@ -646,18 +667,22 @@ class Backbone:
             except torch.OutOfMemoryError as error:
                 if len(joined) == 1:
                     raise self._too_large(shape) from error
+            if pooled is None:  # not in the handler: the exception holds what the pass had on the device
                 batch_size = len(joined) // 2
                 logger.warning("out of memory with %d images a forward pass; going on with %d", len(joined), batch_size)
-                todo.extendleft(rows for rows, _ in reversed(batch))
+                again = [*batch, *chain.from_iterable(waiting.values())]  # what waits may be too large as well
+                todo.extendleft(rows for rows, _ in reversed(again))
+                waiting.clear()
                 _empty_cache(self.device)
                 continue
             yield joined, pooled
 
-    def _too_large(self, shape: torch.Size) -> BackboneError:
+    def _too_large(self, shape: torch.Size, n_images: int = 1) -> DeviceMemoryError:
         factor = pixels_per_latent(self._conditioner.pipe, self._family)
-        return BackboneError(
-            f"{self.name}: out of memory on {self.device} with one image of {shape[2] * factor} x {shape[1] * factor} "
-            "pixels; try --offload group, --dtype bfloat16 or a smaller --resolution"
+        with_what = f"{n_images} images (the self-test's)" if n_images > 1 else "one image"
+        return DeviceMemoryError(
+            f"{self.name}: out of memory on {self.device} with {with_what} of {shape[2] * factor} x "
+            f"{shape[1] * factor} pixels; try --offload group, --dtype bfloat16 or a smaller --resolution"
         )
 
     # --- embeddings
@@ -675,6 +700,13 @@ class Backbone:
         )
 
     @property
+    def _pipeline_settings(self) -> dict[str, str]:
+        """What the row gives the pipeline's call, and ``model_index.json`` its constructor, besides components."""
+        pipe = self._conditioner.pipe
+        own = {name: value for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
+        return {name: repr(value) for name, value in sorted({**own, **self._family.call}.items())}
+
+    @property
     def _text_settings(self) -> dict[str, Any]:
         """What prompt embeddings depend on besides the prompt."""
         weights = {name: value for name, value in self._base.weights.items() if name != "vae"}
@@ -682,7 +714,7 @@ class Backbone:
         config = self._without_weights["transformer"].config
         return {
             "pipeline": self._family.pipeline,
-            "arguments": {name: repr(value) for name, value in self._family.call.items()},
+            "arguments": self._pipeline_settings,
             "max_tokens": self._conditioner.max_tokens,
             "transformer": {name: config[name] for name in self._family.text_settings},
             "weights": weights,

@@ -3,15 +3,17 @@
 Shapes: b images, (c, h, w) a latent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakMethod
 
 import torch
 
 from probekit.backbones import latents as latent_rules
 from probekit.backbones.cache import Cache, content_key
 from probekit.backbones.decode_ahead import PixelStream
+from probekit.backbones.devices import enough_memory
 from probekit.backbones.families import Component, Family
 from probekit.backbones.hub import Source
 from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES, Resize
@@ -66,6 +68,7 @@ class Base:
     weights: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     _vae: Component = None
+    _leave: WeakMethod[Callable[[], None]] | None = None
 
     def hash_parts(self, models: Sequence[str], parts: Sequence[str]) -> None:
         """Hash the weights and configs of the models, and the files of the other parts, from disk."""
@@ -77,6 +80,13 @@ class Base:
     def load(self, name: str, like: Component) -> Component:
         """Load a model on the device; `like` is the same without weights."""
         return load_model(self.source, name, like, self.dtype).to(self.device)
+
+    def occupy(self, leave: Callable[[], None]) -> None:
+        """Have the models of one backbone in memory: that of the call before is told to leave; `leave` is a method."""
+        before = None if self._leave is None else self._leave()
+        if before is not None and before != leave:
+            before()
+        self._leave = WeakMethod(leave)
 
     def release_vae(self) -> None:
         """Free the VAE until images are encoded again."""
@@ -143,10 +153,13 @@ class Base:
                 yield found
 
     def _encode(self, batch: list[tuple[str, torch.Tensor]], family: Family, like: Component) -> None:
-        if self._vae is None:
-            self._vae = self.load("vae", like)
         pixels = torch.stack([pixels for _, pixels in batch])
-        size = latent_rules.encode_batch(*pixels.shape[2:])
-        latents = latent_rules.encode(self._vae, family.latents, pixels, size)
+        height, width = pixels.shape[2:]
+        size = latent_rules.encode_batch(height, width)
+        what = f"the VAE and images of {width} x {height} pixels"
+        with enough_memory(what, self.device, "--dtype bfloat16, a smaller --resolution, --device cpu"):
+            if self._vae is None:
+                self._vae = self.load("vae", like)
+            latents = latent_rules.encode(self._vae, family.latents, pixels, size)
         for (key, _), latent in zip(batch, latents, strict=True):
             self.cache.put("latents", key, {"latents": latent.contiguous()})

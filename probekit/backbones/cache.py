@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ class Cache:
             msg = f"{path}: cannot write to the cache ({error.strerror}); choose another --cache or make space"
             raise BackboneError(msg) from error
 
-    def forget(self, kind: str) -> None:
-        """Drop the items of a kind from memory; files stay."""
-        self._items = {name: item for name, item in self._items.items() if name[0] != kind}
+    def forget(self, kind: str, but: Collection[str] = ()) -> None:
+        """Drop the items of a kind from memory, except those of some keys; files stay."""
+        self._items = {name: item for name, item in self._items.items() if name[0] != kind or name[1] in but}
 
     def bytes_held(self, kind: str) -> int:
         """Return the bytes of the items of a kind in memory."""

@@ -118,14 +118,15 @@ _ROWS = (
         widths=_sd3_widths,
         tested=True,
     ),
-    # --- rows: flux kind
-    Family(  # [dev] embeds the guidance scale, which is 1 here as everywhere
+    # Flux and what grew out of it
+    Family(
         transformer="FluxTransformer2DModel",
         pipeline="FluxPipeline",
         blocks=_FLUX_BLOCKS,
         output=Output("proj_out"),
         patch=2,
         pack=_patches_of_4,
+        call={},  # its guidance is an input that [dev] embeds, not a second pass: the pipeline's default
         tested=True,
     ),
     *(
@@ -136,9 +137,11 @@ _ROWS = (
             output=Output("proj_out"),
             latents="patchify-bn",
             patch=1,
+            call=call,
             tested=True,
         )
-        for pipeline in ("Flux2Pipeline", "Flux2KleinPipeline")
+        # the guidance of the first is an input that it embeds: the pipeline's default
+        for pipeline, call in (("Flux2Pipeline", {}), ("Flux2KleinPipeline", {"guidance_scale": 1.0}))
     ),
     Family(
         transformer="ChromaTransformer2DModel",
@@ -202,7 +205,7 @@ _ROWS = (
         pack=_patches_of_4,
         tested=True,
     ),
-    # --- rows: qwen kind
+    # with a language model for a text encoder
     Family(
         transformer="QwenImageTransformer2DModel",
         pipeline="QwenImagePipeline",
@@ -285,7 +288,7 @@ _ROWS = (
         unused=UNUSED | {"pe", "pe_tokenizer"},
         tested=True,
     ),
-    # --- rows: pixart kind
+    # PixArt, and others with text beside the image or in cross-attention
     *_PIXART,
     Family(
         transformer="SanaTransformer2DModel",
@@ -342,7 +345,7 @@ _ROWS = (
         call=_SIZE_AS_ASKED,
         tested=True,
     ),
-    # --- rows: others
+    # pipelines that choose sizes or guidance in ways of their own
     Family(  # asks a guider, not an argument, for guidance; the first call of the transformer is that of the prompt
         transformer="HunyuanImageTransformer2DModel",
         pipeline="HunyuanImagePipeline",

@@ -8,6 +8,7 @@ Shapes: t image tokens of an image, s all tokens that enter a block, d channels.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,7 +95,13 @@ def count(family: Family, pipe: Component, side: int, encoders: list[Component])
 def _counted(what: str, run: Callable[[], Any]) -> tuple[Any, int | None]:
     """Return what `run` returns and its operations; (None, None) where it needs values that there are not."""
     try:
-        with quiet(), torch.inference_mode(), FlopCounterMode(display=False) as counter, _Mixed():  # type: ignore[no-untyped-call]
+        with (
+            warnings.catch_warnings(action="ignore"),
+            quiet(),
+            torch.inference_mode(),
+            FlopCounterMode(display=False) as counter,
+            _Mixed(),
+        ):  # type: ignore[no-untyped-call]
             return run(), counter.get_total_flops()
     except Exception as error:  # noqa: BLE001 - any operation of any model may need values
         logger.info("operations of the %s cannot be counted without weights: %s", what, in_short(error))

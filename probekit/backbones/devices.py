@@ -1,12 +1,14 @@
 """Where and in which dtype a backbone computes."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from probekit.errors import BackboneError
+from probekit.errors import BackboneError, DeviceMemoryError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +49,16 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, weights
     if stored not in (None, "F32"):
         logger.info("%s is stored as %s and computes in float32 on the CPU", weights, stored)
     return torch.float32
+
+
+@contextmanager
+def enough_memory(what: str, device: torch.device, remedies: str) -> Iterator[None]:
+    """Say in one line that `what` does not fit on the device, and what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        msg = f"out of memory on {device} with {what}; try {remedies}"
+        raise DeviceMemoryError(msg) from error
 
 
 def _stored_dtype(folder: Path) -> str | None:

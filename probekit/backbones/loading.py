@@ -6,10 +6,11 @@ number: no remote code, no pickle (safetensors only), no class outside diffusers
 """
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,37 +135,61 @@ class Adapter:
         Raises
         ------
         BackboneError
-            If there is none, or several.
+            If there is none, or several, or if peft is not installed.
         """
+        if importlib.util.find_spec("peft") is None:
+            msg = f"{path}: LoRA adapters need peft, which is not installed; pip install 'dit-probekit[lora]'"
+            raise BackboneError(msg)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if len(files) != 1 or not files[0].is_file():
             msg = f"{path}: {len(files) if path.is_dir() else 'no'} LoRA adapter here; allowed: one *.safetensors file"
             raise BackboneError(msg)
         return cls(files[0], hashlib.sha256(files[0].read_bytes()).hexdigest())
 
-    def fuse(self, pipe: Component, transformer: Component) -> None:
-        """Add the adapter to the weights of a transformer, as the pipeline would.
+    def check(self, pipe: Component) -> None:
+        """Refuse an adapter of another model or of more than the transformer; `pipe` needs no weights.
 
         Raises
         ------
         BackboneError
-            If the pipeline or the transformer cannot take it, or if it changes more than the transformer.
+            It says which weights do not belong to the transformer.
         """
         if not hasattr(pipe, "load_lora_into_transformer"):
             msg = f"{self.path}: {type(pipe).__name__} takes no LoRA adapters"
             raise BackboneError(msg)
+        with self._explained():
+            state = pipe.lora_state_dict(self.path.parent, weight_name=self.path.name, use_safetensors=True)
+        if not state or not all("lora" in key or "lokr" in key for key in state):
+            msg = f"{self.path}: is not a LoRA adapter in a format that diffusers reads for {type(pipe).__name__}"
+            raise BackboneError(msg)
+        others = sorted({key.split(".")[0] for key in state} - {"transformer"})
+        if others:
+            msg = f"{self.path}: the adapter changes {', '.join(others)}; allowed: transformer only"
+            raise BackboneError(msg)
+        changed = {re.split(r"\.(?:lora|lokr)", key.removeprefix("transformer."))[0] for key in state}
+        if strange := sorted(changed - {name for name, _ in pipe.transformer.named_modules()}):
+            msg = f"{self.path}: {len(strange)} of the layers it changes are not in the transformer, such as {strange[0]}"
+            raise BackboneError(msg)
+
+    def fuse(self, pipe: Component) -> None:
+        """Add the adapter to the weights of the pipeline's transformer.
+
+        Raises
+        ------
+        BackboneError
+            If the transformer cannot take it.
+        """
+        with self._explained():
+            pipe.load_lora_weights(self.path.parent, weight_name=self.path.name, use_safetensors=True)
+            pipe.transformer.fuse_lora()
+            pipe.transformer.unload_lora()
+        pipe.transformer.eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
             with quiet():
-                state = pipe.lora_state_dict(self.path.parent, weight_name=self.path.name, use_safetensors=True)
-                others = sorted({key.split(".")[0] for key in state} - {"transformer"})
-                if others:
-                    msg = f"{self.path}: the adapter changes {', '.join(others)}; allowed: transformer only"
-                    raise BackboneError(msg)
-                pipe.load_lora_into_transformer(state, transformer=transformer)
-                transformer.fuse_lora()
-                transformer.unload_lora()
-        except BackboneError:
-            raise
+                yield
         except Exception as error:  # whatever diffusers and peft choose
             msg = f"{self.path}: cannot load the LoRA adapter ({in_short(error)})"
             raise BackboneError(msg) from error

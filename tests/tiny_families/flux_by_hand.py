@@ -29,7 +29,7 @@ def flux(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma: float) 
     pooled = parts["text_encoder"](words).pooler_output
     words = second(prompt, padding="max_length", max_length=512, truncation=True, return_tensors="pt").input_ids
     text = parts["text_encoder_2"](words)[0]
-    k, guidance = len(noisy), 1.0
+    k, guidance = len(noisy), 3.5  # the pipeline's default
     time = torch.full((k,), 1000 * sigma)
     temb = model.time_text_embed(time, torch.full((k,), 1000 * guidance), pooled.expand(k, -1))
     ids = torch.cat([torch.zeros(text.shape[1], 3), _grid(noisy, plane=0)])
@@ -102,7 +102,7 @@ def longcat_image(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma
 def flux2(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma: float) -> list[torch.Tensor]:
     message = f"<|im_start|>system\n{FLUX2_SYSTEM}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
     text = _three_layers(parts, message, (10, 20, 30))
-    return _flux2_layers(parts["transformer"], noisy, text, sigma, guidance=torch.full((len(noisy),), 1000.0))
+    return _flux2_layers(parts["transformer"], noisy, text, sigma, guidance=torch.full((len(noisy),), 4000.0))
 
 
 def flux2_klein(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma: float) -> list[torch.Tensor]:

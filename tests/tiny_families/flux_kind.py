@@ -297,7 +297,6 @@ PIPELINES = {
         "Bria",
         bria,
         by_hand.bria,
-        tolerance=3e-6,
         note="most text tokens are one and the same padding, so rounding does not average out of their mean",
     ),
     "bria_fibo": _builder("BriaFibo", bria_fibo, by_hand.bria_fibo, size=(48, 64)),

@@ -255,7 +255,6 @@ PIPELINES = {
         aura_flow,
         by_hand=by_hand.aura_flow,
         size=(16, 24),
-        tolerance=3e-6,
         note="most text tokens are zeros before the first block",
     ),
     "cogview4": Builder(

@@ -49,7 +49,6 @@ PIPELINES = {
         **_KEY,
         build=sd3,
         size=(16, 24),
-        tolerance=5e-6,
         note="256 equal tokens stand for the missing T5, and the image attends to their equal rounding errors",
     ),
     "sd3_t5": Builder(**_KEY, build=sd3_with_t5, size=(16, 24), note="tokens of CLIP, then those of T5"),

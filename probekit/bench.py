@@ -1,0 +1,402 @@
+"""How long a dump takes beside the bare transformer, and where its time goes.
+
+In every round the same rows are run three times, in alternating order: through the bare transformer, through a dump of
+all layers, and through a dump that leaves the transformer at half depth. Ratios are taken within a round, so a machine
+that is slower for a while slows all three.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import probekit.backbones.backbone as passes
+import probekit.dump as dumping
+from probekit._types import Progress
+from probekit.backbones import Backbone
+from probekit.backbones import latents as latent_rules
+from probekit.backbones.batching import Layout
+from probekit.backbones.capture import POOLINGS
+from probekit.backbones.conditioning import Conditioner
+from probekit.backbones.decode_ahead import PixelStream
+from probekit.config import DumpConfig
+from probekit.errors import ConfigError
+from probekit.preferences import PreferenceSet, load_preferences
+from probekit.store import StoreWriter
+
+PARTS = {
+    "read": "hash, decode and resize the images, or wait for the processes that do",
+    "vae": "latents of the images",
+    "text": "embeddings of the prompts",
+    "noise": "draw the noise",
+    "inputs": "have the pipeline prepare the transformer's inputs, and join them",
+    "dit": "the transformer, with hooks on its blocks",
+    "pool": "pool the tokens",
+    "write": "the store",
+    "other": "everything else",
+}
+GIVEN = ("read", "vae", "text", "noise")
+"""Parts that the bare loop has not, because it is given latents, embeddings and noise."""
+BUSY = ("vae", "text", "dit", "pool")
+"""Parts in which the device computes; in all others it waits."""
+_SIGMA = "0"  # the one noise level for which a dump does not measure rounding, which it does once and not for each row
+_OF_THE_BACKBONE = {"transformer", "dtype", "device", "random_weights", "max_tokens", "resolution", "compile"}
+_PRODUCT = {"cuda": 8192, "mps": 4096}  # side of the matrices that are multiplied; of the CPU 1024
+
+
+@dataclass(frozen=True)
+class DumpBench:
+    """What `bench_dump` measured.
+
+    Attributes
+    ----------
+    backbone
+        Facts of the backbone, see `Backbone.describe`.
+    images, batch_size, threads
+        What ran: images, of a forward pass at most, and threads of the CPU.
+    bare, dump, half
+        Seconds of each round: the bare loop, the dump without `GIVEN`, and the same at half depth.
+    parts
+        Seconds of each of `PARTS`: medians over the rounds.
+    flop
+        Operations of one image in the transformer, 2 for each multiply-add.
+    product_rate
+        Operations per second of a large matrix product in the same dtype.
+    """
+
+    backbone: dict[str, Any]
+    images: int
+    batch_size: int
+    threads: int
+    bare: list[float]
+    dump: list[float]
+    half: list[float]
+    parts: dict[str, float]
+    flop: int
+    product_rate: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return all figures as plain JSON values; ratios as median, smallest and largest of the rounds."""
+        total = sum(self.parts.values())
+        rate = self.flop * self.images / (self.parts["dit"] + self.parts["pool"])
+        return {
+            "backbone": self.backbone,
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "rounds": len(self.bare),
+            "dump_over_bare": _spread(self.dump, self.bare),
+            "half_over_bare": _spread(self.half, self.bare),
+            "seconds": {"bare": self.bare, "dump": self.dump, "half": self.half},
+            "images_per_second": {"bare": self.images / float(np.median(self.bare)), "dump": self.images / total},
+            "parts": {
+                name: {"seconds": seconds, "share": seconds / total, "what": PARTS[name]}
+                for name, seconds in self.parts.items()
+            },
+            "idle_share": 1 - sum(self.parts[name] for name in BUSY) / total,
+            "tflop_per_image": self.flop / 1e12,
+            "tflop_per_second": rate / 1e12,
+            "matrix_product_tflop_per_second": self.product_rate / 1e12,
+            "share_of_matrix_product": rate / self.product_rate,
+        }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the figures as (heading, text)."""
+        facts = self.facts()
+        about, speed = self.backbone, facts["images_per_second"]
+        ratios = {name: "{:.3f} ({:.3f} to {:.3f})".format(*facts[f"{name}_over_bare"]) for name in ("dump", "half")}
+        on = f"{about['device']}, {self.threads} threads" if about["device"] == "cpu" else about["device"]
+        return [
+            (
+                "backbone",
+                f"{about['name']}: {about['n_blocks']} blocks of width {about['width']}, {about['dtype']}, {on}",
+            ),
+            (
+                "rows",
+                f"{self.images} images of {about['resolution']} px, two to a prompt, {self.batch_size} a forward pass",
+            ),
+            ("dump / bare", f"{ratios['dump']}: median, smallest and largest of {len(self.bare)} rounds"),
+            ("half depth / bare", ratios["half"]),
+            ("images/s", f"bare {speed['bare']:.4g}, whole dump {speed['dump']:.4g}"),
+            *(
+                (f"  {name}", f"{part['seconds']:8.3f} s {part['share']:6.1%}   {part['what']}")
+                for name, part in facts["parts"].items()
+            ),
+            ("idle", f"{facts['idle_share']:.1%} of the dump is outside {', '.join(BUSY)}: the device waits"),
+            (
+                "transformer",
+                f"{facts['tflop_per_second']:.4g} TFLOP/s, {facts['share_of_matrix_product']:.1%} of the "
+                f"{facts['matrix_product_tflop_per_second']:.4g} of a large matrix product",
+            ),
+        ]
+
+
+def bench_dump(
+    options: dict[str, Any], *, images: int = 512, rounds: int = 5, progress: Progress | None = None
+) -> DumpBench:
+    """Time dumps of synthetic images against the bare transformer.
+
+    Parameters
+    ----------
+    options
+        Fields of `DumpConfig` besides ``prefs`` and ``out``.
+    images
+        Number of images; even, since there are two to a prompt.
+    rounds
+        How often everything is run.
+    progress
+        Called as ``progress(done, total, text)`` with rounds.
+
+    Raises
+    ------
+    ProbekitError
+        Whatever is wrong with options or models, as one line; no file is left behind.
+    """
+    if images < 2 or images % 2:
+        msg = f"images is {images}; allowed: even numbers from 2, since there are two to a prompt"
+        raise ConfigError(msg)
+    if rounds < 1:
+        msg = f"rounds is {rounds}; allowed: whole numbers from 1"
+        raise ConfigError(msg)
+    with tempfile.TemporaryDirectory(prefix="probekit-bench-") as folder:
+        places = {"prefs": Path(folder) / "prefs.jsonl", "out": Path(folder) / "store"}
+        settings = DumpConfig.checked(options | places, source="options")
+        backbone = Backbone.from_pretrained(settings.backbone, **settings.model_dump(include=_OF_THE_BACKBONE))
+        _write_images(settings.prefs, images, backbone.size.resolution)
+        return _Bench(settings, backbone).run(rounds, progress)
+
+
+class _Bench:
+    """A backbone with its models loaded and the rows it is timed on."""
+
+    def __init__(self, settings: DumpConfig, backbone: Backbone) -> None:
+        self.settings = settings
+        self.backbone = backbone
+        self.prefs = load_preferences(settings.prefs)
+        rows = self.prefs.rows(self.prefs.image_digests())
+        self.prompts = rows["prompt"].tolist()
+        self.clock = _Clock(backbone.device)
+        # the text stage: a first prompt warms the encoders up, and loading them is not timed
+        backbone.embed(["warm-up"])
+        with self._timed():
+            self.clock.start()
+            backbone.embed(self.prompts)
+            self.text_seconds = self.clock.stop()["text"]
+        self.latents = next(backbone.latents([list(zip(map(Path, rows["path"]), rows["image_sha256"], strict=True))]))
+        self.eps = [
+            latent_rules.noise(0, prompt, 0, tuple(x.shape))
+            for prompt, x in zip(self.prompts, self.latents, strict=True)
+        ]
+
+        few = slice(0, settings.batch_size)
+        # loads and tests the transformer
+        last = [("mean", backbone.n_blocks)]
+        backbone.features(
+            self.latents[few], self.prompts[few], sigma=_SIGMA, eps=self.eps[few], wanted=last, batch_size=few.stop
+        )
+        with FlopCounterMode(display=False) as counter:  # type: ignore[no-untyped-call]
+            self._bare(few)
+        self.flop = counter.get_total_flops() // len(self.latents[few])
+
+    def run(self, rounds: int, progress: Progress | None) -> DumpBench:
+        runs = {
+            "bare": self._bare,
+            "dump": partial(self._dump, "all"),
+            "half": partial(self._dump, list(range(self.backbone.n_blocks // 2 + 1))),
+        }
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        for number in range(rounds):
+            for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
+                found[name].append(runs[name]())
+            if progress is not None:
+                progress(number + 1, rounds, "")
+        seconds = {
+            name: [sum(value for part, value in parts.items() if part not in GIVEN) for parts in timed]
+            for name, timed in found.items()
+        }
+        return DumpBench(
+            backbone=self.backbone.describe(),
+            images=len(self.latents),
+            batch_size=self.settings.batch_size,
+            threads=torch.get_num_threads(),
+            **seconds,
+            parts={part: float(np.median([parts[part] for parts in found["dump"]])) for part in PARTS}
+            | {"text": self.text_seconds},
+            flop=self.flop,
+            product_rate=_product_rate(self.backbone.dtype, self.backbone.device),
+        )
+
+    def _bare(self, rows: slice = slice(None)) -> dict[str, float]:
+        """Run the transformer on what the pipeline prepares, in the batches of a dump."""
+
+        @torch.inference_mode()
+        def forward(transformer: torch.nn.Module, _: object, call: dict[str, Any], **__: object) -> dict[Any, Any]:
+            transformer(**call)
+            return {}
+
+        with _replaced(passes, "pooled_layers", forward):
+            self.clock.start()
+            for _ in self.backbone._passes(
+                self.latents[rows], self.prompts[rows], _SIGMA, self.eps[rows], [], self.settings.batch_size
+            ):
+                pass
+            return self.clock.stop()
+
+    def _dump(self, layers: Any) -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir=self.settings.prefs.parent) as out, self._timed():
+            self.clock.start()
+            dumping.dump_features(
+                self.backbone,
+                self.prefs,
+                Path(out) / "store",
+                sigmas=[_SIGMA],
+                layers=layers,
+                batch_size=self.settings.batch_size,
+                decode_workers=self.settings.decode_workers,
+            )
+            return self.clock.stop()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Time what a dump calls."""
+        calls: list[tuple[Any, str, str]] = [
+            (PreferenceSet, "image_digests", "read"),
+            (PixelStream, "__next__", "read"),
+            (dumping, "_size", "read"),
+            (latent_rules, "encode", "vae"),
+            (Conditioner, "encode", "text"),
+            (dumping, "_noise", "noise"),
+            (Backbone, "_prepare", "inputs"),
+            (Layout, "join", "inputs"),
+            (passes, "pooled_layers", "dit"),
+            (dumping, "open_store", "write"),
+            (StoreWriter, "write_judgements", "write"),
+            (StoreWriter, "plan", "write"),
+            (StoreWriter, "write_shard", "write"),
+        ]
+        pool = POOLINGS["mean"]
+        with ExitStack() as stack:
+            for owner, name, part in calls:
+                stack.enter_context(_replaced(owner, name, self.clock.timed(getattr(owner, name), part)))
+            POOLINGS["mean"] = replace(pool, pool=self.clock.timed_on_device(pool.pool, "dit", "pool"))
+            stack.callback(POOLINGS.__setitem__, "mean", pool)
+            yield
+
+
+class _Clock:
+    """Seconds of each part; a part that runs inside another is not counted to the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._events: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.start()
+
+    def start(self) -> None:
+        self._synchronise()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._events = []
+        self._inside = ["other"]
+        self._since = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        self._synchronise()
+        self._turn()
+        for outer, part, begin, end in self._events:
+            seconds = begin.elapsed_time(end) / 1000
+            self._seconds[outer] -= seconds
+            self._seconds[part] += seconds
+        return self._seconds
+
+    def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._inside.append(part)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if part in BUSY:
+                    self._synchronise()
+                self._turn()
+                self._inside.pop()
+
+        return timed
+
+    def timed_on_device(self, call: Callable[..., Any], outer: str, part: str) -> Callable[..., Any]:
+        """Time a call inside `outer` for which the device must not be waited for."""
+        if self._cuda is None:
+            return self.timed(call, part)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = call(*args, **kwargs)
+            end.record()
+            self._events.append((outer, part, begin, end))
+            return result
+
+        return timed
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        self._seconds[self._inside[-1]] += now - self._since
+        self._since = now
+
+    def _synchronise(self) -> None:
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    plain = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
+
+
+def _write_images(prefs: Path, images: int, side: int) -> None:
+    """Write a preference file of pairs, and smooth random JPEG pictures of 3 : 2 as high as the backbone's images."""
+    generator = np.random.default_rng(0)
+    for number in range(images):
+        small = generator.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((side * 3 // 2, side), Image.Resampling.BICUBIC)
+        picture.save(prefs.parent / f"{number}.jpg", quality=90)
+    lines = [
+        {
+            "prompt": f"photo {pair}",
+            "image_a": f"{2 * pair}.jpg",
+            "image_b": f"{2 * pair + 1}.jpg",
+            "label": 1,
+        }
+        for pair in range(images // 2)
+    ]
+    prefs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the operations per second of a large matrix product: the best of several, so as to be a bound."""
+    n = _PRODUCT.get(device.type, 1024)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    clock, best = _Clock(device), np.inf
+    for _ in range(10):
+        clock.start()
+        a @ b
+        best = min(best, clock.stop()["other"])
+    return 2 * n**3 / best
+
+
+def _spread(seconds: list[float], bare: list[float]) -> list[float]:
+    ratios = np.array(seconds) / np.array(bare)
+    return [float(np.median(ratios)), float(ratios.min()), float(ratios.max())]
