@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,27 +20,26 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import probekit.backbones.backbone as passes
 import probekit.dump as dumping
 from probekit._types import Progress
-from probekit.backbones import Backbone
+from probekit.backbones import Backbone, passes
 from probekit.backbones import latents as latent_rules
 from probekit.backbones.batching import Layout
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
-from probekit.backbones.decode_ahead import PixelStream
+from probekit.backbones.loading import quiet
 from probekit.config import DumpConfig
 from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet, load_preferences
 from probekit.store import StoreWriter
 
 PARTS = {
-    "read": "hash, decode and resize the images, or wait for the processes that do",
-    "vae": "latents of the images",
+    "read": "hash, decode, resize the images",
+    "vae": "latents",
     "text": "embeddings of the prompts",
     "noise": "draw the noise",
-    "inputs": "have the pipeline prepare the transformer's inputs, and join them",
-    "dit": "the transformer, with hooks on its blocks",
+    "inputs": "the pipeline prepares, batches",
+    "dit": "the transformer, with hooks",
     "pool": "pool the tokens",
     "write": "the store",
     "other": "everything else",
@@ -66,8 +65,8 @@ class DumpBench:
         What ran: images, of a forward pass at most, and threads of the CPU.
     bare, dump, half
         Seconds of each round: the bare loop, the dump without `GIVEN`, and the same at half depth.
-    parts
-        Seconds of each of `PARTS`: medians over the rounds.
+    parts, bare_parts
+        Seconds of each of `PARTS` in the dump and in the bare loop: medians over the rounds.
     flop
         Operations of one image in the transformer, 2 for each multiply-add.
     product_rate
@@ -82,6 +81,7 @@ class DumpBench:
     dump: list[float]
     half: list[float]
     parts: dict[str, float]
+    bare_parts: dict[str, float]
     flop: int
     product_rate: float
 
@@ -100,7 +100,7 @@ class DumpBench:
             "seconds": {"bare": self.bare, "dump": self.dump, "half": self.half},
             "images_per_second": {"bare": self.images / float(np.median(self.bare)), "dump": self.images / total},
             "parts": {
-                name: {"seconds": seconds, "share": seconds / total, "what": PARTS[name]}
+                name: {"seconds": seconds, "share": seconds / total, "bare_seconds": self.bare_parts[name]}
                 for name, seconds in self.parts.items()
             },
             "idle_share": 1 - sum(self.parts[name] for name in BUSY) / total,
@@ -128,8 +128,12 @@ class DumpBench:
             ("dump / bare", f"{ratios['dump']}: median, smallest and largest of {len(self.bare)} rounds"),
             ("half depth / bare", ratios["half"]),
             ("images/s", f"bare {speed['bare']:.4g}, whole dump {speed['dump']:.4g}"),
+            ("parts", "    dump and share       bare"),
             *(
-                (f"  {name}", f"{part['seconds']:8.3f} s {part['share']:6.1%}   {part['what']}")
+                (
+                    f"  {name}",
+                    f"{part['seconds']:8.3f} s {part['share']:6.1%} {part['bare_seconds']:8.3f} s   {PARTS[name]}",
+                )
                 for name, part in facts["parts"].items()
             ),
             ("idle", f"{facts['idle_share']:.1%} of the dump is outside {', '.join(BUSY)}: the device waits"),
@@ -224,14 +228,19 @@ class _Bench:
             name: [sum(value for part, value in parts.items() if part not in GIVEN) for parts in timed]
             for name, timed in found.items()
         }
+        medians = {
+            name: {part: float(np.median([parts[part] for parts in timed])) for part in PARTS}
+            for name, timed in found.items()
+        }
+        medians["dump"]["text"] += self.text_seconds
         return DumpBench(
             backbone=self.backbone.describe(),
             images=len(self.latents),
             batch_size=self.settings.batch_size,
             threads=torch.get_num_threads(),
             **seconds,
-            parts={part: float(np.median([parts[part] for parts in found["dump"]])) for part in PARTS}
-            | {"text": self.text_seconds},
+            parts=medians["dump"],
+            bare_parts=medians["bare"],
             flop=self.flop,
             product_rate=_product_rate(self.backbone.dtype, self.backbone.device),
         )
@@ -244,9 +253,9 @@ class _Bench:
             transformer(**call)
             return {}
 
-        with _replaced(passes, "pooled_layers", forward):
+        with _replaced(passes, "pooled_layers", forward), self._timed(), quiet():
             self.clock.start()
-            for _ in self.backbone._passes(
+            for _ in self.backbone._passes.run(
                 self.latents[rows], self.prompts[rows], _SIGMA, self.eps[rows], [], self.settings.batch_size
             ):
                 pass
@@ -271,15 +280,16 @@ class _Bench:
         """Time what a dump calls."""
         calls: list[tuple[Any, str, str]] = [
             (PreferenceSet, "image_digests", "read"),
-            (PixelStream, "__next__", "read"),
             (dumping, "_size", "read"),
             (latent_rules, "encode", "vae"),
+            (dumping, "_warn", "text"),  # it counts the tokens of the prompts
             (Conditioner, "encode", "text"),
             (dumping, "_noise", "noise"),
-            (Backbone, "_prepare", "inputs"),
+            (passes.Passes, "prepare", "inputs"),
             (Layout, "join", "inputs"),
             (passes, "pooled_layers", "dit"),
             (dumping, "open_store", "write"),
+            (PreferenceSet, "judgements", "write"),
             (StoreWriter, "write_judgements", "write"),
             (StoreWriter, "plan", "write"),
             (StoreWriter, "write_shard", "write"),
@@ -288,6 +298,7 @@ class _Bench:
         with ExitStack() as stack:
             for owner, name, part in calls:
                 stack.enter_context(_replaced(owner, name, self.clock.timed(getattr(owner, name), part)))
+            stack.enter_context(_replaced(Backbone, "latents", self.clock.timed_steps(Backbone.latents, "read")))
             POOLINGS["mean"] = replace(pool, pool=self.clock.timed_on_device(pool.pool, "dit", "pool"))
             stack.callback(POOLINGS.__setitem__, "mean", pool)
             yield
@@ -328,6 +339,15 @@ class _Clock:
                     self._synchronise()
                 self._turn()
                 self._inside.pop()
+
+        return timed
+
+    def timed_steps(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with closing(call(*args, **kwargs)) as steps:
+                advance = self.timed(partial(next, steps, None), part)
+                while (step := advance()) is not None:
+                    yield step
 
         return timed
 

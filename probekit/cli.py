@@ -33,6 +33,8 @@ playground = typer.Typer(
     no_args_is_help=True, help="The shipped family of small trained DiTs and its preference pairs."
 )
 app.add_typer(playground, name="playground")
+bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
+app.add_typer(bench, name="bench")
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -187,6 +189,40 @@ def inspect(
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    out_console.print(table)
+
+
+@bench.command("dump")
+def bench_dump(
+    *,
+    backbone: Annotated[str, typer.Option(help=_help("backbone"))],
+    transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
+    random_weights: Annotated[str | None, typer.Option(metavar="KIND:SEED", help=_help("random_weights"))] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help=_help("max_tokens"))] = None,
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help=_help("resolution"))] = None,
+    dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
+    device: Annotated[str | None, typer.Option(help=_help("device"))] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help=_help("compile"))] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help=_help("batch_size"))] = None,
+    decode_workers: Annotated[int | None, typer.Option(metavar="N", help=_help("decode_workers"))] = None,
+    images: Annotated[int, typer.Option(metavar="N", help="synthetic images, two to a prompt")] = 1024,
+    rounds: Annotated[int, typer.Option(metavar="K", help="how often everything is run, in alternating order")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Time a dump against the bare transformer on the same inputs, and say where the time goes; no file is left."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    options = {key: value for key, value in given.items() if key in DumpConfig.model_fields}
+
+    from probekit.bench import bench_dump
+
+    with _progress("rounds") as progress:
+        measured = bench_dump(options, images=images, rounds=rounds, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(measured.facts(), indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for heading, text in measured.lines():
+        table.add_row(heading, text)
     out_console.print(table)
 
 

@@ -62,7 +62,7 @@ def _latents(backbone: Backbone, paths: list[Path], digests: list[bytes]) -> tor
 def _loaded(backbone: Backbone) -> Any:
     """Return the transformer, which the first features bring into memory."""
     _features(backbone, ["tree"])
-    return backbone._transformer
+    return backbone._stages.transformer
 
 
 def _hash(model: Any) -> str:
@@ -89,7 +89,7 @@ def _features(backbone: Backbone, prompts: list[str], **changes: Any) -> dict[tu
 def test_timestep_is_exactly_a_thousand_sigma(backbone: Backbone, sigma: str) -> None:
     conditioner = backbone._conditioner
     latents = torch.randn(3, *SHAPE)
-    with backbone._text_encoders():
+    with backbone._stages.text_encoders():
         embeddings = conditioner.encode(["a red dog"], SHAPE)[0]
     kwargs = conditioner.prepare("a red dog", embeddings, latents, sigma)
     assert kwargs["timestep"].tolist() == [float(Decimal(sigma) * 1000)] * 3
@@ -103,7 +103,7 @@ def test_scheduler_settings_do_not_move_the_timestep(tmp_path: Path) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"use_dynamic_shifting": True}))
     backbone = Backbone.from_pretrained(folder)
-    with backbone._text_encoders():
+    with backbone._stages.text_encoders():
         embeddings = backbone._conditioner.encode(["tree"], SHAPE)[0]
     kwargs = backbone._conditioner.prepare("tree", embeddings, torch.zeros(1, *SHAPE), "0.005")
     assert kwargs["timestep"].tolist() == [5.0]
@@ -214,7 +214,7 @@ def test_untrained_weights_are_seeded(backbone: Backbone) -> None:
     assert controls[0].fingerprint_config()["random_weights"] == f"init:0, torch {torch.__version__.split('+')[0]}"
     trained, control = _loaded(backbone).state_dict(), _loaded(controls[0]).state_dict()
     assert torch.equal(trained["pos_embed.pos_embed"], control["pos_embed.pos_embed"])
-    assert not controls[0]._transformer.training
+    assert not controls[0]._stages.transformer.training
 
 
 def test_untrained_matrices_are_never_constant_zero(monkeypatch: Any, backbone: Backbone) -> None:
@@ -239,13 +239,14 @@ def test_shuffled_weights_keep_each_tensors_values(backbone: Backbone) -> None:
     )
     assert torch.equal(state, torch.get_rng_state())
     assert _hash(_loaded(one)) == _hash(_loaded(again)) != _hash(_loaded(other))
-    trained = dict(_loaded(backbone).named_parameters())
-    for name, parameter in one._transformer.named_parameters():
+    model = _loaded(backbone)  # one transformer is in memory at a time; this keeps it
+    trained, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    shuffled = _loaded(one)
+    for name, parameter in shuffled.named_parameters():
         assert torch.equal(parameter.flatten().sort().values, trained[name].flatten().sort().values)
         if parameter.numel() > 64:
             assert not torch.equal(parameter, trained[name])
-    buffers = dict(_loaded(backbone).named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in one._transformer.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in shuffled.named_buffers())
 
 
 @pytest.mark.parametrize("text", ["init", "init:", "init:-1", "init:x", "zero:0", "", "shuffled:1.5", "init:0:1"])

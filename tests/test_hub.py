@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, point_at, served
 from huggingface_hub import constants
+from tiny_models import tiny_pipeline
 
+from probekit.backbones import Backbone
 from probekit.backbones.hub import Source, locate
 from probekit.errors import BackboneError
 
@@ -200,6 +202,20 @@ def test_no_network(hub, monkeypatch, cache):
     point_at(monkeypatch, endpoint)
     assert f"is not in the cache {cache}, and {endpoint} cannot be reached; check the network, or" in refusal()
     assert found("v1").revision == OLD  # the cache will do
+
+
+def test_a_backbone_of_the_hub_names_its_commit(hub, monkeypatch, tmp_path):
+    folder = tiny_pipeline(tmp_path / "tiny")
+    hub.commits[OLD] = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    } | {"vae/diffusion_pytorch_model.bin": b"a pickle"}
+    online = Backbone.from_pretrained("owner/name", revision="v1")
+    assert (online.name, online.model_id, online.revision) == ("name", "owner/name", OLD)
+    assert not [name for name in hub.fetched if name.endswith(".bin")]
+    point_at(monkeypatch, constants.ENDPOINT, offline=True)
+    offline = Backbone.from_pretrained("owner/name", revision="v1")
+    assert offline.fingerprint_config() == online.fingerprint_config()
+    assert online.fingerprint_config()["revision"] == OLD
 
 
 @pytest.mark.parametrize("model_id", ["nowhere", "./a/b", "/a/b", "a/b/c", "a b/c", "owner/name.."])

@@ -116,7 +116,7 @@ def test_operations_are_those_of_the_running_pipeline(tiny, name):
     assert (counts.flop_text, counts.flop_image, counts.flop_vae) == operations_with_weights(name, folder)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart_sigma"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart_sigma", "prx", "lumina2"])
 def test_the_plan_is_of_what_will_be_loaded(tiny, name):
     folder = tiny(name)
     found, backbone = plan(str(folder), dtype="float32"), Backbone.from_pretrained(folder)

@@ -3,7 +3,7 @@
 Shapes: b images, (c, h, w) a latent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakMethod
@@ -16,31 +16,13 @@ from probekit.backbones.decode_ahead import PixelStream
 from probekit.backbones.devices import enough_memory
 from probekit.backbones.families import Component, Family
 from probekit.backbones.hub import Source
-from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES, Resize
+from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES
 from probekit.backbones.loading import config_hash, files_hash, load_model
+from probekit.backbones.sizes import ImageSize
 from probekit.backbones.weights import stored_hash
 
 ImageFile = tuple[Path, bytes]
 """An image file and the SHA-256 of its bytes."""
-
-
-@dataclass(frozen=True)
-class ImageSize:
-    """How images get their size.
-
-    Attributes
-    ----------
-    resolution
-        Side of the square in pixels; of other aspects, about the root of the number of pixels.
-    step
-        What both sides are multiples of: pixels on a side of a token.
-    resize
-        Name of a rule of `images.RESIZE_RULES`.
-    """
-
-    resolution: int
-    step: int
-    resize: Resize
 
 
 @dataclass
@@ -94,7 +76,7 @@ class Base:
 
     def latents(
         self, groups: Sequence[Sequence[ImageFile]], family: Family, like: Component, size: ImageSize, workers: int
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor]]:
         """Yield the latents of group after group of image files, decoding ahead in `workers` processes.
 
         Parameters

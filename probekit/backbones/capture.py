@@ -57,7 +57,7 @@ def _mean_std(tokens: torch.Tensor, _: Grid) -> torch.Tensor:
 
 
 def _grid4(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-    image = tokens.float().transpose(1, 2).unflatten(2, grid)  # (b, d, h, w)
+    image = tokens.float().transpose(1, 2).reshape(len(tokens), -1, *grid)  # (b, d, h, w)
     return torch.nn.functional.adaptive_avg_pool2d(image, 4).flatten(2).transpose(1, 2).flatten(1)
 
 
@@ -145,9 +145,20 @@ class Reader:
     def leaving(self, convention: BlockList, output: Any, stream: str) -> torch.Tensor:
         """Return a block's image or text tokens (b, t, d) as they leave it."""
         if stream == "text" and convention.text != "rest":
-            return batch_first(output[0 if convention.text == "first" else -1], convention)
-        tokens = image_entry(convention, output)
+            return batch_first(self.entry(convention, output, str(convention.text)), convention)
+        tokens = self.entry(convention, output, convention.returns)
         return self._cut(batch_first(tokens, convention), convention.tokens, stream)
+
+    def entry(self, convention: BlockList, output: Any, place: str) -> torch.Tensor:
+        """Return the entry of a block's return value: ``first``, ``last`` or, where it is one tensor, ``only``."""
+        entries = (output,) if isinstance(output, torch.Tensor) else output
+        alone = isinstance(output, torch.Tensor) == (place == "only")
+        entry = entries[-1 if place == "last" else 0] if alone else None
+        if not isinstance(entry, torch.Tensor):
+            found = ", ".join(str(tuple(e.shape)) if isinstance(e, torch.Tensor) else repr(e) for e in entries)
+            msg = f"{self._family.transformer}: a block of {convention.path} returns ({found}), no tensor {place}"
+            raise BackboneError(msg)
+        return entry
 
     def projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the image tokens (b, t, d) that enter the output projection."""
@@ -187,15 +198,7 @@ class Reader:
             )
         image = self.places(tensor.shape, tokens).to(tensor.device)
         wanted = image if stream == "image" else ~image
-        return tensor[wanted].unflatten(0, (len(tensor), -1))
-
-
-def image_entry(convention: BlockList, output: Any) -> torch.Tensor:
-    """Return the entry of a block's return value that holds the image tokens."""
-    if isinstance(output, torch.Tensor):
-        return output
-    found: torch.Tensor = output[0 if convention.returns in ("first", "only") else -1]
-    return found
+        return tensor[wanted].view(len(tensor), -1, tensor.shape[-1])
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -293,7 +296,7 @@ def hooked(
             if layer in layers:
                 hooks.callback(block.register_forward_hook(leaves(layer, convention)).remove)
         if output in layers:
-            module = transformer.get_submodule(family.output.path)
+            module = family.projection(transformer)
             hooks.callback(module.register_forward_pre_hook(projects, with_kwargs=True).remove)
         yield
 

@@ -66,6 +66,10 @@ class Conditioner:
         self._options = {} if limit is None else {"max_sequence_length": self.max_tokens}
         self._encode_prompt = pipe.encode_prompt
         self._encode_arguments = inspect.signature(self._encode_prompt)
+        self._forward_arguments = inspect.signature(pipe.transformer.forward)
+        if family.noise == "vp" and not hasattr(pipe.scheduler, "alphas_cumprod"):
+            msg = f"{type(pipe.scheduler).__name__} has no alphas_cumprod, which a row with noise 'vp' needs"
+            raise BackboneError(msg)
         self._scheduler = _one_step(pipe.scheduler)
         self.n_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
         # The property searches all components for offloading hooks at every access, many times a call.
@@ -73,7 +77,7 @@ class Conditioner:
         pipe.__class__ = type(type(pipe).__name__, (type(pipe),), pinned)
         pipe.scheduler = self._scheduler
         pipe.set_progress_bar_config(disable=True)
-        self._device = device
+        self.device = device
 
     def encode(self, prompts: list[str], latent_shape: tuple[int, ...]) -> list[Embeddings]:
         """Return what the pipeline's ``encode_prompt`` gives for one image of each prompt.
@@ -171,7 +175,7 @@ class Conditioner:
         pipe.encode_prompt = encode_prompt
         if family.sizes is not None:
             family.sizes(pipe, height, width)
-        latents = latents.to(self._device, pipe.transformer.dtype)
+        latents = latents.to(self.device, _dtype(pipe.transformer))
         hook = pipe.transformer.register_forward_pre_hook(_catch, with_kwargs=True)
         try:
             with quiet():  # the pipeline would print every prompt that it cuts; `n_cut` counts them
@@ -194,12 +198,23 @@ class Conditioner:
         finally:
             hook.remove()
             del pipe.encode_prompt
-        return dict(inspect.signature(pipe.transformer.forward).bind(*args, **kwargs).arguments)
+        return dict(self._forward_arguments.bind(*args, **kwargs).arguments)
 
 
 def pixels_per_latent(pipe: Component, family: Family) -> int:
     """Return the pixels on a side of one latent pixel."""
     return family.cell(pipe) * LATENT_RULES[family.latents].cells
+
+
+def _dtype(model: Component) -> torch.dtype:
+    """Return what ``model.dtype`` does, without searching all modules for hooks, which takes milliseconds."""
+    kept = model._keep_in_fp32_modules or ()
+    found: torch.dtype = next(
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not any(part in name for part in kept)
+    )
+    return found
 
 
 def _entry(result: Any, index: int) -> Any:

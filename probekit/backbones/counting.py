@@ -100,8 +100,8 @@ def _counted(what: str, run: Callable[[], Any]) -> tuple[Any, int | None]:
             quiet(),
             torch.inference_mode(),
             FlopCounterMode(display=False) as counter,
-            _Mixed(),
-        ):  # type: ignore[no-untyped-call]
+            _Mixed(),  # type: ignore[no-untyped-call]
+        ):
             return run(), counter.get_total_flops()
     except Exception as error:  # noqa: BLE001 - any operation of any model may need values
         logger.info("operations of the %s cannot be counted without weights: %s", what, in_short(error))

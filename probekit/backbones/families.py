@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from probekit._types import LayerPoint
+from probekit.errors import BackboneError
 
 Component = Any  # a pipeline or a part of one: the classes of diffusers and transformers are not typed
 Call = dict[str, Any]
@@ -177,11 +178,26 @@ class Family:
 
     def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, BlockList]]:
         """List name, module and convention of every block, in the order in which they run."""
-        return [
-            (f"{blocks.path}.{index}", block, blocks)
-            for blocks in self.blocks
-            for index, block in enumerate(transformer.get_submodule(blocks.path))  # type: ignore[arg-type]
-        ]
+        found: list[tuple[str, torch.nn.Module, BlockList]] = []
+        for blocks in self.blocks:
+            modules = self._module(transformer, blocks.path)
+            if not isinstance(modules, torch.nn.ModuleList | torch.nn.Sequential):
+                msg = f"{self.transformer}: {blocks.path} is a {type(modules).__name__}; allowed: a list of blocks"
+                raise BackboneError(msg)
+            found += [(f"{blocks.path}.{index}", block, blocks) for index, block in enumerate(modules)]
+        return found
+
+    def projection(self, transformer: torch.nn.Module) -> torch.nn.Module:
+        """Return the output projection."""
+        return self._module(transformer, self.output.path)
+
+    def _module(self, transformer: torch.nn.Module, path: str) -> torch.nn.Module:
+        try:
+            return transformer.get_submodule(path)
+        except AttributeError:
+            names = ", ".join(name for name, _ in transformer.named_children())
+            msg = f"{self.transformer} has no module {path!r}, which its row of the table names; it has {names}"
+            raise BackboneError(msg) from None
 
     def points(self, transformer: torch.nn.Module) -> list[LayerPoint]:
         """List the places of `transformer` at which features can be taken, layer 0 first, the output point last."""

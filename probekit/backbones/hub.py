@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
@@ -109,7 +109,7 @@ def _from_hub(model_id: str, revision: str, without_transformer: bool, weights: 
         msg = f"{model_id}: has no {INDEX}; allowed: repositories in diffusers' folder layout"
         raise BackboneError(msg)
     offline = unreachable is not None
-    folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=[INDEX], local_files_only=offline))
+    folder = Path(hf_hub_download(model_id, INDEX, revision=revision, local_files_only=offline)).parent
     if offline:
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         logger.info("%s: commit %s of the cache is used (%s)", model_id, folder.name, unreachable)
@@ -127,8 +127,8 @@ def _from_hub(model_id: str, revision: str, without_transformer: bool, weights: 
         place = f"the cache, commit {folder.name} ({unreachable})" if offline else "the repository"
         msg = f"{model_id}: {place} holds {error}"
         raise BackboneError(msg) from None
-    if not offline:
-        snapshot_download(model_id, revision=folder.name, allow_patterns=[INDEX, *wanted])
+    if not all((folder / file).is_file() for file in wanted):
+        snapshot_download(model_id, revision=folder.name, allow_patterns=wanted)
     return source
 
 

@@ -142,7 +142,7 @@ class Adapter:
             raise BackboneError(msg)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if len(files) != 1 or not files[0].is_file():
-            msg = f"{path}: {len(files) if path.is_dir() else 'no'} LoRA adapter here; allowed: one *.safetensors file"
+            msg = f"{path}: {len(files) if path.is_dir() else 'no'} LoRA adapters here; allowed: one *.safetensors file"
             raise BackboneError(msg)
         return cls(files[0], hashlib.sha256(files[0].read_bytes()).hexdigest())
 
@@ -168,7 +168,7 @@ class Adapter:
             raise BackboneError(msg)
         changed = {re.split(r"\.(?:lora|lokr)", key.removeprefix("transformer."))[0] for key in state}
         if strange := sorted(changed - {name for name, _ in pipe.transformer.named_modules()}):
-            msg = f"{self.path}: {len(strange)} of the layers it changes are not in the transformer, such as {strange[0]}"
+            msg = f"{self.path}: the transformer lacks {len(strange)} layers that it changes, such as {strange[0]}"
             raise BackboneError(msg)
 
     def fuse(self, pipe: Component) -> None:
@@ -322,8 +322,10 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    barred = [library for library, _ in before if library.is_progress_bar_enabled()]
+    libraries = diffusers_logging, transformers_logging
+    # inside another `quiet` there is nothing to change, and a change of level costs as much as a small forward pass
+    before = [(library, library.get_verbosity()) for library in libraries if library.get_verbosity() != logging.ERROR]
+    barred = [library for library in libraries if library.is_progress_bar_enabled()]
     for library, _ in before:
         library.set_verbosity_error()
     for library in barred:

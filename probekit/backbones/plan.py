@@ -12,7 +12,7 @@ from probekit.backbones.devices import DTYPES
 from probekit.backbones.families import Component
 from probekit.backbones.hub import locate
 from probekit.backbones.loading import build_pipeline, model_names, transformer_family, transformer_folder
-from probekit.backbones.sizes import resolution_of
+from probekit.backbones.sizes import image_size
 from probekit.errors import ConfigError
 
 _TIMESTEPS = {"flow": "sigma * N", "vp": "nearest integer"}
@@ -174,7 +174,7 @@ def plan(
     folder = transformer_folder(source, transformer)
     family = transformer_family(source, folder)
     pipe = build_pipeline(family, source, folder, DTYPES[dtype])
-    side, _ = resolution_of(pipe, family, resolution, source.name)
+    side = image_size(pipe, family, resolution, source.name).resolution
     models = {name: getattr(pipe, name) for name in ("transformer", *model_names(family, source))}
     parts = [_part(name, model) for name, model in models.items()]
     *layers, output_point = family.points(models["transformer"])

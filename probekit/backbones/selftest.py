@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from probekit.backbones.capture import Grid, Reader, batch_first, entering, image_entry
+from probekit.backbones.capture import Grid, Reader, batch_first, entering, text_layers
 from probekit.backbones.families import BlockList, Call, Family, Tokens
 from probekit.errors import BackboneError
 
@@ -38,10 +38,12 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
     n_tokens = grid[0] * grid[1]
     reader = Reader(family, call, n_tokens)
     blocks = family.modules(transformer)
+    with_text = text_layers(family, transformer)
     entered: dict[int, torch.Tensor] = {}
     left: dict[int, torch.Tensor] = {}
     whole: list[torch.Tensor] = []  # the tensor of layer 0 that the slice is cut from
     leaf: list[torch.Tensor] = []
+    wrong_text: list[str] = []
     projected: list[torch.Tensor] = []
 
     def fail(reason: str) -> None:
@@ -51,6 +53,10 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
     def enters(index: int) -> Callable[..., None]:
         def see(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered[index] = reader.entering(block, blocks[index][2], args, kwargs, "image").detach()
+            if index == 0 and 0 in with_text:
+                text = reader.entering(block, blocks[0][2], args, kwargs, "text")
+                if not torch.equal(text[0], text[1]):
+                    wrong_text.append(f"another image changes what enters {blocks[0][0]} as text")
             if index == 0:
                 everything = replace(blocks[0][2], tokens="all")
                 whole.append(reader.entering(block, everything, args, kwargs, "image").detach())
@@ -61,32 +67,43 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
         def see(_: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
             convention = blocks[index][2]
             left[index] = reader.leaving(convention, output, "image").detach()
+            if index + 1 in with_text:
+                text = reader.leaving(convention, output, "text")
+                same = text.shape == left[index].shape and torch.equal(text, left[index])
+                if same or text.ndim != 3 or len(text) != 3:
+                    found = "the image" if same else tuple(text.shape)
+                    wrong_text.append(f"{found} leaves {blocks[index][0]} as text")
             if index < len(blocks) - 1:
                 return None
-            leaf.append(image_entry(convention, output).detach().clone().requires_grad_())
+            leaf.append(reader.entry(convention, output, convention.returns).detach().clone().requires_grad_())
             changeable = leaf[0].clone()  # a leaf itself must not be changed in place
             if isinstance(output, torch.Tensor):
                 return changeable
-            place = 0 if convention.returns in ("first", "only") else len(output) - 1
+            place = 0 if convention.returns == "first" else len(output) - 1
             return type(output)(changeable if i == place else entry for i, entry in enumerate(output))
 
         return see
 
     def projects(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         projected.append(entering(args, kwargs))
+        if not projected[0].requires_grad:
+            fail(f"what enters {family.output.path} does not depend on what {blocks[-1][0]} returns")
         projected[0].retain_grad()
 
     handles = [block.register_forward_pre_hook(enters(i), with_kwargs=True) for i, (_, block, _) in enumerate(blocks)]
     handles += [block.register_forward_hook(leaves(i)) for i, (_, block, _) in enumerate(blocks)]
-    handles.append(transformer.get_submodule(family.output.path).register_forward_pre_hook(projects, with_kwargs=True))
+    handles.append(family.projection(transformer).register_forward_pre_hook(projects, with_kwargs=True))
+    # an alias of each tensor is kept for the gradient: group offloading takes the weights themselves off the device
+    aliases = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), aliases:
             result = transformer(**pytree.tree_map_only(torch.Tensor, torch.clone, call))
             outputs = pytree.tree_leaves(dict(result) if isinstance(result, dict) else result)
             tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
             if not tensors:
                 fail(f"the output does not depend on what {blocks[-1][0]} returns")
-            torch.stack([reader.returned(tensor).float().square().sum() for tensor in tensors]).sum().backward()
+            loss = torch.stack([reader.returned(tensor).float().square().sum() for tensor in tensors]).sum()
+            torch.autograd.backward(loss)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,6 +114,8 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
                 fail(
                     f"{tuple(tokens.shape)} {name} {blocks[index][0]}, not {n_tokens} image tokens of each of 3 images"
                 )
+    if wrong_text:
+        fail(wrong_text[0])
     _check_input(whole[0], reader.places(whole[0].shape, blocks[0][2].tokens), blocks[0][0], fail)
     _check_order(entered[0], grid, fail)
     for index in range(1, len(blocks)):
@@ -108,11 +127,11 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
             )
     if not projected:
         fail(f"{family.output.path} is never called")
-    for name, tensor, tokens in (
+    for name, tensor, taken in (
         (f"what {blocks[-1][0]} returns", leaf[0], family.blocks[-1].tokens),
         (f"what enters {family.output.path}", projected[0], family.output.tokens),
     ):
-        _check_gradient(tensor.grad, reader, family.blocks[-1], tokens, name, fail)
+        _check_gradient(tensor.grad, reader, family.blocks[-1], taken, name, fail)
 
 
 def _check_input(tokens: torch.Tensor, image: torch.Tensor, name: str, fail: Callable[[str], None]) -> None:
