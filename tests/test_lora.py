@@ -136,4 +136,4 @@ def test_an_adapter_of_another_width_is_refused_and_leaves_nothing_behind(
     backbone = Backbone.from_pretrained(folders["sd3"], lora=tmp_path / "thin.safetensors")
     for _ in range(2):  # the transformer without its adapter is not used either
         with pytest.raises(BackboneError, match=r"thin\.safetensors: cannot load the LoRA adapter \(.*size mismatch"):
-            backbone._load_image_stage("tree", torch.Size((4, 8, 8)))
+            backbone._passes.load("tree", torch.Size((4, 8, 8)))

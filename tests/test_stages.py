@@ -22,7 +22,7 @@ from tiny_prefs import write_rankings
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 import probekit
-from probekit.backbones import Backbone, backbone, latents, loading, noise
+from probekit.backbones import Backbone, latents, loading, noise, prompts
 from probekit.errors import BackboneError, ConfigError, DeviceMemoryError
 
 PROMPTS = ["a red dog", "tree", "a blue cat", "tree", "tree"]
@@ -103,7 +103,7 @@ def test_peak_memory_of_a_dump_is_that_of_the_larger_stage(
 ) -> None:
     monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
     if text_stages == "several":
-        monkeypatch.setattr(backbone, "PROMPT_BYTES", 1)
+        monkeypatch.setattr(prompts, "PROMPT_BYTES", 1)
         base = PIXART["pixart_sigma"].build(tmp_path / "base")  # embeds one prompt at a time
     loaded = Backbone.from_pretrained(base, resolution=16)
     probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0.005", "0.1"])
@@ -196,7 +196,7 @@ def test_no_prompt_of_two_blocks_is_embedded_twice_where_memory_is_short(
     prefs: probekit.PreferenceSet, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
-    monkeypatch.setattr(backbone, "PROMPT_BYTES", 1)
+    monkeypatch.setattr(prompts, "PROMPT_BYTES", 1)
     loaded = Backbone.from_pretrained(PIXART["pixart_sigma"].build(tmp_path / "base"), resolution=16)
     probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0"])
     assert calls.text == 4
@@ -229,7 +229,7 @@ def test_group_offloading_gives_the_same_features(base: Path) -> None:
 def test_a_transformer_that_cannot_be_offloaded_is_refused(tmp_path: Path) -> None:
     loaded = Backbone.from_pretrained(PIXART["hunyuan_dit"].build(tmp_path / "base"), offload="group")
     with pytest.raises(ConfigError, match="offload is 'group'; allowed for HunyuanDiT2DModel: none"):
-        loaded._load_image_stage("tree", torch.Size(SHAPE))
+        loaded._passes.load("tree", torch.Size(SHAPE))
 
 
 @pytest.mark.parametrize("offload", ["none", "group"])
@@ -260,9 +260,9 @@ def test_step_caches_are_refused(base: Path, tmp_path: Path, family: str) -> Non
     before = features(loaded)
     config = FirstBlockCacheConfig(threshold=0.5)
     if family == "flux":
-        loaded._transformer.enable_cache(config)
+        loaded._stages.transformer.enable_cache(config)
     else:
-        apply_first_block_cache(loaded._transformer, config)
+        apply_first_block_cache(loaded._stages.transformer, config)
     with pytest.raises(BackboneError, match=r"Transformer2DModel has the hook 'fbc_\w+' on .*; a step cache .* remove"):
         features(loaded)
     assert all(np.array_equal(values, before[place]) for place, values in features(loaded).items())  # loaded anew

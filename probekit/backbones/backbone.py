@@ -130,7 +130,7 @@ class Backbone:
         self.device = base.device
         *self.layers, self.output_point = self._family.points(pipe.transformer)
         self.n_blocks = len(self.layers) - 1
-        self.width = int(self._family.projection(pipe.transformer).weight.shape[-1])
+        self.width = int(self._family.projection(pipe.transformer).get_parameter("weight").shape[-1])
         self.n_parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
         self._text_layers = text_layers(self._family, pipe.transformer)
         self.size = image_size(pipe, self._family, settings.resolution, name, resize=settings.resize)

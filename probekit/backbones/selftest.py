@@ -114,10 +114,10 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
                 fail(
                     f"{tuple(tokens.shape)} {name} {blocks[index][0]}, not {n_tokens} image tokens of each of 3 images"
                 )
-    if wrong_text:
-        fail(wrong_text[0])
     _check_input(whole[0], reader.places(whole[0].shape, blocks[0][2].tokens), blocks[0][0], fail)
     _check_order(entered[0], grid, fail)
+    if wrong_text:
+        fail(wrong_text[0])
     for index in range(1, len(blocks)):
         if not torch.equal(left[index - 1], entered[index]):
             worst = (left[index - 1] - entered[index]).abs().amax().item()
