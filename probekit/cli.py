@@ -94,7 +94,7 @@ def dump(
 
     from probekit.dump import run_dump
 
-    with _progress("rows") as progress:
+    with _progress() as progress:
         store = run_dump(settings, progress=progress)
     out_console.print(
         f"{settings.out}: {len(store.rows):,} rows, {len(store.layers)} layers, sigma {', '.join(store.sigmas)}"

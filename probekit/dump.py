@@ -146,7 +146,7 @@ def dump_features(
     shard_size
         Largest shard in MiB; also the most memory for the latents of a block.
     progress
-        Called as ``progress(done, total, text)`` with rows.
+        Called as ``progress(done, total, text)``, the text being ``prompts`` (embedded) or ``rows`` (of features).
 
     Raises
     ------
@@ -198,7 +198,11 @@ def dump_features(
         nonlocal done
         done += count
         if progress is not None:
-            progress(done, total, "")
+            progress(done, total, "rows")
+
+    def embedded(count: int, of: int) -> None:
+        if progress is not None:
+            progress(count, of, "prompts")
 
     if decode_workers is None:
         decode_workers = 0 if backbone.device.type == "cpu" else min(8, os.cpu_count() or 1)
@@ -213,7 +217,7 @@ def dump_features(
         for number, ((block, missing), part, latents) in enumerate(zip(todo.values(), parts, encoded, strict=True)):
             sizes = np.array([_size(Path(path)) for path in part["path"]])
             part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
-            backbone.embed(told[number], later=chain.from_iterable(told[number + 1 :]))
+            backbone.embed(told[number], later=chain.from_iterable(told[number + 1 :]), on_prompts=embedded)
             eps = {
                 draw: _noise(part, latents, scheme=noise, seed=seed, draw=draw, canvas=backbone.canvas)
                 for draw in dict.fromkeys(draw for _, draw in missing)

@@ -263,7 +263,13 @@ class Backbone:
         """
         return self._base.latents(groups, self._family, self._stages.without_weights["vae"], self.size, workers)
 
-    def embed(self, prompts: Sequence[str], later: Iterable[str] = ()) -> None:
+    def embed(
+        self,
+        prompts: Sequence[str],
+        later: Iterable[str] = (),
+        *,
+        on_prompts: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Hold the prompt embeddings that `features` needs; the stage of the text encoders.
 
         Parameters
@@ -272,8 +278,10 @@ class Backbone:
             Those that are needed next.
         later
             Further ones, embedded in the same stage as far as memory allows (with a cache folder: all).
+        on_prompts
+            Called with the number of prompts that are embedded and of those that are to be.
         """
-        self._prompts.embed(prompts, later)
+        self._prompts.embed(prompts, later, on_prompts)
 
     def features(
         self,

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,12 @@ class Prompts:
         self._settings = settings
         self._latent_shape = latent_shape
 
-    def embed(self, prompts: Sequence[str], later: Iterable[str] = ()) -> None:
+    def embed(
+        self,
+        prompts: Sequence[str],
+        later: Iterable[str] = (),
+        on_prompts: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Hold the prompt embeddings that the next features need; the stage of the text encoders.
 
         Parameters
@@ -58,6 +63,8 @@ class Prompts:
             Those that are needed next.
         later
             Further ones, embedded in the same stage as far as memory allows (with a cache folder: all).
+        on_prompts
+            Called with the number of prompts that are embedded and of those that are to be.
         """
         if all(self._base.cache.has("prompts", self._key(prompt)) for prompt in prompts):
             return
@@ -68,7 +75,7 @@ class Prompts:
             for prompt in dict.fromkeys([*prompts, *later])
             if not self._base.cache.has("prompts", self._key(prompt))
         )
-        needed = set(prompts)
+        needed, total = set(prompts), len(wanted)
         size = self._conditioner.family.text_batch
         held = 0
         with (
@@ -85,6 +92,8 @@ class Prompts:
                     self._base.cache.put("prompts", self._key(prompt), item)
                     if self._base.cache.folder is None:
                         held += sum(tensor.nbytes for tensor in item.values())
+                if on_prompts is not None:
+                    on_prompts(total - len(wanted), total)
         if wanted:
             logger.warning(
                 "prompt embeddings take more than %d GB; %d prompts are embedded later: "
