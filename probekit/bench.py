@@ -146,7 +146,7 @@ class DumpBench:
 
 
 def bench_dump(
-    options: dict[str, Any], *, images: int = 512, rounds: int = 5, progress: Progress | None = None
+    options: dict[str, Any], *, images: int = 1024, rounds: int = 5, progress: Progress | None = None
 ) -> DumpBench:
     """Time dumps of synthetic images against the bare transformer.
 
@@ -201,19 +201,17 @@ class _Bench:
             latent_rules.noise(0, prompt, 0, tuple(x.shape))
             for prompt, x in zip(self.prompts, self.latents, strict=True)
         ]
-
         few = slice(0, settings.batch_size)
-        # loads and tests the transformer
         last = [("mean", backbone.n_blocks)]
-        backbone.features(
+        backbone.features(  # loads and tests the transformer
             self.latents[few], self.prompts[few], sigma=_SIGMA, eps=self.eps[few], wanted=last, batch_size=few.stop
         )
-        with FlopCounterMode(display=False) as counter:  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as counter:
             self._bare(few)
         self.flop = counter.get_total_flops() // len(self.latents[few])
 
     def run(self, rounds: int, progress: Progress | None) -> DumpBench:
-        runs = {
+        runs: dict[str, Callable[[], dict[str, float]]] = {
             "bare": self._bare,
             "dump": partial(self._dump, "all"),
             "half": partial(self._dump, list(range(self.backbone.n_blocks // 2 + 1))),
@@ -296,6 +294,7 @@ class _Bench:
         ]
         pool = POOLINGS["mean"]
         with ExitStack() as stack:
+            stack.enter_context(_replaced(dumping.logger, "disabled", value=True))  # else it says the same each round
             for owner, name, part in calls:
                 stack.enter_context(_replaced(owner, name, self.clock.timed(getattr(owner, name), part)))
             stack.enter_context(_replaced(Backbone, "latents", self.clock.timed_steps(Backbone.latents, "read")))
@@ -357,7 +356,7 @@ class _Clock:
             return self.timed(call, part)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             result = call(*args, **kwargs)
             end.record()

@@ -272,6 +272,9 @@ def _digest(prompts: Sequence[str]) -> str:
 
 
 def _warn(backbone: Backbone, told: list[str], sigmas: Sequence[str]) -> None:
+    facts = backbone.describe()
+    if not facts["family_tested"]:
+        logger.warning("%s is untested: probekit's own tests do not run this family", facts["class"])
     prompts = list(dict.fromkeys(told))
     if cut := backbone.n_cut(prompts):
         logger.warning("%d of %d prompts are longer than a text encoder takes and are cut", cut, len(prompts))

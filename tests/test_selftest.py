@@ -1,6 +1,5 @@
 """Rows of the table that do not fit a model are refused with what was found; users add rows of their own."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,14 @@ from probekit.backbones.catalogue import FAMILIES
 from probekit.errors import BackboneError
 
 PIPELINES = all_pipelines()
+NAMES = ("sd3", "flux2", "chroma", "pixart_sigma", "sana", "ideogram4")
 Change = Callable[[probekit.Family], probekit.Family]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
-    return {name: PIPELINES[name].build(root / name) for name in ("sd3", "flux2", "chroma", "pixart_sigma", "sana")}
+    return {name: PIPELINES[name].build(root / name) for name in NAMES}
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +97,11 @@ WRONG = [
     ),
     ("pixart_sigma", blocks(0, argument="encoder_hidden_states"), r"\(3, 300, 48\) enter transformer_blocks\.0"),
     ("pixart_sigma", row(patch=1), r"\(3, 24, 48\) enter transformer_blocks\.0, not 96 image tokens"),
+    (
+        "ideogram4",
+        row(output=probekit.Output("final_layer.linear", tokens="first")),
+        "the output depends on tokens 0-23 of 2072 of what",
+    ),
     ("sana", row(patch=2), r"\(3, 32, 32\) enter transformer_blocks\.0, not 8 image tokens"),
 ]
 
@@ -113,7 +118,7 @@ def test_wrong_rows_are_refused_with_what_was_found(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux2", "chroma", "pixart_sigma", "sana"])
+@pytest.mark.parametrize("name", NAMES)
 def test_right_rows_pass(folders: dict[str, Path], name: str) -> None:
     features(folders[name], PIPELINES[name].size)
 
@@ -187,8 +192,16 @@ def test_a_users_own_transformer_and_pipeline_are_dumped_after_register_family(t
         features(folder, (16, 16))
 
 
-def test_a_family_that_is_not_tested_says_so(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_family_that_is_not_tested_says_so(
+    tmp_path: Path, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     probekit.register_family(ROW)
     own, known = Backbone.from_pretrained(own_pipeline(tmp_path / "own")), Backbone.from_pretrained(folders["sd3"])
     assert (own.describe()["family_tested"], known.describe()["family_tested"]) == (False, True)
-    assert json.dumps(own.fingerprint_config())
+    prefs = probekit.load_preferences(write_rankings(tmp_path / "prefs", {"tree": 2}))
+    store = probekit.dump_features(own, prefs, tmp_path / "store")
+    assert "OwnTransformer is untested: probekit's own tests do not run this family" in caplog.text
+    assert store.summary()["backbone"]["family_tested"] is False
+    caplog.clear()
+    probekit.dump_features(known, prefs, tmp_path / "known")
+    assert "untested" not in caplog.text

@@ -192,8 +192,12 @@ def test_sigmas_draws_and_blocks_share_prompts_and_latents(
     assert len(list((tmp_path / "store").rglob("*.h5"))) == 6 * 3
 
 
-def test_no_prompt_of_two_blocks_is_embedded_twice_where_memory_is_short(
-    prefs: probekit.PreferenceSet, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+def test_prompts_are_embedded_once_where_memory_is_short(
+    prefs: probekit.PreferenceSet,
+    calls: Calls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
     monkeypatch.setattr(prompts, "PROMPT_BYTES", 1)
@@ -201,6 +205,9 @@ def test_no_prompt_of_two_blocks_is_embedded_twice_where_memory_is_short(
     probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0"])
     assert calls.text == 4
     assert "prompts are embedded later: a cache folder holds them all at once" in caplog.text
+    loaded.embed(["one", "two"])
+    loaded.embed(["two", "three"])  # as a prompt whose images lie in two blocks
+    assert calls.text == 4 + 3
 
 
 def test_with_a_full_cache_only_the_transformer_is_loaded(

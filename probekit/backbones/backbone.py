@@ -381,7 +381,8 @@ class Backbone:
             return np.stack([found[place] for place in wanted]).astype(np.float64)
 
         try:
-            self.features(latents, prompts, sigma="0", eps=eps, wanted=wanted[:1], batch_size=batch_size)
+            self.embed(prompts)
+            self.features(latents[:1], prompts[:1], sigma="0", eps=eps[:1], wanted=wanted[:1], batch_size=1)
             clean = run("0", torch.float32)
             ratios = {}
             for sigma in sigmas:

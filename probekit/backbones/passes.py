@@ -87,7 +87,8 @@ class Passes:
                     continue
                 mixed = torch.stack([mix(latents[row], eps[row], sigma, noise=self._family.noise) for row in rows])
                 call, layout = self.prepare(prompts[rows[0]], mixed, sigma)
-                key = layout.signature(call)
+                # by size too: 3 x 5 and 5 x 3 tokens look alike in a packed call
+                key = (tuple(mixed.shape[1:]), *layout.signature(call))
                 layouts[key] = layout
                 if sum(len(others) for others, _ in waiting.get(key, [])) + len(rows) > batch_size:
                     full, batch = key, waiting.pop(key)

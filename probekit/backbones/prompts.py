@@ -47,6 +47,7 @@ class Prompts:
         self._stages = stages
         self._base = base
         self._settings = settings
+        self._keys: dict[str, str] = {}
         self._latent_shape = latent_shape
 
     def embed(
@@ -113,7 +114,9 @@ class Prompts:
         )
 
     def _key(self, prompt: str) -> str:
-        return content_key({**self._settings, "prompt": prompt})
+        if prompt not in self._keys:
+            self._keys[prompt] = content_key({**self._settings, "prompt": prompt})
+        return self._keys[prompt]
 
 
 def _to_item(embeddings: Embeddings) -> Item:

@@ -93,10 +93,8 @@ def check_slices(transformer: torch.nn.Module, family: Family, call: Call, *, gr
     handles = [block.register_forward_pre_hook(enters(i), with_kwargs=True) for i, (_, block, _) in enumerate(blocks)]
     handles += [block.register_forward_hook(leaves(i)) for i, (_, block, _) in enumerate(blocks)]
     handles.append(family.projection(transformer).register_forward_pre_hook(projects, with_kwargs=True))
-    # an alias of each tensor is kept for the gradient: group offloading takes the weights themselves off the device
-    aliases = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with torch.enable_grad(), aliases:
+        with torch.enable_grad():
             result = transformer(**pytree.tree_map_only(torch.Tensor, torch.clone, call))
             outputs = pytree.tree_leaves(dict(result) if isinstance(result, dict) else result)
             tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor) and tensor.requires_grad]

@@ -1,0 +1,114 @@
+"""The benchmark runs through the command line, says what it promises, and leaves nothing behind."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import probekit, refused
+from tiny_models import tiny_pipeline
+
+from probekit import bench
+from probekit.backbones import passes
+from probekit.backbones.capture import POOLINGS
+from probekit.backbones.conditioning import Conditioner
+
+IMAGES, ROUNDS = 10, 2
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny", n_blocks=4)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """Where the benchmark puts its files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def options(pipeline: Path) -> list[object]:
+    return ["bench", "dump", "--backbone", pipeline, "--max-tokens", 0, "--device", "cpu", "--images", IMAGES]
+
+
+def test_json_holds_ratios_parts_and_rates(pipeline, temporary):
+    before = passes.pooled_layers, passes.Passes.prepare, Conditioner.encode, POOLINGS["mean"]
+    done = probekit(*options(pipeline), "--rounds", ROUNDS, "--batch-size", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["backbone"]["n_blocks"] == 4
+    assert (found["images"], found["batch_size"], found["rounds"]) == (IMAGES, 4, ROUNDS)
+    assert found["threads"] == torch.get_num_threads()
+    for name in ("dump_over_bare", "half_over_bare"):
+        median, smallest, largest = found[name]
+        assert 0 < smallest <= median <= largest
+    assert {name: len(values) for name, values in found["seconds"].items()} == dict.fromkeys(
+        ("bare", "dump", "half"), ROUNDS
+    )
+    assert set(found["parts"]) == set(bench.PARTS)
+    assert sum(part["share"] for part in found["parts"].values()) == pytest.approx(1)
+    assert all(part["seconds"] > 0 for part in found["parts"].values())
+    # the bare loop is given latents, embeddings and noise, pools nothing and writes nothing
+    bare = {name for name, part in found["parts"].items() if part["bare_seconds"] > 0}
+    assert bare == {"inputs", "dit", "other"}
+    assert 0 < found["idle_share"] < 1
+    assert found["tflop_per_second"] == pytest.approx(
+        found["share_of_matrix_product"] * found["matrix_product_tflop_per_second"]
+    )
+    assert not list(temporary.iterdir())
+    assert before == (passes.pooled_layers, passes.Passes.prepare, Conditioner.encode, POOLINGS["mean"])
+
+
+def test_operations_are_those_of_one_image(pipeline, temporary):
+    settings = {"backbone": str(pipeline), "max_tokens": 0, "device": "cpu"}
+    several, single = (
+        bench.bench_dump(settings | {"batch_size": size}, images=IMAGES, rounds=1).flop for size in (4, 1)
+    )
+    assert several == single > 0
+
+
+def test_half_depth_leaves_before_the_later_blocks(pipeline, temporary, monkeypatch):
+    seen = []
+    run = passes.pooled_layers
+
+    def noted(*args, wanted, **kwargs):
+        seen.append(max((layer for _, layer in wanted), default=None))
+        return run(*args, wanted=wanted, **kwargs)
+
+    monkeypatch.setattr(passes, "pooled_layers", noted)
+    bench.bench_dump({"backbone": str(pipeline), "device": "cpu", "batch_size": 64}, images=2, rounds=1)
+    assert seen == [4, 4, 2]  # warm-up, dump, dump at half depth; the bare loop captures nothing
+
+
+def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_path):
+    """Speed does not depend on the weights, so a config is enough."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    shutil.copy(pipeline / "transformer" / "config.json", folder)
+    done = probekit(
+        *options(pipeline), "--transformer", folder, "--random-weights", "init:0", "--dtype", "bfloat16", "--rounds", 1
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dump / bare" in done.stdout
+    assert "bfloat16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        (["--images", 3], 2, "images is 3; allowed: even numbers"),
+        (["--rounds", 0], 2, "rounds is 0; allowed"),
+        (["--batch-size", 0], 2, "batch_size"),
+        (["--resolution", 17], 2, "resolution is 17; allowed"),
+        (["--random-weights", "init"], 2, "random weights 'init'"),
+        (["--device", "cpu:nowhere"], 1, "device 'cpu:nowhere'"),
+    ],
+)
+def test_wrong_options_are_one_line(pipeline, temporary, given, code, message):
+    refused(probekit(*options(pipeline), *given), code, message)
+    assert not list(temporary.iterdir())
