@@ -191,10 +191,10 @@ class _Bench:
         self.prompts = rows["prompt"].tolist()
         self.clock = _Clock(backbone.device)
         # the text stage: a first prompt warms the encoders up, and loading them is not timed
-        backbone.embed(["warm-up"])
+        backbone.prompts.embed(["warm-up"])
         with self._timed():
             self.clock.start()
-            backbone.embed(self.prompts)
+            backbone.prompts.embed(self.prompts)
             self.text_seconds = self.clock.stop()["text"]
         self.latents = next(backbone.latents([list(zip(map(Path, rows["path"]), rows["image_sha256"], strict=True))]))
         self.eps = [

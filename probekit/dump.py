@@ -25,6 +25,7 @@ from probekit._types import RESOLVED_RATIO, LayerPoint, Progress, canonical_sigm
 from probekit.backbones import Backbone
 from probekit.backbones import noise as draw_noise
 from probekit.backbones.capture import POOLINGS, check_layers, check_poolings
+from probekit.backbones.resolution import noise_over_rounding
 from probekit.config import DumpConfig
 from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet, load_preferences
@@ -217,7 +218,7 @@ def dump_features(
         for number, ((block, missing), part, latents) in enumerate(zip(todo.values(), parts, encoded, strict=True)):
             sizes = np.array([_size(Path(path)) for path in part["path"]])
             part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
-            backbone.embed(told[number], later=chain.from_iterable(told[number + 1 :]), on_prompts=embedded)
+            backbone.prompts.embed(told[number], later=chain.from_iterable(told[number + 1 :]), on_prompts=embedded)
             eps = {
                 draw: _noise(part, latents, scheme=noise, seed=seed, draw=draw, canvas=backbone.canvas)
                 for draw in dict.fromkeys(draw for _, draw in missing)
@@ -313,12 +314,14 @@ def _record_resolution(
     missing: Sequence[Coordinates],
     batch_size: int,
 ) -> None:
-    """Compare, on a few rows, what each new noise level changes with what rounding does; see `Backbone.resolve`."""
+    """Compare, on a few rows, what each new noise level changes with what rounding does; see `noise_over_rounding`."""
     sigmas = [sigma for sigma in dict.fromkeys(sigma for sigma, _ in missing) if float(sigma) > 0]
     if not sigmas:
         return
     few = slice(0, RESOLUTION_ROWS)
-    ratios, note = backbone.resolve(latents[few], prompts[few], eps=eps[few], sigmas=sigmas, batch_size=batch_size)
+    ratios, note = noise_over_rounding(
+        backbone, latents[few], prompts[few], eps=eps[few], sigmas=sigmas, batch_size=batch_size
+    )
     for sigma in sigmas:
         ratio = ratios.get(sigma)
         writer.record_resolution(sigma, ratio=ratio, rows=len(latents[few]), note=note)

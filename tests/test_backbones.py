@@ -62,7 +62,7 @@ def _latents(backbone: Backbone, paths: list[Path], digests: list[bytes]) -> tor
 def _loaded(backbone: Backbone) -> Any:
     """Return the transformer, which the first features bring into memory."""
     _features(backbone, ["tree"])
-    return backbone._stages.transformer
+    return backbone.stages.transformer
 
 
 def _hash(model: Any) -> str:
@@ -89,7 +89,7 @@ def _features(backbone: Backbone, prompts: list[str], **changes: Any) -> dict[tu
 def test_timestep_is_exactly_a_thousand_sigma(backbone: Backbone, sigma: str) -> None:
     conditioner = backbone._conditioner
     latents = torch.randn(3, *SHAPE)
-    with backbone._stages.text_encoders():
+    with backbone.stages.text_encoders():
         embeddings = conditioner.encode(["a red dog"], SHAPE)[0]
     kwargs = conditioner.prepare("a red dog", embeddings, latents, sigma)
     assert kwargs["timestep"].tolist() == [float(Decimal(sigma) * 1000)] * 3
@@ -103,7 +103,7 @@ def test_scheduler_settings_do_not_move_the_timestep(tmp_path: Path) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"use_dynamic_shifting": True}))
     backbone = Backbone.from_pretrained(folder)
-    with backbone._stages.text_encoders():
+    with backbone.stages.text_encoders():
         embeddings = backbone._conditioner.encode(["tree"], SHAPE)[0]
     kwargs = backbone._conditioner.prepare("tree", embeddings, torch.zeros(1, *SHAPE), "0.005")
     assert kwargs["timestep"].tolist() == [5.0]
@@ -214,7 +214,7 @@ def test_untrained_weights_are_seeded(backbone: Backbone) -> None:
     assert controls[0].fingerprint_config()["random_weights"] == f"init:0, torch {torch.__version__.split('+')[0]}"
     trained, control = _loaded(backbone).state_dict(), _loaded(controls[0]).state_dict()
     assert torch.equal(trained["pos_embed.pos_embed"], control["pos_embed.pos_embed"])
-    assert not controls[0]._stages.transformer.training
+    assert not controls[0].stages.transformer.training
 
 
 def test_untrained_matrices_are_never_constant_zero(monkeypatch: Any, backbone: Backbone) -> None:

@@ -136,7 +136,7 @@ def tokens_by_hand(
     backbone: Backbone, latents: list[torch.Tensor], prompts: list[str], eps: list[torch.Tensor]
 ) -> list[dict[str, Any]]:
     """For each image, image and text tokens after each block, and what enters the output projection, as float64."""
-    model, images = backbone._stages.transformer, []
+    model, images = backbone.stages.transformer, []
     single = model.single_transformer_blocks if hasattr(model, "single_transformer_blocks") else []
     for latent, prompt, each in zip(latents, prompts, eps, strict=True):
         seen: dict[str, Any] = {"image": {}, "text": {}}

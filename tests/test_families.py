@@ -129,14 +129,14 @@ def test_early_exit_equals_the_full_run(name: str, backbones: Any) -> None:
     ran = []
     handles = [
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-        for index, (_, block, _) in enumerate(backbone._family.modules(backbone._stages.transformer), start=1)
+        for index, (_, block, _) in enumerate(backbone._family.modules(backbone.stages.transformer), start=1)
     ]
     part = loaded.run(wanted=[("mean", half)])
     for handle in handles:
         handle.remove()
     assert np.array_equal(part["mean", half], loaded.features["mean", half])
     assert max(ran) == half
-    assert not any(block._forward_hooks for _, block, _ in backbone._family.modules(backbone._stages.transformer))
+    assert not any(block._forward_hooks for _, block, _ in backbone._family.modules(backbone.stages.transformer))
 
 
 @families
@@ -154,11 +154,11 @@ def test_replay_without_encoders_equals_the_plain_pipeline(name: str, backbones:
         for part in encoders
         if getattr(backbone._conditioner.pipe, part) is not None
     )
-    with backbone._stages.text_encoders():
+    with backbone.stages.text_encoders():
         plain = backbone._conditioner._caught(backbone._conditioner._encode_prompt, "tree", images, SIGMA)
     grid = backbone._passes.grid(loaded.shape)
     features = [
-        pooled_layers(backbone._stages.transformer, backbone._family, call, wanted=loaded.all, grid=grid)
+        pooled_layers(backbone.stages.transformer, backbone._family, call, wanted=loaded.all, grid=grid)
         for call in (replayed, plain)
     ]
     for place, values in features[0].items():
@@ -179,7 +179,7 @@ def test_latents_are_what_the_pipelines_own_decoding_undoes(name: str, backbones
     (latent,) = next(backbone.latents([[(path, hashlib.sha256(path.read_bytes()).digest())]]))
     assert tuple(latent.shape) == backbone._latent_shape(side, side)
     decoded = decode_as_the_pipeline(loaded, latent)
-    vae = backbone._base.load("vae", backbone._stages.without_weights["vae"])
+    vae = backbone._base.load("vae", backbone.stages.without_weights["vae"])
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     expected = reconstruct(vae, pixels)
     assert decoded.shape == expected.shape

@@ -142,7 +142,7 @@ def test_it_runs_once_a_backbone_and_before_anything_is_stored(
     prefs = probekit.load_preferences(write_rankings(tmp_path / "prefs", {"tree": 2, "red": 2}))
     backbone = Backbone.from_pretrained(folders["sd3"])
     probekit.dump_features(backbone, prefs, tmp_path / "store")
-    backbone.embed(["another prompt"])  # the transformer leaves memory and comes back
+    backbone.prompts.embed(["another prompt"])  # the transformer leaves memory and comes back
     probekit.dump_features(backbone, prefs, tmp_path / "store", sigmas=["0.1"])
     assert len(runs) == 1
 

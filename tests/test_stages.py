@@ -119,7 +119,7 @@ def test_two_transformers_of_one_base_are_never_in_memory_at_once(base: Path, me
     second = first.with_transformer()
     features(first)
     features(second)
-    second.embed(["another prompt"])
+    second.prompts.embed(["another prompt"])
     features(first)
     text, _ = memory.stages
     assert [name for name, _ in memory.after].count("transformer") == 3
@@ -205,8 +205,8 @@ def test_prompts_are_embedded_once_where_memory_is_short(
     probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0"])
     assert calls.text == 4
     assert "prompts are embedded later: a cache folder holds them all at once" in caplog.text
-    loaded.embed(["one", "two"])
-    loaded.embed(["two", "three"])  # as a prompt whose images lie in two blocks
+    loaded.prompts.embed(["one", "two"])
+    loaded.prompts.embed(["two", "three"])  # as a prompt whose images lie in two blocks
     assert calls.text == 4 + 3
 
 
@@ -267,9 +267,9 @@ def test_step_caches_are_refused(base: Path, tmp_path: Path, family: str) -> Non
     before = features(loaded)
     config = FirstBlockCacheConfig(threshold=0.5)
     if family == "flux":
-        loaded._stages.transformer.enable_cache(config)
+        loaded.stages.transformer.enable_cache(config)
     else:
-        apply_first_block_cache(loaded._stages.transformer, config)
+        apply_first_block_cache(loaded.stages.transformer, config)
     with pytest.raises(BackboneError, match=r"Transformer2DModel has the hook 'fbc_\w+' on .*; a step cache .* remove"):
         features(loaded)
     assert all(np.array_equal(values, before[place]) for place, values in features(loaded).items())  # loaded anew
@@ -304,7 +304,9 @@ def test_batches_are_halved_where_memory_is_short(
     plain = features(Backbone.from_pretrained(base, max_tokens=0))
     tried = short_of_memory(monkeypatch, most)
     done: list[int] = []
-    found = features(Backbone.from_pretrained(base, max_tokens=0), on_batch=done.append)
+    backbone = Backbone.from_pretrained(base, max_tokens=0)
+    found = features(backbone, on_batch=done.append)
+    features(backbone)  # remembers what the device holds
     for place, values in plain.items():
         assert np.abs(values - found[place]).max() <= 1e-6 * max(1, np.abs(values).max())
     assert sum(done) == len(PROMPTS)

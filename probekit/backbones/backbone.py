@@ -7,7 +7,7 @@ Shapes: m rows, (c, h, w) a latent, d channels of a token, d' of a feature.
 """
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ from probekit.backbones.prompts import Prompts
 from probekit.backbones.sizes import image_size
 from probekit.backbones.stages import Offload, Stages
 from probekit.backbones.weights import RandomWeights, stored_hash
-from probekit.errors import ConfigError, DeviceMemoryError
+from probekit.errors import ConfigError
 
 EXTRACTOR_VERSION = "2"  # part of every fingerprint: raised when the same settings would give other features
 
@@ -87,6 +87,8 @@ class Backbone:
         The n_blocks + 1 places where features are taken.
     output_point
         A further place: the tokens that enter the output projection, with index n_blocks + 1.
+    prompts, stages
+        Prompt embeddings, and which models are in memory.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Backbone:
         self._conditioner = Conditioner(self._family, pipe, base.device, settings.max_tokens)
         if adapter is not None:
             adapter.check(pipe)
-        self._stages = Stages(
+        self.stages = Stages(
             self._family,
             pipe,
             base,
@@ -134,14 +136,14 @@ class Backbone:
         self.n_parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
         self._text_layers = text_layers(self._family, pipe.transformer)
         self.size = image_size(pipe, self._family, settings.resolution, name, resize=settings.resize)
-        self._prompts = Prompts(
+        self.prompts = Prompts(
             self._conditioner,
-            self._stages,
+            self.stages,
             base,
             settings=self._text_settings,
             latent_shape=self._latent_shape(self.size.resolution, self.size.resolution),
         )
-        self._passes = Passes(self._conditioner, self._stages, self._prompts, name=name)
+        self._passes = Passes(self._conditioner, self.stages, self.prompts, name=name)
 
     @classmethod
     def from_pretrained(
@@ -261,27 +263,7 @@ class Backbone:
         ImageError
             If an image cannot be decoded, or changed since it was hashed.
         """
-        return self._base.latents(groups, self._family, self._stages.without_weights["vae"], self.size, workers)
-
-    def embed(
-        self,
-        prompts: Sequence[str],
-        later: Iterable[str] = (),
-        *,
-        on_prompts: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Hold the prompt embeddings that `features` needs; the stage of the text encoders.
-
-        Parameters
-        ----------
-        prompts
-            Those that are needed next.
-        later
-            Further ones, embedded in the same stage as far as memory allows (with a cache folder: all).
-        on_prompts
-            Called with the number of prompts that are embedded and of those that are to be.
-        """
-        self._prompts.embed(prompts, later, on_prompts)
+        return self._base.latents(groups, self._family, self.stages.without_weights["vae"], self.size, workers)
 
     def features(
         self,
@@ -326,7 +308,7 @@ class Backbone:
         """
         check_poolings([pooling for pooling, _ in wanted])
         check_layers([layer for _, layer in wanted], self.output_point.index)
-        self.embed(list(dict.fromkeys(prompts)))
+        self.prompts.embed(list(dict.fromkeys(prompts)))
         self._passes.load(prompts[0], latents[0].shape)
         out: dict[tuple[str, int], FloatArray] = {}
         with quiet():  # here for all the pipeline's calls at once
@@ -342,56 +324,6 @@ class Backbone:
                 if on_batch is not None:
                     on_batch(len(rows))
         return out
-
-    def resolve(
-        self,
-        latents: Sequence[torch.Tensor],
-        prompts: Sequence[str],
-        *,
-        eps: Sequence[torch.Tensor],
-        sigmas: Sequence[str],
-        batch_size: int,
-    ) -> tuple[dict[str, float], str]:
-        """Compare what a noise level changes with what rounding to bfloat16 does.
-
-        The ratio is the median over layers from 1 of |f32(sigma) - f32(0)| / |bf16(sigma) - f32(sigma)|: root mean
-        squares over rows and channels of the mean-pooled features, with the transformer in float32 and in bfloat16.
-
-        Parameters
-        ----------
-        latents, prompts, eps, batch_size
-            As in `features`.
-        sigmas
-            Noise levels above 0.
-
-        Returns
-        -------
-        dict
-            Ratio of each noise level; empty where it could not be measured.
-        str
-            Why it could not be measured; empty where it was.
-        """
-        if self._settings.offload != "none" or self._settings.compile:
-            return {}, "not measured with group offloading or compiled blocks"
-        wanted = [("mean", point.index) for point in self.layers[1:]]
-
-        def run(sigma: str, dtype: torch.dtype) -> FloatArray:
-            with self._stages.in_dtype(dtype):
-                found = self.features(latents, prompts, sigma=sigma, eps=eps, wanted=wanted, batch_size=batch_size)
-            return np.stack([found[place] for place in wanted]).astype(np.float64)
-
-        try:
-            self.embed(prompts)
-            self.features(latents[:1], prompts[:1], sigma="0", eps=eps[:1], wanted=wanted[:1], batch_size=1)
-            clean = run("0", torch.float32)
-            ratios = {}
-            for sigma in sigmas:
-                noisy, rounded = run(sigma, torch.float32), run(sigma, torch.bfloat16)
-                change, rounding = (np.sqrt(((a - noisy) ** 2).mean(axis=(1, 2))) for a in (clean, rounded))
-                ratios[sigma] = float(np.median(change / np.maximum(rounding, np.finfo(np.float64).tiny)))
-        except (torch.OutOfMemoryError, DeviceMemoryError):
-            return {}, "not measured: the transformer does not fit on the device in float32"
-        return ratios, ""
 
     def wanted(self, poolings: Sequence[str], layers: Sequence[int]) -> list[tuple[str, int]]:
         """List the (pooling, layer) that exist: poolings of the text have no layer where a block passes no text on."""
@@ -446,7 +378,7 @@ class Backbone:
             "weights": {"transformer": self._stored, **self._base.weights},
             "files": {"transformer": config_hash(self._folder), **self._base.files},
             "dtype": _text(self.dtype),
-            "vae_dtype": _text(self._stages.without_weights["vae"].dtype),
+            "vae_dtype": _text(self.stages.without_weights["vae"].dtype),
             "resolution": self.size.resolution,
             "resize_rule": f"{self.size.resize} {RESIZE_RULES[self.size.resize]}",
             "image_rule": IMAGE_RULE,
@@ -488,7 +420,7 @@ class Backbone:
         """What prompt embeddings depend on besides the prompt."""
         weights = {name: value for name, value in self._base.weights.items() if name != "vae"}
         files = {name: value for name, value in self._base.files.items() if name != "vae"}
-        config = self._stages.without_weights["transformer"].config
+        config = self.stages.without_weights["transformer"].config
         return {
             "pipeline": self._family.pipeline,
             "arguments": self._pipeline_settings,
@@ -502,7 +434,7 @@ class Backbone:
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         pipe = self._conditioner.pipe
         return latent_shape(
-            self._stages.without_weights["vae"], self._family.latents, height, width, self._family.cell(pipe)
+            self.stages.without_weights["vae"], self._family.latents, height, width, self._family.cell(pipe)
         )
 
 

@@ -48,6 +48,7 @@ class Passes:
         self._patch = patch_of(conditioner.pipe, conditioner.family)
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._tested = False
+        self._most: int | None = None  # images that the device was found to hold
 
     def load(self, prompt: str, shape: torch.Size) -> None:
         """Have the transformer in memory; the first time, learn how its inputs grow and test the row of the table."""
@@ -75,6 +76,7 @@ class Passes:
         batch_size: int,
     ) -> Iterator[tuple[list[int], dict[tuple[str, int], torch.Tensor]]]:
         """Yield (rows, features) of forward pass after forward pass; the arguments are those of `Backbone.features`."""
+        batch_size = min(batch_size, self._most or batch_size)
         todo = deque(runs(prompts, [tuple(latent.shape) for latent in latents], batch_size))
         waiting: dict[tuple[Any, ...], list[tuple[list[int], Call]]] = {}
         layouts: dict[tuple[Any, ...], Layout] = {}
@@ -114,6 +116,8 @@ class Passes:
                     raise self._too_large(shape) from error
             if pooled is None:  # not in the handler: the exception holds what the pass had on the device
                 batch_size = len(joined) // 2
+                if self._stages.cast is None:  # in another dtype it may hold less
+                    self._most = batch_size
                 logger.warning("out of memory with %d images a forward pass; going on with %d", len(joined), batch_size)
                 again = [*batch, *chain.from_iterable(waiting.values())]  # what waits may be too large as well
                 todo.extendleft(rows for rows, _ in reversed(again))

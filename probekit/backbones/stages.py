@@ -78,6 +78,11 @@ class Stages:
         """Whether the transformer is in memory."""
         return str(self.transformer.device) != "meta"
 
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the transformer's weights or blocks are in other hands: offloaded or compiled."""
+        return self._offload != "none" or self._compile
+
     @contextmanager
     def text_encoders(self) -> Iterator[None]:
         """Have the text encoders in memory."""
