@@ -97,6 +97,7 @@ class DumpBench:
             "rounds": len(self.bare),
             "dump_over_bare": _spread(self.dump, self.bare),
             "half_over_bare": _spread(self.half, self.bare),
+            "half_over_dump": _spread(self.half, self.dump),
             "seconds": {"bare": self.bare, "dump": self.dump, "half": self.half},
             "images_per_second": {"bare": self.images / float(np.median(self.bare)), "dump": self.images / total},
             "parts": {
@@ -114,7 +115,10 @@ class DumpBench:
         """Return the figures as (heading, text)."""
         facts = self.facts()
         about, speed = self.backbone, facts["images_per_second"]
-        ratios = {name: "{:.3f} ({:.3f} to {:.3f})".format(*facts[f"{name}_over_bare"]) for name in ("dump", "half")}
+        ratios = {
+            name: "{:.3f} ({:.3f} to {:.3f})".format(*facts[name])
+            for name in ("dump_over_bare", "half_over_bare", "half_over_dump")
+        }
         on = f"{about['device']}, {self.threads} threads" if about["device"] == "cpu" else about["device"]
         return [
             (
@@ -125,8 +129,9 @@ class DumpBench:
                 "rows",
                 f"{self.images} images of {about['resolution']} px, two to a prompt, {self.batch_size} a forward pass",
             ),
-            ("dump / bare", f"{ratios['dump']}: median, smallest and largest of {len(self.bare)} rounds"),
-            ("half depth / bare", ratios["half"]),
+            ("dump / bare", f"{ratios['dump_over_bare']}: median, smallest and largest of {len(self.bare)} rounds"),
+            ("half depth / bare", ratios["half_over_bare"]),
+            ("half depth / dump", ratios["half_over_dump"]),
             ("images/s", f"bare {speed['bare']:.4g}, whole dump {speed['dump']:.4g}"),
             ("parts", "    dump and share       bare"),
             *(

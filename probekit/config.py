@@ -4,6 +4,7 @@ The same models check options and files, so a setting has one name, one type and
 no aliases (they can expand without bound), no duplicate keys (the last one would win silently).
 """
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +25,27 @@ STRENGTHS = (
     10.0,
     100.0,
 )  # scikit-learn's C: from next to no fit to next to no penalty
+
+
+def _allowed_prompts(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"real|empty|shuffled:\d+", value):
+        return value
+    message = f"allowed: real, empty or shuffled:SEED with a whole number SEED, not {value!r}"
+    raise ValueError(message)
+
+
+def _allowed_layers(value: object) -> object:
+    if value == "all":
+        return value
+    try:
+        numbers = [int(str(layer)) for layer in value] if isinstance(value, list) else []
+    except ValueError:
+        numbers = []
+    if numbers and min(numbers) >= 0:
+        return numbers
+    message = f"allowed: 'all' or layer numbers such as 0,12,24, not {value!r}"
+    raise ValueError(message)
+
 
 Sigma = Annotated[str, BeforeValidator(lambda value: canonical_sigma(str(value)))]
 LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -76,14 +98,15 @@ class DumpConfig(_Strict):
         "shared", description="the images of a prompt share their noise, each image has its own, or none is added"
     )
     pooling: list[str] = Field(["mean"], min_length=1, description="how image tokens become one vector; repeatable")
-    layers: Literal["all"] | LayerNumbers = Field("all", description="'all' or layer numbers such as 0,12,24")
+    layers: Annotated[Literal["all"] | LayerNumbers, BeforeValidator(_allowed_layers)] = Field(
+        "all", description="'all' or layer numbers such as 0,12,24"
+    )
     output_tokens: bool = Field(
         default=False,
         description="also the tokens that enter the output projection, as one more layer than there are blocks",
     )
-    prompts: str = Field(
+    prompts: Annotated[str, BeforeValidator(_allowed_prompts)] = Field(
         "real",
-        pattern=r"^(real|empty|shuffled:\d+)$",
         description="control: 'empty' prompts, or 'shuffled:SEED' (each image gets another row's prompt)",
     )
     draws: int = Field(1, ge=1, description="noise draws of every image")

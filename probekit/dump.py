@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from probekit._types import RESOLVED_RATIO, LayerPoint, Progress, canonical_sigma
+from probekit._types import RESOLVED_RATIO, LayerPoint, Progress
 from probekit.backbones import Backbone
 from probekit.backbones import noise as draw_noise
 from probekit.backbones.capture import POOLINGS, check_layers, check_poolings
@@ -158,10 +158,30 @@ def dump_features(
     ImageError
         If an image is missing or cannot be decoded.
     """
+    asked = DumpConfig.checked(  # by the rules of the command line
+        {
+            "backbone": backbone.name,
+            "prefs": prefs.path,
+            "out": out,
+            "sigma": list(sigmas),
+            "draws": draws,
+            "noise": noise,
+            "prompts": prompts,
+            "pooling": list(pooling),
+            "layers": layers if isinstance(layers, str) else list(layers),
+            "batch_size": batch_size,
+            "decode_workers": decode_workers,
+            "seed": seed,
+            "training_images": training_images,
+            "shard_size": shard_size,
+        },
+        source="dump_features",
+    )
     if noise == "none" and draws > 1:
         msg = f"draws is {draws} with noise 'none'; allowed: 1, since all draws would be equal"
         raise ConfigError(msg)
-    coordinates = list(product([canonical_sigma(sigma) for sigma in sigmas], range(draws)))
+    # without noise all draws would be equal
+    coordinates = [(sigma, draw) for sigma, draw in product(asked.sigma, range(draws)) if sigma != "0" or draw == 0]
     points = _points(backbone, layers, output_tokens=output_tokens)
     wanted = backbone.wanted(pooling, [point.index for point in points])
     out = Path(out)
@@ -218,6 +238,8 @@ def dump_features(
         for number, ((block, missing), part, latents) in enumerate(zip(todo.values(), parts, encoded, strict=True)):
             sizes = np.array([_size(Path(path)) for path in part["path"]])
             part = part.assign(width=sizes[:, 0], height=sizes[:, 1], file_bytes=sizes[:, 2], status=0)
+            if number == 0:  # a row that does not fit is refused before all prompts are embedded
+                backbone.load(told[0][0], tuple(latents[0].shape))
             backbone.prompts.embed(told[number], later=chain.from_iterable(told[number + 1 :]), on_prompts=embedded)
             eps = {
                 draw: _noise(part, latents, scheme=noise, seed=seed, draw=draw, canvas=backbone.canvas)
@@ -246,11 +268,11 @@ def dump_features(
 
 def _points(backbone: Backbone, layers: Literal["all"] | Sequence[int], *, output_tokens: bool) -> list[LayerPoint]:
     if layers == "all":
-        chosen = list(backbone.layers)
-    else:
-        check_layers(layers, backbone.n_blocks)
-        chosen = [backbone.layers[layer] for layer in sorted(set(layers))]
-    return [*chosen, backbone.output_point] if output_tokens else chosen
+        layers = [point.index for point in backbone.layers]
+    check_layers(layers, backbone.output_point.index)
+    further = {backbone.output_point.index} if output_tokens else set()
+    points = [*backbone.layers, backbone.output_point]
+    return [points[layer] for layer in sorted({*layers, *further})]
 
 
 def _conditions(prompts: list[str], condition: str) -> dict[str, str]:
@@ -315,7 +337,10 @@ def _record_resolution(
     batch_size: int,
 ) -> None:
     """Compare, on a few rows, what each new noise level changes with what rounding does; see `noise_over_rounding`."""
-    sigmas = [sigma for sigma in dict.fromkeys(sigma for sigma, _ in missing) if float(sigma) > 0]
+    known = {sigma for sigma, entry in writer.sigma_resolution.items() if entry["ratio"] is not None}
+    sigmas = [
+        sigma for sigma in dict.fromkeys(sigma for sigma, _ in missing) if float(sigma) > 0 and sigma not in known
+    ]
     if not sigmas:
         return
     few = slice(0, RESOLUTION_ROWS)

@@ -1,5 +1,6 @@
 """Tests of probekit.backbones on tiny random pipelines (see tiny_models), against forwards written by hand."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,10 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_families.pixart_kind import PIPELINES as PIXART
+from tiny_families.qwen_kind import PIPELINES as QWEN
 from tiny_models import tiny_pipeline, tiny_transformer
 from tiny_parts import RESOLUTION
 
 from probekit.backbones import Backbone, noise
+from probekit.backbones.catalogue import FAMILIES, family_of
 from probekit.backbones.latents import mix
 from probekit.errors import BackboneError, ConfigError
 
@@ -310,14 +314,14 @@ def test_errors_name_what_is_wrong(base: Path, own_base: Path, tmp_path: Path) -
     fails(r"empty: has no model_index\.json", tmp_path / "empty")
     fails("no such folder, and not a hub id", tmp_path / "nowhere")
     fails("is not in the cache", "nobody/nothing")
-    fails("only hub ids have revisions", revision="main")
+    fails("only hub ids have revisions", revision="main", error=ConfigError)
     fails("no such transformer folder", transformer=tmp_path / "nowhere")
     fails(r"empty: has no config\.json", transformer=tmp_path / "empty")
-    fails("dtype 'int8' is not allowed on cpu; allowed: float32, bfloat16", dtype="int8")
-    fails("dtype 'float16' is not allowed on cpu", dtype=torch.float16)
-    fails("device 'gpu' is not known; allowed: cpu, cuda", device="gpu")
+    fails("dtype 'int8' is not allowed on cpu; allowed: float32, bfloat16", dtype="int8", error=ConfigError)
+    fails("dtype 'float16' is not allowed on cpu", dtype=torch.float16, error=ConfigError)
+    fails("device 'gpu' is not known; allowed: cpu, cuda", device="gpu", error=ConfigError)
     if not torch.cuda.is_available():
-        fails("device 'cuda' is not available", device="cuda")
+        fails("device 'cuda' is not available", device="cuda", error=ConfigError)
     fails("resolution is 10; allowed for base: multiples of 4 up to 32", resolution=10, error=ConfigError)
     fails("resolution is 64; allowed", resolution=64, error=ConfigError)
     fails("resolution is 0; allowed", resolution=0, error=ConfigError)
@@ -366,3 +370,86 @@ def test_layers_and_poolings_are_checked(backbone: Backbone) -> None:
         _features(backbone, ["tree"], layers=[])
     with pytest.raises(ConfigError, match="pooling 'median' is not known; allowed: mean, max"):
         _features(backbone, ["tree"], poolings=["median"])
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"resize": "pad"}, {"resize_rule"}),
+        ({"resize": "bucket"}, {"resize_rule", "noise_rule"}),
+        ({"resolution": 8}, {"resolution"}),
+        ({"max_tokens": 7}, {"max_tokens"}),
+        ({"dtype": "bfloat16"}, {"dtype", "vae_dtype"}),
+        ({"random_weights": "init:3"}, {"random_weights", "weights"}),
+        ({"random_weights": "shuffled:3"}, {"random_weights"}),
+        ({"offload": "group"}, set()),
+        ({"compile": True}, set()),
+        ({"name": "another"}, set()),
+    ],
+)
+def test_a_setting_shows_in_the_fingerprint_if_it_changes_features(
+    base: Path, options: dict[str, Any], keys: set[str]
+) -> None:
+    plain = Backbone.from_pretrained(base, resolution=16).fingerprint_config()
+    other = Backbone.from_pretrained(base, **({"resolution": 16} | options)).fingerprint_config()
+    assert {key for key in plain if plain[key] != other[key]} == keys
+
+
+def test_what_the_pipeline_does_is_in_the_fingerprint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another template, argument or rule makes other features of the same weights."""
+    plain = Backbone.from_pretrained(base).fingerprint_config()
+    monkeypatch.setattr("probekit.backbones.backbone.source_hash", lambda _: "another release of the pipeline")
+    row = family_of("SD3Transformer2DModel", "StableDiffusion3Pipeline")
+    key = (row.transformer, row.pipeline)
+    monkeypatch.setitem(FAMILIES, key, dataclasses.replace(row, call={"guidance_scale": 0.5}))
+    monkeypatch.setattr("probekit.backbones.backbone.MIX_RULES", {"flow": "2: another mixture"})
+    other = Backbone.from_pretrained(base).fingerprint_config()
+    assert {name for name in plain if plain[name] != other[name]} == {
+        "prompt_template",
+        "pipeline_arguments",
+        "mix_rule",
+    }
+
+
+def test_the_noise_schedule_of_a_diffusion_model_is_in_the_fingerprint(tmp_path: Path) -> None:
+    folder = PIXART["pixart_sigma"].build(tmp_path / "pixart")
+    plain = Backbone.from_pretrained(folder, resolution=16)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"beta_end": 0.005}))
+    other = Backbone.from_pretrained(folder, resolution=16)
+    assert other.timestep("0.1") != plain.timestep("0.1")
+    configs = plain.fingerprint_config(), other.fingerprint_config()
+    assert {name for name in configs[0] if configs[0][name] != configs[1][name]} == {"timestep_rule"}
+
+
+def test_a_row_that_mistakes_the_kind_of_noise_or_latents_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for group, name, change, pattern in (
+        (PIXART, "pixart_sigma", {"noise": "flow"}, r"prediction_type 'epsilon', but its row says noise 'flow'"),
+        (QWEN, "qwen_image", {"latents": "shift-scale"}, "AutoencoderKLQwenImage has no scaling_factor"),
+    ):
+        builder = group[name]
+        key = (builder.transformer, builder.pipeline)
+        monkeypatch.setitem(FAMILIES, key, dataclasses.replace(FAMILIES[key], **change))
+        folder = builder.build(tmp_path / name)
+        path = tmp_path / f"{name}.png"
+        Image.new("RGB", (16, 16), "red").save(path)
+        with pytest.raises(BackboneError, match=pattern):
+            _latents(Backbone.from_pretrained(folder, resolution=16), [path], [_digest(path)])
+
+
+def test_one_cache_folder_keeps_the_settings_apart(base: Path, pictures: Any, tmp_path: Path) -> None:
+    """Whatever changes a latent or an embedding is in its key."""
+    wide = [paths[2:3] for paths in pictures]
+    plain: list[torch.Tensor] = []
+    for options in ({}, {"resize": "pad"}, {"resolution": 8}, {"dtype": "bfloat16"}):
+        settings = {"resolution": 16, **options}
+        cached = _latents(Backbone.from_pretrained(base, cache=tmp_path / "cache", **settings), *wide)
+        assert torch.equal(cached, _latents(Backbone.from_pretrained(base, **settings), *wide))
+        assert all(cached.shape != other.shape or not torch.equal(cached, other) for other in plain)
+        plain.append(cached)
+    for options in ({"max_tokens": 0}, {"max_tokens": 5}, {"max_tokens": 0, "dtype": "bfloat16"}):
+        Backbone.from_pretrained(base, cache=tmp_path / "cache", **options).prompts.embed(["tree"])
+    assert len(list((tmp_path / "cache" / "prompts").rglob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "cache" / "latents").rglob("*.safetensors"))) == len(plain)

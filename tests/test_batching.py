@@ -22,7 +22,7 @@ def call(k: int, *, length: int = 5, value: float = 0.0, ids: float = 0.0) -> di
     }
 
 
-LAYOUT = Layout.learn(call(1), call(2), {})
+LAYOUT = Layout.learn(call(1), call(2))
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
@@ -52,25 +52,11 @@ def test_what_cannot_be_joined_is_an_error() -> None:
     with pytest.raises(BackboneError, match="'img_ids' does not grow with the images but differs between prompts"):
         LAYOUT.join([call(1), call(1, ids=1.0)])
     with pytest.raises(BackboneError, match=r"'mask' is a tensor of shape \(3,\) for one image and .* \(4,\) for two"):
-        Layout.learn(call(1) | {"mask": torch.zeros(3)}, call(2) | {"mask": torch.zeros(4)}, {})
+        Layout.learn(call(1) | {"mask": torch.zeros(3)}, call(2) | {"mask": torch.zeros(4)})
     with pytest.raises(BackboneError, match="passes a, b for two images and a for one"):
-        Layout.learn({"a": 1}, {"a": 1, "b": 2}, {})
+        Layout.learn({"a": 1}, {"a": 1, "b": 2})
     with pytest.raises(BackboneError, match=r"batch sizes \[2, 3\]"):
         LAYOUT.n_images(call(2) | {"hidden_states": torch.zeros(3, 4, 3)})
-
-
-def test_a_row_may_join_an_argument_itself() -> None:
-    """Cumulative lengths grow from (2,) to (3,), which no axis explains."""
-
-    def lengths(k: int) -> torch.Tensor:
-        return torch.arange(k + 1) * 5
-
-    def join(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([part.diff() for part in parts]).cumsum(0)])
-
-    layout = Layout.learn(call(1) | {"at": lengths(1)}, call(2) | {"at": lengths(2)}, {"at": join})
-    joined = layout.join([call(2) | {"at": lengths(2)}, call(1) | {"at": lengths(1)}])
-    assert joined["at"].tolist() == [0, 5, 10, 15]
 
 
 @given(

@@ -44,7 +44,7 @@ def test_json_holds_ratios_parts_and_rates(pipeline, temporary):
     assert found["backbone"]["n_blocks"] == 4
     assert (found["images"], found["batch_size"], found["rounds"]) == (IMAGES, 4, ROUNDS)
     assert found["threads"] == torch.get_num_threads()
-    for name in ("dump_over_bare", "half_over_bare"):
+    for name in ("dump_over_bare", "half_over_bare", "half_over_dump"):
         median, smallest, largest = found[name]
         assert 0 < smallest <= median <= largest
     assert {name: len(values) for name, values in found["seconds"].items()} == dict.fromkeys(

@@ -16,7 +16,7 @@ from tiny_prefs import write_rankings
 import probekit
 from probekit.backbones import Backbone, decode_ahead, noise
 from probekit.dump import _conditions
-from probekit.errors import BackboneError, ConfigError, FingerprintError
+from probekit.errors import ConfigError, FingerprintError
 
 PIPELINES = all_pipelines()
 RANKINGS = {"a red dog": 3, "tree": 2, "9 blue birds": 2}
@@ -78,11 +78,10 @@ def test_sigmas_and_draws_come_from_one_pass_over_the_images(
     )
     store = probekit.dump_features(flux, prefs, tmp_path / "all", sigmas=["0", "0.1", "0.3"], draws=2)
     assert sorted(read) == sorted({Path(path) for path in prefs.items["path"]})
-    assert store.coordinates == [(sigma, draw) for sigma in ("0", "0.1", "0.3") for draw in (0, 1)]
+    assert store.coordinates == [("0", 0), ("0.1", 0), ("0.1", 1), ("0.3", 0), ("0.3", 1)]
     last = flux.n_blocks
     draws = [store.read(layer=last, sigma="0.3", draw=draw) for draw in (0, 1)]
     assert not np.allclose(draws[0], draws[1], atol=1e-2)
-    assert np.allclose(*(store.read(layer=last, sigma="0", draw=draw) for draw in (0, 1)))
 
     some = {"sigmas": ["0.1"], "draws": 1}
     for more in (some, some | {"draws": 2}, {"sigmas": ["0", "0.1", "0.3"], "draws": 2}):
@@ -294,7 +293,7 @@ def test_decoding_processes_change_no_byte(flux: Backbone, prefs: probekit.Prefe
 
 
 def test_half_precision_on_the_cpu(folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(BackboneError, match="dtype 'float16' is not allowed on cpu; allowed: float32, bfloat16"):
+    with pytest.raises(ConfigError, match="dtype 'float16' is not allowed on cpu; allowed: float32, bfloat16"):
         Backbone.from_pretrained(folders["flux"], dtype="float16")
     half = tmp_path / "half"
     flux = Backbone.from_pretrained(folders["flux"], resolution=16)

@@ -7,6 +7,8 @@ difference between two runs that must be equal. Some families are also compared 
 import functools
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_families import Builder, all_pipelines
+from tiny_prefs import write_rankings
 
+from probekit import dump_features, load_preferences
 from probekit.backbones import Backbone, noise
 from probekit.backbones.batching import Layout
 from probekit.backbones.capture import POOLINGS, pooled_layers
@@ -57,7 +61,8 @@ class Loaded:
         generator = torch.Generator().manual_seed(3)
         self.latents = [torch.randn(*self.shape, generator=generator) for _ in PROMPTS]
         self.eps = [noise(0, prompt, 0, self.shape) for prompt in PROMPTS]
-        self.all = self.backbone.wanted(list(POOLINGS), [point.index for point in self.backbone.layers])
+        poolings = [name for name in POOLINGS if name != "text_mean" or self.backbone._text_layers]
+        self.all = self.backbone.wanted(poolings, [point.index for point in self.backbone.layers])
         self.all += self.backbone.wanted(["mean"], [self.backbone.output_point.index])
         self.features = self.run()
 
@@ -169,6 +174,30 @@ def test_replay_without_encoders_equals_the_plain_pipeline(name: str, backbones:
 
 
 @families
+def test_a_dump_of_pictures_of_several_shapes_equals_one_image_at_a_time(
+    name: str, backbones: Any, tmp_path: Path
+) -> None:
+    """The whole line from files to a store: values, and not only that it runs."""
+    loaded = backbones(name)
+    side = loaded.builder.size[0]
+    sizes = ((2 * side, side), (side, 2 * side))
+    prefs = load_preferences(write_rankings(tmp_path / "pairs", {"a red dog": 2, "tree": 2}, sizes))
+    backbone = Backbone.from_pretrained(loaded.folder, resolution=side, resize=loaded.builder.resize)
+    stores = [
+        dump_features(backbone, prefs, tmp_path / str(batch_size), sigmas=[SIGMA], batch_size=batch_size)
+        for batch_size in (1, 4)
+    ]
+    assert stores[0].rows["status"].eq(0).all()
+    assert stores[0].describe["family_tested"]
+    assert stores[0].sigma_resolution[SIGMA]["ratio"] > 0
+    for point in loaded.backbone.layers:
+        one, four = (store.read(layer=point.index) for store in stores)
+        assert len(one) == 4
+        # stored in float16, so a last bit of rounding may fall to the other side
+        assert np.linalg.norm(one - four) <= 2e-4 * np.linalg.norm(one)
+
+
+@families
 def test_latents_are_what_the_pipelines_own_decoding_undoes(name: str, backbones: Any, tmp_path: Path) -> None:
     """With a scheduler that changes nothing and a transformer that is not asked, the pipeline decodes the image."""
     loaded = backbones(name)
@@ -254,3 +283,11 @@ def test_every_row_is_tested_or_says_that_it_is_not() -> None:
     tested = {(builder.transformer, builder.pipeline) for builder in PIPELINES.values()}
     assert {key for key, row in FAMILIES.items() if row.tested} == tested
     assert sum(builder.by_hand is not None for builder in PIPELINES.values()) >= 10
+
+
+def test_a_class_that_only_its_pipeline_knows_is_found_in_a_fresh_process(folders: Any) -> None:
+    """Here other tests have imported the text encoder of PRX; transformers does not export it."""
+    command = [sys.executable, "-m", "probekit", "backbones", str(folders("prx")), "--resolution", "16", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pipeline"] == "PRXPipeline"

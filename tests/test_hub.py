@@ -12,7 +12,7 @@ from tiny_models import tiny_pipeline
 
 from probekit.backbones import Backbone
 from probekit.backbones.hub import Source, locate
-from probekit.errors import BackboneError
+from probekit.errors import BackboneError, ConfigError
 
 OLD, NEW = 40 * "a", 40 * "b"
 PIPELINE = {
@@ -227,5 +227,5 @@ def test_neither_a_folder_nor_an_id(hub, model_id):
 def test_a_folder_needs_an_index_and_no_revision(tmp_path):
     with pytest.raises(BackboneError, match=r"has no model_index\.json"):
         locate(str(tmp_path), revision=None, without_transformer=False)
-    with pytest.raises(BackboneError, match="only hub ids have revisions"):
+    with pytest.raises(ConfigError, match="only hub ids have revisions"):
         locate(str(tmp_path), revision="main", without_transformer=False)

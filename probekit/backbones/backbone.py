@@ -31,6 +31,7 @@ from probekit.backbones.loading import (
     config_hash,
     model_names,
     quiet,
+    source_hash,
     transformer_family,
     transformer_folder,
 )
@@ -265,6 +266,24 @@ class Backbone:
         """
         return self._base.latents(groups, self._family, self.stages.without_weights["vae"], self.size, workers)
 
+    def load(self, prompt: str, shape: tuple[int, ...]) -> None:
+        """Bring the transformer into memory and test the row of the table on it, as `features` does of itself.
+
+        Parameters
+        ----------
+        prompt
+            Any prompt; it is embedded.
+        shape
+            Of a latent, (c, h, w).
+
+        Raises
+        ------
+        BackboneError
+            If the row does not fit the model.
+        """
+        self.prompts.embed([prompt])
+        self._passes.load(prompt, torch.Size(shape))
+
     def features(
         self,
         latents: Sequence[torch.Tensor],
@@ -329,12 +348,16 @@ class Backbone:
         """List the (pooling, layer) that exist: poolings of the text have no layer where a block passes no text on."""
         check_poolings(poolings)
         check_layers(layers, self.output_point.index)
-        return [
+        found = [
             (pooling, layer)
             for pooling in poolings
             for layer in layers
             if POOLINGS[pooling].stream == "image" or layer in self._text_layers
         ]
+        for pooling in set(poolings) - {pooling for pooling, _ in found}:
+            msg = f"pooling {pooling!r}: none of the layers asked for has text tokens; {self.name} has them at: "
+            raise ConfigError(msg + (", ".join(map(str, self._text_layers)) or "no layer"))
+        return found
 
     def n_cut(self, prompts: Sequence[str]) -> int:
         """Count the prompts that at least one text encoder sees only the beginning of."""
@@ -385,10 +408,10 @@ class Backbone:
             "latent_rule": LATENT_RULES[family.latents].definition,
             "mix_rule": MIX_RULES[family.noise],
             "noise_rule": NOISE_RULE if self.canvas is None else f"{NOISE_RULE}; {CANVAS_RULE}",
-            "prompt_template": "the pipeline's",
+            "prompt_template": self._pipeline_source,
             "max_tokens": self._conditioner.max_tokens,
             "pipeline_arguments": self._pipeline_settings,
-            "timestep_rule": f"{family.noise}, N = {self._conditioner.n_train_timesteps}",
+            "timestep_rule": self._conditioner.timestep_rule(),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -409,6 +432,11 @@ class Backbone:
         }
 
     @cached_property
+    def _pipeline_source(self) -> str:
+        """What the pipeline does with a prompt is its code."""
+        return f"SHA-256 of the pipeline's code: {source_hash(self._family)}"
+
+    @cached_property
     def _pipeline_settings(self) -> dict[str, str]:
         """What the row gives the pipeline's call, and ``model_index.json`` its constructor, besides components."""
         pipe = self._conditioner.pipe
@@ -423,6 +451,7 @@ class Backbone:
         config = self.stages.without_weights["transformer"].config
         return {
             "pipeline": self._family.pipeline,
+            "template": self._pipeline_source,
             "arguments": self._pipeline_settings,
             "max_tokens": self._conditioner.max_tokens,
             "transformer": {name: config[name] for name in self._family.text_settings},

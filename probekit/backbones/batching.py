@@ -5,7 +5,7 @@ and two of the same prompt, and the two calls are compared (`Layout.learn`). Onl
 else are joined, so prompts of unequal length are never padded to one another.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,18 +30,15 @@ class Layout:
     """What `learn` found: for every argument its structure with `Along`, ``shared`` or ``list`` at each leaf."""
 
     kinds: dict[str, Any]
-    joins: Mapping[str, Callable[[list[torch.Tensor]], torch.Tensor]]
 
     @classmethod
-    def learn(cls, one: Call, two: Call, joins: Mapping[str, Callable[[list[torch.Tensor]], torch.Tensor]]) -> "Layout":
+    def learn(cls, one: Call, two: Call) -> "Layout":
         """Compare the calls of one and of two images of a prompt.
 
         Parameters
         ----------
         one, two
             What the pipeline prepares for the same prompt and size.
-        joins
-            Arguments that the family's row joins itself.
 
         Raises
         ------
@@ -51,22 +48,15 @@ class Layout:
         if list(one) != list(two):
             msg = f"the pipeline passes {', '.join(two)} for two images and {', '.join(one)} for one"
             raise BackboneError(msg)
-        return cls({name: None if name in joins else _kind(name, one[name], two[name]) for name in one}, joins)
+        return cls({name: _kind(name, one[name], two[name]) for name in one})
 
     def signature(self, call: Call) -> tuple[Any, ...]:
         """Return what must be equal in calls that are joined: everything but the values that belong to an image."""
-        found: list[Any] = []
-        for name, value in call.items():
-            found.append(name)
-            if name not in self.joins:
-                found.extend(_signature(self.kinds[name], value))
-        return tuple(found)
+        return tuple(part for name, value in call.items() for part in (name, *_signature(self.kinds[name], value)))
 
     def n_images(self, call: Call) -> int:
         """Count the images of a prepared call."""
-        sizes = {
-            size for name, value in call.items() if name not in self.joins for size in _sizes(self.kinds[name], value)
-        }
+        sizes = {size for name, value in call.items() for size in _sizes(self.kinds[name], value)}
         if len(sizes) != 1:
             msg = f"the pipeline prepared tensors of batch sizes {sorted(sizes)} in one call"
             raise BackboneError(msg)
@@ -76,12 +66,7 @@ class Layout:
         """Join calls of equal `signature`, in order."""
         if len(calls) == 1:
             return calls[0]
-        return {
-            name: self.joins[name]([call[name] for call in calls])
-            if name in self.joins
-            else _join(name, self.kinds[name], [call[name] for call in calls])
-            for name in calls[0]
-        }
+        return {name: _join(name, kind, [call[name] for call in calls]) for name, kind in self.kinds.items()}
 
 
 def runs(prompts: Sequence[str], shapes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:

@@ -222,6 +222,7 @@ _ROWS = (
         blocks=(BlockList(path="transformer_blocks", tokens="last", text="rest"),),
         output=Output("proj_out", tokens="last"),
         latents="mean-std",
+        multiple=2,  # the prompt's template holds one place for 4 image tokens
         pack=_tokens,
         call={"true_cfg_scale": 1.0, "use_kv_cache": False},  # the cache would be an argument without a batch
         tested=True,
@@ -421,7 +422,7 @@ def register_family(family: Family) -> None:
     Parameters
     ----------
     family
-        The row. What it says is checked on the user's model when that is loaded.
+        The row. What it says of blocks and tokens is checked on the model when that is loaded.
 
     Examples
     --------
@@ -437,6 +438,12 @@ def register_family(family: Family) -> None:
     ... )
     """
     FAMILIES[family.transformer, family.pipeline] = family
+
+
+def unused_parts(pipeline: str) -> frozenset[str]:
+    """Return the components of a pipeline class that are never loaded; none are known of a class without a row."""
+    rows = [row.unused for (_, name), row in FAMILIES.items() if name == pipeline]
+    return frozenset.intersection(*rows) if rows else frozenset()
 
 
 def family_of(transformer: str, pipeline: str) -> Family:

@@ -10,6 +10,7 @@ replayed for every image (`Conditioner.prepare`), so the text encoders need not 
 """
 
 import copy
+import hashlib
 import inspect
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from probekit.backbones.families import Call, Component, Family
+from probekit.backbones.hub import in_short
 from probekit.backbones.latents import LATENT_RULES
 from probekit.backbones.loading import quiet
 from probekit.errors import BackboneError, ConfigError
@@ -69,6 +71,10 @@ class Conditioner:
         self._forward_arguments = inspect.signature(pipe.transformer.forward)
         if family.noise == "vp" and not hasattr(pipe.scheduler, "alphas_cumprod"):
             msg = f"{type(pipe.scheduler).__name__} has no alphas_cumprod, which a row with noise 'vp' needs"
+            raise BackboneError(msg)
+        if family.noise == "flow" and not _predicts_flow(pipe.scheduler):
+            found = f"{type(pipe.scheduler).__name__} with prediction_type {pipe.scheduler.config.prediction_type!r}"
+            msg = f"{family.pipeline}: its scheduler is {found}, but its row says noise 'flow'; allowed for it: 'vp'"
             raise BackboneError(msg)
         self._scheduler = _one_step(pipe.scheduler)
         self.n_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
@@ -128,12 +134,12 @@ class Conditioner:
         def replay(*args: Any, **kwargs: Any) -> object:
             asked = self._encode_arguments.bind(*args, **kwargs).arguments
             k = int(asked.get("num_images_per_prompt", 1))
-            return (self.family.expand or _expand)(next(results), k)
+            return _expand(next(results), k)
 
         return self._caught(replay, prompt, latents, sigma)
 
     def timestep(self, sigma: str) -> float:
-        """Return the timestep of a noise level: sigma * N, or the integer of the nearest noise-to-signal ratio."""
+        """Return the timestep of a noise level: sigma * N, or the integer of the nearest noise deviation."""
         if self.family.noise == "flow":
             # in decimal, so that 0.07 gives 70 and not 70.00000000000001
             return float(Decimal(sigma) * self.n_train_timesteps)
@@ -141,6 +147,14 @@ class Conditioner:
         clean = self._scheduler.alphas_cumprod.double().cpu()  # share of the signal's variance
         wanted = torch.tensor(level / math.hypot(level, 1 - level)).double()
         return float(((1 - clean).sqrt() - wanted).abs().argmin())
+
+    def timestep_rule(self) -> str:
+        """Return the rule of `timestep`, with a hash of the noise schedule that it looks into."""
+        rule = f"{self.family.noise}, N = {self.n_train_timesteps}"
+        if self.family.noise == "flow":
+            return rule
+        schedule = hashlib.sha256(self._scheduler.alphas_cumprod.double().cpu().numpy().tobytes()).hexdigest()
+        return f"{rule}, alphas_cumprod {schedule}"
 
     def sigma_floor(self) -> float:
         """Return the smallest noise level that the model was trained on: 0 for flows."""
@@ -192,6 +206,11 @@ class Conditioner:
                 )
         except _Caught as caught:
             args, kwargs = caught.call
+        except (torch.OutOfMemoryError, BackboneError):
+            raise
+        except Exception as error:  # whatever the pipeline and its libraries choose
+            msg = f"{family.pipeline} refuses a prompt with images of {height} x {width} pixels ({in_short(error)})"
+            raise BackboneError(msg) from error
         else:
             msg = f"{family.pipeline} finished without calling its transformer"
             raise BackboneError(msg)
@@ -234,6 +253,11 @@ def _expand(result: Any, k: int) -> Any:
     if isinstance(result, dict):
         return {name: _expand(entry, k) for name, entry in result.items()}
     return result
+
+
+def _predicts_flow(scheduler: Component) -> bool:
+    """Whether a scheduler is one of a flow model; those of diffusion models have ``alphas_cumprod``, some of both."""
+    return not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def _one_step(scheduler: Component) -> Component:

@@ -93,7 +93,8 @@ class PixelStream:
         except BrokenProcessPool:
             msg = (
                 "a process that decodes images ended unexpectedly, perhaps killed for want of memory; "
-                "the same command resumes (or try fewer --decode-workers)"
+                "the same command resumes (or try fewer --decode-workers; "
+                "a script of your own needs an 'if __name__ == \"__main__\":' guard)"
             )
             raise ProbekitError(msg) from None
 

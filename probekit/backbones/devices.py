@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from probekit.errors import BackboneError, DeviceMemoryError
+from probekit.errors import ConfigError, DeviceMemoryError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,14 +23,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         msg = f"device {device!r} is not known; allowed: cpu, cuda, cuda:INDEX, mps"
-        raise BackboneError(msg) from error
+        raise ConfigError(msg) from error
     count = torch.cuda.device_count()
     usable = {"cpu": True, "cuda": (found.index or 0) < count, "mps": torch.backends.mps.is_available()}
     if not usable.get(found.type, False):
         msg = (
             f"device {str(device)!r} is not available here ({count} CUDA devices); allowed: cpu or an available device"
         )
-        raise BackboneError(msg)
+        raise ConfigError(msg)
     return found
 
 
@@ -41,7 +41,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, weights
         name = str(dtype).removeprefix("torch.")
         if name not in allowed:
             msg = f"dtype {name!r} is not allowed on {device.type}; allowed: {', '.join(allowed)}"
-            raise BackboneError(msg)
+            raise ConfigError(msg)
         return DTYPES[name]
     if device.type != "cpu":
         return torch.bfloat16

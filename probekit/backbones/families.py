@@ -117,10 +117,12 @@ class Family:
         Name of the rule in `latents.LATENT_RULES` by which the VAE's posterior mode becomes a latent.
     noise
         ``flow``: the input is (1 - sigma) x0 + sigma eps at timestep sigma * N; ``vp``: the same divided by its norm
-        sqrt((1 - sigma)^2 + sigma^2), at the integer timestep whose noise-to-signal ratio is nearest (N = the
-        scheduler's number of training timesteps).
+        sqrt((1 - sigma)^2 + sigma^2), at the integer timestep whose noise deviation sqrt(1 - alpha) is nearest (N =
+        the scheduler's number of training timesteps).
     patch
         Latent pixels on a side of one token: a number, or the name of a value of the transformer's config.
+    multiple
+        What the sides of an image in tokens must be multiples of.
     pack
         Turns latents (k, c, h, w) into what the pipeline takes as ``latents``; None = as they are.
     call
@@ -137,11 +139,6 @@ class Family:
         Values of the transformer's config on which the pipeline's prompt embeddings depend.
     text_batch
         How many prompts the pipeline's ``encode_prompt`` takes at once without one changing the embeddings of another.
-    expand
-        Repeats what ``encode_prompt`` returned for one image to k images, where repeating along every tensor's first
-        axis of size 1 is not it.
-    joins
-        Arguments of the transformer, by name, which several prompts share in another way than one after the other.
     widths
         Lists the widths on which a pipeline and its transformer must agree; what it does not list shows itself as an
         error of the self-test.
@@ -158,6 +155,7 @@ class Family:
     latents: str = "shift-scale"
     noise: Literal["flow", "vp"] = "flow"
     patch: int | str = "patch_size"
+    multiple: int = 1
     pack: Callable[[Component, torch.Tensor], torch.Tensor] | None = None
     call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     vae_factor: str | Callable[[Component], int] = "vae_scale_factor"
@@ -166,8 +164,6 @@ class Family:
     unused: frozenset[str] = UNUSED
     text_settings: tuple[str, ...] = ()
     text_batch: int = 1
-    expand: Callable[[Any, int], Any] | None = None
-    joins: Mapping[str, Callable[[list[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)
     widths: Callable[[Component], list[Width]] = field(default=lambda pipe: [])
     library: str = "diffusers"
     tested: bool = False

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
-from probekit.errors import BackboneError
+from probekit.backbones.catalogue import unused_parts
+from probekit.errors import BackboneError, ConfigError
 
 INDEX = "model_index.json"
 _CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # configs, vocabularies, sentencepiece, chat templates
@@ -85,7 +86,7 @@ def locate(model_id: str, *, revision: str | None, without_transformer: bool, we
     if folder.is_dir():
         if revision is not None:
             msg = f"revision {revision!r} was given for the folder {folder}; only hub ids have revisions"
-            raise BackboneError(msg)
+            raise ConfigError(msg)
         return Source(folder, str(folder.resolve()), None, read_json(folder / INDEX))
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         msg = f"{model_id}: no such folder, and not a hub id (owner/name)"
@@ -116,10 +117,11 @@ def _from_hub(model_id: str, revision: str, without_transformer: bool, weights: 
     elif revision != folder.name:
         logger.info("%s: %s is commit %s", model_id, revision, folder.name)
     source = Source(folder, model_id, folder.name, read_json(folder / INDEX))
+    unused = unused_parts(str(source.index.get("_class_name")))
     names = [
         name
         for name in source.index
-        if source.component(name)[1] and not (without_transformer and name == "transformer")
+        if source.component(name)[1] and name not in unused and not (without_transformer and name == "transformer")
     ]
     try:
         wanted = [file for name in names for file in _files_of(name, source, files, weights)]

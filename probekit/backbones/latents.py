@@ -13,6 +13,7 @@ from decimal import Decimal
 import torch
 
 from probekit.backbones.families import Component
+from probekit.errors import BackboneError
 
 NOISE_RULE = "1: torch CPU generator seeded by SHA-256 of (seed, key, draw)"
 CANVAS_RULE = "1: centre of one canvas as high and as wide as the longest bucket"
@@ -53,7 +54,10 @@ class LatentRule:
 
 def _shift_scale(vae: Component, mode: torch.Tensor) -> torch.Tensor:
     shift, scale = vae.config.get("shift_factor"), vae.config.get("scaling_factor")
-    return (mode - (0.0 if shift is None else shift)) * (1.0 if scale is None else scale)
+    if scale is None:
+        msg = f"{type(vae).__name__} has no scaling_factor; its family needs another rule for latents"
+        raise BackboneError(msg)
+    return (mode - (0.0 if shift is None else float(shift))) * float(scale)
 
 
 def _scale(vae: Component, mode: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from accelerate import init_empty_weights
 from probekit.backbones.catalogue import family_of
 from probekit.backbones.families import Component, Family
 from probekit.backbones.hub import Source, in_short, read_json
-from probekit.backbones.weights import RandomWeights, initialised, shuffle
+from probekit.backbones.weights import RandomWeights, convert, initialised, shuffle
 from probekit.errors import BackboneError
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -53,6 +54,12 @@ def transformer_family(source: Source, folder: Path) -> Family:
     except BackboneError as error:
         msg = f"{folder / 'config.json'}: {error}"
         raise BackboneError(msg) from error
+
+
+def source_hash(family: Family) -> str:
+    """Return the SHA-256 of the code of a pipeline, which holds its prompt template."""
+    module = sys.modules[_class_of(family.library, family.pipeline).__module__]
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 
 
 def model_names(family: Family, source: Source) -> list[str]:
@@ -101,11 +108,7 @@ def load_transformer(folder: Path, like: Component, dtype: torch.dtype, random: 
     if random is not None and random.kind == "init":
         config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
         with quiet():
-            model = initialised(lambda: cls.from_config(config), random.seed).to(dtype)
-        kept = set(cls._keep_in_fp32_modules or ())  # as from_pretrained keeps them
-        for parameter_name, parameter in model.named_parameters():
-            if kept & set(parameter_name.split(".")):
-                parameter.data = parameter.data.float()
+            model = convert(initialised(lambda: cls.from_config(config), random.seed), dtype)
         return model.eval().requires_grad_(False)  # noqa: FBT003 - torch's own signature
     model = _load_model(cls, folder, dtype)
     if random is not None:
@@ -226,6 +229,10 @@ def _parts(family: Family, source: Source) -> dict[str, tuple[str, Any]]:
             parts[name] = ("model", _class_of(family.library, family.transformer))
         elif class_name is not None and name not in family.unused:
             cls = _class_of(library, class_name) if library in (*_LIBRARIES, family.library) else None
+            # classes that transformers does not export are known to the pipeline's own module
+            cls = cls or (
+                getattr(sys.modules[pipeline.__module__], class_name, None) if library in _LIBRARIES else None
+            )
             if cls is None:
                 raise _wrong_part(source, name, f"{library}.{class_name}")
             parts[name] = ("model" if issubclass(cls, torch.nn.Module) else "part", cls)
@@ -279,6 +286,9 @@ def _without_weights(cls: Component, folder: Path, dtype: torch.dtype) -> Compon
 
 
 def _load_part(cls: Component, folder: Path) -> Component:
+    if not folder.is_dir():
+        msg = f"{folder.parent}: has no folder {folder.name}, which its model_index.json names"
+        raise BackboneError(msg)
     try:
         with quiet():
             return cls.from_pretrained(folder, local_files_only=True)
@@ -333,6 +343,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of their own imports
+            warnings.filterwarnings("ignore", "Mismatch dtype", UserWarning)  # modules that are kept in float32
             yield
     finally:
         for library, verbosity in before:

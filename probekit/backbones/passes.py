@@ -135,7 +135,7 @@ class Passes:
         if form not in self._layouts:
             pair = images[:1].repeat(2, 1, 1, 1)
             one, two = (self._conditioner.prepare(prompt, embeddings, pair[:k], sigma) for k in (1, 2))
-            self._layouts[form] = Layout.learn(one, two, self._family.joins)
+            self._layouts[form] = Layout.learn(one, two)
         layout = self._layouts[form]
         if layout.n_images(call) != len(images):
             msg = f"{self._family.pipeline} prepared {layout.n_images(call)} images where {len(images)} were given"

@@ -55,11 +55,12 @@ def image_size(pipe: Component, family: Family, asked: int | None, name: str, *,
         If the pipeline does not take that size.
     """
     config = pipe.transformer.config
-    step = pixels_per_latent(pipe, family) * patch_of(pipe, family)
+    step = pixels_per_latent(pipe, family) * patch_of(pipe, family) * family.multiple
     resolution = _own_resolution(pipe) if asked is None else asked
     largest = step * int(config.get("pos_embed_max_size") or 10**6) // (2 if resize == "bucket" else 1)
     if resolution % step or not 0 < resolution <= largest:
         most = f" up to {largest}" if config.get("pos_embed_max_size") else ""
+        most += ", since a side of a bucket may be twice as long" if most and resize == "bucket" else ""
         msg = f"resolution is {resolution}; allowed for {name}: multiples of {step}{most}"
         raise ConfigError(msg)
     return ImageSize(resolution, step, resize)

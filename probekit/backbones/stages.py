@@ -4,6 +4,7 @@ The pipeline holds every model without weights at first; a stage exchanges those
 """
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from probekit.backbones.base import Base
 from probekit.backbones.devices import enough_memory
 from probekit.backbones.families import Component, Family
 from probekit.backbones.loading import Adapter, load_transformer, model_names, quiet
-from probekit.backbones.weights import RandomWeights
+from probekit.backbones.weights import RandomWeights, convert
 from probekit.errors import ConfigError
 
 Offload = Literal["none", "group"]
@@ -136,7 +137,7 @@ class Stages:
         buffers = [(module, *named) for module in before.modules() for named in module.named_buffers(recurse=False)]
         try:
             with quiet():
-                model = (before if exact else copy.deepcopy(before)).to(dtype)
+                model = convert(before if exact else copy.deepcopy(before), dtype)
             self._exchange("transformer", model)
             self.cast = dtype
             yield
@@ -158,6 +159,8 @@ class Stages:
     def release_transformer(self) -> None:
         """Free the transformer."""
         self._exchange("transformer", self.without_weights["transformer"])
+        if self.is_wrapped:
+            gc.collect()  # offloaded and compiled models hold themselves in circles
         _empty_cache(self._base.device)
 
     def _exchange(self, name: str, model: torch.nn.Module) -> None:

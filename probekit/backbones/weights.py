@@ -66,6 +66,16 @@ def shuffle(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
+def convert(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Convert a model of diffusers in place as its ``from_pretrained`` would: some modules stay in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files that diffusers and transformers load from a model's folder.
 
@@ -76,10 +86,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for name in _WEIGHT_NAMES:
         index = folder / f"{name}.index.json"
+        # where both are there, diffusers takes the shards and transformers the whole file
+        whole_first = name == "model.safetensors"
+        if (folder / name).is_file() and (whole_first or not index.is_file()):
+            return [folder / name]
         if index.is_file():
             return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        if (folder / name).is_file():
-            return [folder / name]
     msg = f"{folder}: has no weights ({' or '.join(_WEIGHT_NAMES)})"
     raise BackboneError(msg)
 

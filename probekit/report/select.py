@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
+from probekit._types import RESOLVED_RATIO
 from probekit.results import ALL_SOURCES
 
 CHOSEN = "chosen layer"
@@ -81,6 +82,8 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     found = []
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
+        unresolved = rows["sigma_ratio"] < RESOLVED_RATIO
+        rows = rows if unresolved.all() else rows[~unresolved]  # a noise level that is resolved leads
         single, linear = rows["combination"] == "single", rows["head_kind"] == "linear"
         first = next(part for part in (rows[single & linear], rows[single], rows[linear], rows) if len(part)).iloc[0]
         found.append(

@@ -123,7 +123,8 @@ class BoundJudgements:
         index = pd.Index(self.store_rows["row_id"])
         rows = np.stack([index.get_indexer(frame["row_a"]), index.get_indexer(frame["row_b"])], axis=1).astype(np.int64)
         missing = (rows < 0).any(axis=1)
-        bad = (self.store_rows["status"].to_numpy()[rows] != fmt.STATUS_OK).any(axis=1) & ~missing
+        status = np.append(self.store_rows["status"].to_numpy(), fmt.STATUS_OK)  # that of the rows that are missing, -1
+        bad = (status[rows] != fmt.STATUS_OK).any(axis=1) & ~missing
         no_label = frame["label"].isna().to_numpy() & ~missing & ~bad
         reason = np.select([missing, bad, no_label], REASONS, "")
         keep = reason == ""

@@ -135,6 +135,12 @@ class StoreWriter:
         self.config: dict[str, Any] = stored["config"]
         self.describe: dict[str, Any] = stored["describe"]
 
+    @property
+    def sigma_resolution(self) -> dict[str, dict[str, Any]]:
+        """What `record_resolution` recorded, by noise level."""
+        found: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
+        return found
+
     def missing(self, row_ids: Sequence[str], *, sigma: str, draw: int = 0) -> list[str]:
         """Row keys without a committed shard at this noise level and draw, in the given order."""
         coordinates = (canonical_sigma(sigma), draw)
@@ -288,6 +294,9 @@ class StoreWriter:
         note
             What a reader should know of the measurement, such as why there is none.
         """
+        known = self.sigma_resolution.get(canonical_sigma(sigma), {})
+        if ratio is None and known.get("ratio") is not None:
+            return  # what was measured stays
         resolved = None if ratio is None else ratio >= RESOLVED_RATIO
         entry = {"ratio": ratio, "resolved": resolved, "rows": rows, "note": note}
         file = self.path / "store.json"

@@ -28,6 +28,8 @@ class Builder:
     tolerance
         Largest change of a layer's features with batch size and order, as a share of their norm. At most half of the
         default was ever seen of image tokens.
+    resize
+        How the tests give pictures of several shapes their size; ``pad`` where a bucket does not fit the tiny model.
     note
         What is peculiar.
     """
@@ -38,6 +40,7 @@ class Builder:
     by_hand: Callable[..., Any] | None = None
     size: tuple[int, int] = (16, 16)
     tolerance: float = 2e-6
+    resize: str = "bucket"
     note: str = ""
 
 

@@ -237,6 +237,7 @@ def _pixart_builder(pipeline: Any, *, old_name: bool, length: int) -> Builder:
         partial(pixart, pipeline=pipeline, old_name=old_name),
         by_hand=partial(by_hand.pixart, length=length),
         size=(16, 24),
+        resize="pad",
     )
 
 
@@ -245,7 +246,7 @@ PIPELINES = {
     "pixart_alpha_old": _pixart_builder(PixArtAlphaPipeline, old_name=True, length=120),
     "pixart_sigma": _pixart_builder(PixArtSigmaPipeline, old_name=False, length=300),
     "pixart_sigma_old": _pixart_builder(PixArtSigmaPipeline, old_name=True, length=300),
-    "sana": Builder("SanaTransformer2DModel", "SanaPipeline", sana, by_hand=by_hand.sana, size=(32, 64)),
+    "sana": Builder("SanaTransformer2DModel", "SanaPipeline", sana, by_hand=by_hand.sana, size=(32, 64), resize="pad"),
     "hunyuan_dit": Builder(
         "HunyuanDiT2DModel", "HunyuanDiTPipeline", hunyuan_dit, by_hand=by_hand.hunyuan_dit, size=(48, 80)
     ),
@@ -258,14 +259,20 @@ PIPELINES = {
         note="most text tokens are zeros before the first block",
     ),
     "cogview4": Builder(
-        "CogView4Transformer2DModel", "CogView4Pipeline", cogview4, by_hand=by_hand.cogview4, size=(16, 32)
-    ),
+        "CogView4Transformer2DModel",
+        "CogView4Pipeline",
+        cogview4,
+        by_hand=by_hand.cogview4,
+        size=(16, 32),
+        resize="pad",
+    ),  # its pipeline takes multiples of 16 pixels only, which are a token of the real model and four of the tiny one
     "cogview3_plus": Builder(
         "CogView3PlusTransformer2DModel",
         "CogView3PlusPipeline",
         cogview3_plus,
         by_hand=by_hand.cogview3_plus,
         size=(16, 24),
+        resize="pad",
     ),
     "prx": Builder(
         "PRXTransformer2DModel",
