@@ -106,7 +106,7 @@ def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_pat
         (["--batch-size", 0], 2, "batch_size"),
         (["--resolution", 17], 2, "resolution is 17; allowed"),
         (["--random-weights", "init"], 2, "random weights 'init'"),
-        (["--device", "cpu:nowhere"], 1, "device 'cpu:nowhere'"),
+        (["--device", "cpu:nowhere"], 2, "device 'cpu:nowhere'"),
     ],
 )
 def test_wrong_options_are_one_line(pipeline, temporary, given, code, message):

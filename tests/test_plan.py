@@ -23,7 +23,7 @@ from probekit.backbones import Backbone
 from probekit.backbones.catalogue import FAMILIES
 from probekit.backbones.counting import PROMPT
 from probekit.backbones.plan import Plan, plan
-from probekit.errors import BackboneError, ConfigError
+from probekit.errors import ConfigError
 
 PIPELINES = all_pipelines()
 pytestmark = pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning")  # by PRX's pipeline
@@ -158,7 +158,7 @@ def test_refusals(tiny):
         plan(folder, resolution=18)
     with pytest.raises(ConfigError, match=r"dtype 'int8' is not known; allowed: float32"):
         plan(folder, dtype="int8")
-    with pytest.raises(BackboneError, match="only hub ids have revisions"):
+    with pytest.raises(ConfigError, match="only hub ids have revisions"):
         plan(folder, revision="main")
 
 
