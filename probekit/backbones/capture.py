@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -132,7 +133,7 @@ class Reader:
         self, block: torch.nn.Module, convention: BlockList, args: tuple[Any, ...], kwargs: dict[str, Any], stream: str
     ) -> torch.Tensor:
         """Return a block's image or text tokens (b, t, d) as they enter it."""
-        given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        given = _arguments(type(block)).bind(*args, **kwargs).arguments
         named = convention.text_argument if stream == "text" and convention.text != "rest" else convention.argument
         if not isinstance(given.get(named), torch.Tensor):
             found = f"a block of {convention.path} gets no tensor {named!r}, only {', '.join(given)}"
@@ -266,6 +267,13 @@ def pooled_layers(
             return pooled
     msg = f"{family.transformer} ended before layer {last} was reached"
     raise BackboneError(msg)
+
+
+@cache
+def _arguments(block: Any) -> inspect.Signature:
+    """Return the signature of a block class's forward, without self."""
+    whole = inspect.signature(block.forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 @contextmanager
