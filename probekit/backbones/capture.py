@@ -133,7 +133,8 @@ class Reader:
         self, block: torch.nn.Module, convention: BlockList, args: tuple[Any, ...], kwargs: dict[str, Any], stream: str
     ) -> torch.Tensor:
         """Return a block's image or text tokens (b, t, d) as they enter it."""
-        given = _arguments(type(block)).bind(*args, **kwargs).arguments
+        kind: Any = type(block)
+        given = _arguments(kind).bind(*args, **kwargs).arguments
         named = convention.text_argument if stream == "text" and convention.text != "rest" else convention.argument
         if not isinstance(given.get(named), torch.Tensor):
             found = f"a block of {convention.path} gets no tensor {named!r}, only {', '.join(given)}"
