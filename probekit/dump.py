@@ -352,7 +352,8 @@ def _record_resolution(
         writer.record_resolution(sigma, ratio=ratio, rows=len(latents[few]), note=note)
         if ratio is not None and ratio < RESOLVED_RATIO:
             logger.warning(
-                "sigma %s changes features only %.2g times as much as rounding to bfloat16 does: it is not resolved",
+                "%s: sigma %s changes features %.2g times as much as rounding to bfloat16 does: it is not resolved",
+                backbone.name if backbone.random_weights is None else f"{backbone.name} ({backbone.random_weights})",
                 sigma,
                 ratio,
             )

@@ -76,6 +76,8 @@ class Backbone:
     ----------
     name
         Name of the transformer's folder, or last part of the base's id.
+    random_weights
+        ``init:SEED`` or ``shuffled:SEED``, or None.
     model_id, revision
         The base pipeline and its commit (None for a folder).
     dtype, device
@@ -127,6 +129,7 @@ class Backbone:
             model_names(self._family, base.source), [part for part in parts if pipe.components[part] is not None]
         )
         self.name = name
+        self.random_weights = None if random is None else str(random)
         self.model_id = base.source.model_id
         self.revision = base.source.revision
         self.dtype = base.dtype
@@ -428,7 +431,7 @@ class Backbone:
             "resolution": self.size.resolution,
             "dtype": _text(self.dtype),
             "device": str(self.device),
-            "random_weights": None if self._random is None else str(self._random),
+            "random_weights": self.random_weights,
         }
 
     @cached_property
