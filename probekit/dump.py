@@ -350,12 +350,16 @@ def _record_resolution(
     for sigma in sigmas:
         ratio = ratios.get(sigma)
         writer.record_resolution(sigma, ratio=ratio, rows=len(latents[few]), note=note)
-        if ratio is not None and ratio < RESOLVED_RATIO:
-            logger.warning(
-                "%s: sigma %s changes features %.2g times as much as rounding to bfloat16 does: it is not resolved",
-                backbone.name if backbone.random_weights is None else f"{backbone.name} ({backbone.random_weights})",
+        if ratio is not None:
+            name = backbone.name if backbone.random_weights is None else f"{backbone.name} ({backbone.random_weights})"
+            resolved = ratio >= RESOLVED_RATIO
+            logger.log(
+                logging.INFO if resolved else logging.WARNING,
+                "%s: sigma %s changes features %.2g times as much as rounding to bfloat16 does: it is %sresolved",
+                name,
                 sigma,
                 ratio,
+                "" if resolved else "not ",
             )
 
 
