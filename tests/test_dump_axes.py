@@ -110,7 +110,7 @@ def test_a_sigma_that_rounding_drowns_is_marked(
     assert set(store.sigma_resolution) == {"0.000001", "0.3"}
     ratios = {sigma: found["ratio"] for sigma, found in store.sigma_resolution.items()}
     assert ratios["0.000001"] < 3 < ratios["0.3"]
-    assert "sigma 0.000001 changes features only" in caplog.text
+    assert "sd3: sigma 0.000001 changes features 0.0" in caplog.text
     assert "it is not resolved" in caplog.text
     assert store.summary()["sigma_resolution"] == store.sigma_resolution
     before = feature_bytes(tmp_path / "store")
