@@ -305,11 +305,11 @@ def choose_dtype(
     signal, noise = np.zeros(values.shape[1]), np.zeros(values.shape[1])
     for part in np.array_split(first, math.ceil(len(first) * values.shape[1] / _CHOICE_VALUES)):  # bounded memory
         a, b = values[part], values[part + 1]
-        # float32 is exact here: float16 and what rounding to it took away are parts of one float32
-        error = (a.astype(np.float16).astype(np.float32) - a) - (b.astype(np.float16).astype(np.float32) - b)
+        # What rounding to float16 takes away fits into float32; differences and their squares need float64.
+        lost = [side.astype(np.float16).astype(np.float32) - side for side in (a, b)]
         # Second moments, not variances: which row of a pair comes first is arbitrary.
-        signal += np.square(a - b).sum(axis=0, dtype=np.float64)
-        noise += np.square(error).sum(axis=0, dtype=np.float64)
+        signal += np.square(np.subtract(a, b, dtype=np.float64)).sum(axis=0)
+        noise += np.square(np.subtract(*lost, dtype=np.float64)).sum(axis=0)
     # A channel that never differs within a pair rounds to no difference either: 0 / 0 is no noise.
     ratio = float(np.quantile(np.divide(noise, signal, out=np.zeros_like(noise), where=signal > 0), 0.99))
     if ratio > FP16_NOISE_RATIO:
