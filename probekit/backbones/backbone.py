@@ -105,7 +105,6 @@ class Backbone:
     ) -> None:
         self._base = base
         self._folder = folder
-        self._random = random
         self._adapter = adapter
         self._settings = settings
         self._family = transformer_family(base.source, folder)
@@ -392,7 +391,9 @@ class Backbone:
         """Return every setting of the backbone that changes features, as plain JSON values."""
         family = self._family
         # what a seed draws is torch's and the constructor's choice
-        drawn = None if self._random is None else f"{self._random}, torch {torch.__version__.split('+')[0]}"
+        drawn = (
+            None if self.random_weights is None else f"{self.random_weights}, torch {torch.__version__.split('+')[0]}"
+        )
         return {
             "extractor": EXTRACTOR_VERSION,
             "model": self.model_id if self.revision is not None else None,  # folders are told apart by their weights
