@@ -35,6 +35,7 @@ SPLITS = ("train", "validation", "test")
 RESULT_COLUMNS: dict[str, str] = {
     "record_id": "str",
     "backbone": "str",
+    "family_tested": "bool",  # whether probekit's own tests run the backbone's family; filled in by `rebuild`
     "control": "str",  # "trained", or what was replaced: see `CONTROLS`
     "dataset": "str",
     "split": "str",
@@ -82,7 +83,7 @@ RESULT_COLUMNS: dict[str, str] = {
 }
 
 #: What `rebuild` fills in: parts do not hold it (or, for ``chosen``, only False), since it is no part of one fit.
-_FILLED_IN = ("sigma_ratio", "pooling_layers")
+_FILLED_IN = ("family_tested", "sigma_ratio", "pooling_layers")
 _PART_COLUMNS = {name: dtype for name, dtype in RESULT_COLUMNS.items() if name not in _FILLED_IN}
 
 #: Kinds of controls and what they are called: random weights of the transformer, or the trained transformer told
@@ -121,7 +122,7 @@ def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.
     record_id
         Name of the record: letters, digits, ``_`` and ``-``.
     rows
-        `RESULT_COLUMNS`, in any order, without ``chosen``, ``sigma_ratio`` and ``pooling_layers``, which depend on
+        `RESULT_COLUMNS`, in any order, without ``chosen`` and those that `rebuild` fills in, which depend on
         other records or on the store alone.
     margins
         `MARGIN_COLUMNS`: one row for each validation and test pair.
@@ -159,8 +160,9 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
     record_ids
         Records of the plan.
     facts
-        What the stores say of the records, indexed by record: ``sigma_ratio`` and ``pooling_layers``. Without it no
-        noise level counts as measured, and every pooling as existing at all ``n_blocks + 1`` layers.
+        What the stores say of the records, indexed by record: ``family_tested``, ``sigma_ratio`` and
+        ``pooling_layers``. Without it every family counts as tested, no noise level as measured, and every pooling as
+        existing at all ``n_blocks + 1`` layers.
 
     Returns
     -------
@@ -173,7 +175,7 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
         raise ResultsError(msg)
     frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in record_ids], ignore_index=True)
     if facts is None:
-        frame = frame.assign(sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1)
+        frame = frame.assign(family_tested=True, sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1)
     else:
         frame = frame.assign(**{name: frame["record_id"].map(facts[name]) for name in _FILLED_IN})
     _write_table(run / "results.parquet", mark_chosen(frame), RESULT_COLUMNS)

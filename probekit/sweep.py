@@ -178,9 +178,10 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
 def _store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFrame:
     """Give what results say of a record's store and what is no part of the fit, by record."""
     by_path = {store.path: store for store in stores}
-    facts: dict[str, list[Any]] = {"sigma_ratio": [], "pooling_layers": []}
+    facts: dict[str, list[Any]] = {"family_tested": [], "sigma_ratio": [], "pooling_layers": []}
     for record in records:
         store = by_path[record.store]
+        facts["family_tested"].append(store.describe.get("family_tested", True))
         facts["sigma_ratio"].append(store.sigma_resolution.get(record.sigma, {}).get("ratio"))
         held = {layer.index for layer in store.layers_of(record.pooling)}
         last = store.describe["n_blocks"]  # the output point is no layer

@@ -131,6 +131,7 @@ def write_run(
     draws: tuple[int, ...] = (0,),
     output: bool = False,
     ratio: float = np.nan,
+    tested: bool = True,
     heads: tuple[str, ...] = ("linear",),
     singles: bool = True,
     joined: bool = True,
@@ -139,7 +140,8 @@ def write_run(
 ) -> list[str]:
     """Write parts, results and configuration; returns the record ids in the order of the plan.
 
-    `output` adds the output point to the single layers, `ratio` is the sigma_ratio of every store.
+    `output` adds the output point to the single layers, `ratio` is the sigma_ratio of every store, `tested`
+    its family_tested.
     """
     pairs = make_pairs(n_test, n_validation if validation else 0, kinds, seed)
     difficulty = np.random.default_rng(seed + 1).normal(size=len(pairs))
@@ -152,7 +154,8 @@ def write_run(
                 for head in heads if len(layers) > 1 else heads[:1]:
                     keys.append(_write_record(run, net, layers, head, (sigma, draw), pairs, difficulty, kinds))
                     layers_in_all[keys[-1]] = net.n_blocks + 1
-    rebuild(run, keys, facts=pd.DataFrame({"pooling_layers": layers_in_all, "sigma_ratio": ratio}))
+    facts = {"pooling_layers": layers_in_all, "sigma_ratio": ratio, "family_tested": tested}
+    rebuild(run, keys, facts=pd.DataFrame(facts))
     store = {"store": "features/demo", "resolution": 32, "dtype": "float32", "noise": "shared", "noise_seed": 0}
     sweep = {"heads": [_head(name) for name in heads], "protocol": "strict", "resamples": 2000, "level": 0.95}
     write_config(run, {"sweep": sweep, "stores": [store]})

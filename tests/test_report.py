@@ -478,7 +478,7 @@ def test_pairs_that_one_side_did_not_judge_are_counted(tmp_path):
     margins = load_margins(folder, [keys[0]]).drop(columns="record_id")
     decided = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
     rows = load_results(folder).query("record_id == @keys[0]")
-    rows = rows.drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
+    rows = rows.drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers"])
     write_part(folder, keys[0], rows, margins.drop(decided.index[:7]))
     (effect,) = size_effects(load_results(folder), Verdicts(folder, "strict"))["all layers"]
     assert (effect.dropped, effect.n_pairs) == (7, len(decided) - 7)
@@ -672,6 +672,15 @@ def test_only_measured_noise_levels_below_three_are_unresolved(frame):
     both = pd.concat([small.assign(sigma="0", sigma_ratio=np.nan), small.assign(sigma="0.1", sigma_ratio=2.9)])
     (text,) = unresolved(both, brief=True)
     assert text.startswith("Noise level 0.1 is not resolved for 3x32 (2.9), 3x32 (init:0) (2.9)")
+
+
+def test_a_backbone_of_an_untested_family_is_called_so_wherever_it_is_listed(tmp_path):
+    folder = single(tmp_path, tested=False)
+    text = " ".join(Reader(build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")).words)
+    assert "Untested: " in text
+    frame = load_results(folder)
+    assert all(model.label.endswith(" (untested)") for model in trained_models(frame))
+    assert "(untested)" not in "".join(model.label for model in trained_models(frame.assign(family_tested=True)))
 
 
 def test_noise_levels_are_counted_over_the_whole_run(tmp_path):

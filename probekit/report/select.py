@@ -156,6 +156,8 @@ def trained_models(frame: pd.DataFrame, *, every_length: bool = False) -> list[M
     models = []
     for (stem, shape, images), names in groups.items():
         label = names[0] if len(names) == 1 else f"{stem} ({len(names)} seeds)"
+        if not trained.loc[trained["backbone"].isin(names), "family_tested"].all():
+            label += " (untested)"
         models.append(Model(label=label, backbones=tuple(names), shape=shape, images=images))
     if not every_length:
         shorter = [model for series in _series(models) for model in series if model.images != series[-1].images]

@@ -230,6 +230,7 @@ def warnings_list(
     found = [
         *differing_data(frame),
         *unresolved(frame),
+        *_untested(frame),
         *_dropped(effects),
         *_strengths(records[records["edge_of_grid"]], strengths or {}),
         _counted(records[~records["converged"]], "did not converge"),
@@ -273,6 +274,17 @@ def differing_data(frame: pd.DataFrame) -> list[str]:
         f"Not the same data: {len(others)} of {len(stores)} {verb} fitted or judged on other pairs, groups, splits or"
         f" labels than the rest, so comparisons with them are not of the backbones alone: {'; '.join(first)}{more}."
         " Dump the missing rows or sweep all stores with the same judgements."
+    ]
+
+
+def _untested(frame: pd.DataFrame) -> list[str]:
+    """Name the backbones of families that the project's own tests do not run."""
+    names = frame.loc[~frame["family_tested"], "backbone"].unique().tolist()
+    if not names:
+        return []
+    return [
+        f"Untested: {', '.join(names)} {'is' if len(names) == 1 else 'are'} of a family of models that probekit's own"
+        " tests do not run; that its image tokens are the ones pooled was checked on the model itself."
     ]
 
 
