@@ -24,6 +24,10 @@ class ImageError(ProbekitError):
     """An image file that is missing, damaged or refused."""
 
 
+class ImageChangedError(ProbekitError):
+    """An image file whose bytes are no longer those that it was listed with."""
+
+
 class BackboneError(ProbekitError):
     """A backbone that cannot be loaded or probed."""
 

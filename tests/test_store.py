@@ -596,7 +596,7 @@ def test_small_disk_is_said_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StoreError, match=r"1000 are free; make space and run the same command again"):
         dump(tmp_path, table(4))
-    assert writer.missing(table(2)["row_id"].tolist(), sigma="0.005") == []
+    assert writer.plan(table(2), sigma="0.005", rows_per_shard=6) == []
 
 
 def test_a_locked_temporary_file_is_left_alone(tmp_path):
@@ -722,9 +722,8 @@ def test_draws_are_planned_resumed_and_read_apart(tmp_path):
     rows, path = table(6), tmp_path / "s"
     dump(path, rows)
     writer = open_store(path, config=CONFIG, describe={"name": "tiny"})
-    ids = rows["row_id"].tolist()
-    assert writer.missing(ids, sigma="0.005", draw=1) == ids
     blocks = writer.plan(rows, sigma="0.005", draw=1, rows_per_shard=6)
+    assert sorted(row for block in blocks for row in block.row_ids) == sorted(rows["row_id"])
     assert {block.name for block in blocks} == {p.stem for p in path.rglob("*.h5")}  # the blocks of draw 0
 
     def write(block, *, broken=False):

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from probekit._clock import Clock
 from probekit._types import FloatArray
 from probekit.backbones.base import Base, ImageFile
 from probekit.backbones.cache import Cache
@@ -40,7 +41,7 @@ from probekit.backbones.prompts import Prompts
 from probekit.backbones.sizes import image_size
 from probekit.backbones.stages import Offload, Stages
 from probekit.backbones.weights import RandomWeights, stored_hash
-from probekit.errors import ConfigError
+from probekit.errors import ConfigError, ImageError
 
 EXTRACTOR_VERSION = "2"  # part of every fingerprint: raised when the same settings would give other features
 
@@ -246,7 +247,9 @@ class Backbone:
         folder = transformer_folder(self._base.source, Path(transformer))
         return Backbone(self._base, folder, random, None, self._settings, name or _name(folder))
 
-    def latents(self, groups: Sequence[Sequence[ImageFile]], *, workers: int = 0) -> Generator[list[torch.Tensor]]:
+    def latents(
+        self, groups: Sequence[Sequence[ImageFile]], *, workers: int = 0
+    ) -> Generator[list[torch.Tensor | ImageError]]:
         """Yield the latents of group after group of images.
 
         Parameters
@@ -258,13 +261,14 @@ class Backbone:
 
         Yields
         ------
-        list of Tensor
-            float32 on the CPU, (c, h, w) each: posterior modes, normalised as the pipeline's decoding undoes it.
+        list of Tensor or ImageError
+            float32 on the CPU, (c, h, w) each: posterior modes, normalised as the pipeline's decoding undoes it. In
+            place of an image that cannot be decoded stands what is wrong with it.
 
         Raises
         ------
-        ImageError
-            If an image cannot be decoded, or changed since it was hashed.
+        ImageChangedError
+            If an image changed since it was hashed.
         """
         return self._base.latents(groups, self._family, self.stages.without_weights["vae"], self.size, workers)
 
@@ -332,7 +336,7 @@ class Backbone:
         self.prompts.embed(list(dict.fromkeys(prompts)))
         self._passes.load(prompts[0], latents[0].shape)
         out: dict[tuple[str, int], FloatArray] = {}
-        with quiet():  # here for all the pipeline's calls at once
+        with self.clock.part("dit"), quiet():  # here for all the pipeline's calls at once
             for rows, pooled in self._passes.run(latents, prompts, sigma, eps, wanted, batch_size):
                 for pooling in dict.fromkeys(name for name, _ in wanted):
                     places = [place for place in pooled if place[0] == pooling]
@@ -368,6 +372,11 @@ class Backbone:
     def timestep(self, sigma: str) -> float:
         """Return the conditioning timestep that the pipeline gives the transformer at a noise level."""
         return self._conditioner.timestep(sigma)
+
+    @property
+    def clock(self) -> Clock:
+        """Seconds spent on ``read`` (decoding images), ``vae``, ``text`` and ``dit`` by all backbones of this base."""
+        return self._base.clock
 
     @property
     def sigma_floor(self) -> float:

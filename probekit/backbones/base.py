@@ -10,6 +10,7 @@ from weakref import WeakMethod
 
 import torch
 
+from probekit._clock import Clock
 from probekit.backbones import latents as latent_rules
 from probekit.backbones.cache import Cache, content_key
 from probekit.backbones.decode_ahead import PixelStream
@@ -20,6 +21,7 @@ from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES
 from probekit.backbones.loading import config_hash, files_hash, load_model
 from probekit.backbones.sizes import ImageSize
 from probekit.backbones.weights import stored_hash
+from probekit.errors import ImageError
 
 ImageFile = tuple[Path, bytes]
 """An image file and the SHA-256 of its bytes."""
@@ -41,6 +43,8 @@ class Base:
         Where and in which dtype its models compute.
     cache
         Latents and prompt embeddings.
+    clock
+        Seconds spent on ``read`` (decoding images), ``vae``, ``text`` and ``dit``.
     """
 
     source: Source
@@ -49,6 +53,7 @@ class Base:
     cache: Cache
     weights: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
     _vae: Component = None
     _leave: WeakMethod[Callable[[], None]] | None = None
 
@@ -76,7 +81,7 @@ class Base:
 
     def latents(
         self, groups: Sequence[Sequence[ImageFile]], family: Family, like: Component, size: ImageSize, workers: int
-    ) -> Generator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor | ImageError]]:
         """Yield the latents of group after group of image files, decoding ahead in `workers` processes.
 
         Parameters
@@ -94,8 +99,8 @@ class Base:
 
         Yields
         ------
-        list of Tensor
-            float32 on the CPU, (c, h, w) each.
+        list of Tensor or ImageError
+            float32 on the CPU, (c, h, w) each; in place of an image that cannot be decoded, what is wrong with it.
         """
         settings = {
             "vae": [self.weights["vae"], self.files["vae"], str(like.dtype)],
@@ -121,16 +126,22 @@ class Base:
         ) as stream:
             for group, absent in zip(keys, missing, strict=True):
                 waiting: dict[tuple[int, ...], list[tuple[str, torch.Tensor]]] = {}
+                bad: dict[str, ImageError] = {}
                 for key, gone in zip(group, absent, strict=True):
                     if gone:
-                        pixels = torch.from_numpy(next(stream))
+                        try:
+                            with self.clock.part("read"):
+                                pixels = torch.from_numpy(next(stream))
+                        except ImageError as error:
+                            bad[key] = error
+                            continue
                         batch = waiting.setdefault(tuple(pixels.shape), [])
                         batch.append((key, pixels))
                         if len(batch) == latent_rules.encode_batch(*pixels.shape[1:]):
                             self._encode(waiting.pop(tuple(pixels.shape)), family, like)
                 for batch in waiting.values():
                     self._encode(batch, family, like)
-                found = [self.cache.get("latents", key)["latents"] for key in group]
+                found = [bad.get(key) or self.cache.get("latents", key)["latents"] for key in group]
                 self.cache.forget("latents")
                 yield found
 
@@ -139,7 +150,10 @@ class Base:
         height, width = pixels.shape[2:]
         size = latent_rules.encode_batch(height, width)
         what = f"the VAE and images of {width} x {height} pixels"
-        with enough_memory(what, self.device, "--dtype bfloat16, a smaller --resolution, --device cpu"):
+        with (
+            enough_memory(what, self.device, "--dtype bfloat16, a smaller --resolution, --device cpu"),
+            self.clock.part("vae"),
+        ):
             if self._vae is None:
                 self._vae = self.load("vae", like)
             latents = latent_rules.encode(self._vae, family.latents, pixels, size)

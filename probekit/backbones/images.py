@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from probekit.errors import ImageError
+from probekit.errors import ImageChangedError, ImageError
 
 IMAGE_RULE = (
     "1: EXIF orientation applied, alpha on white, high byte of 16 bits, colour profiles ignored, RGB in [-1, 1]"
@@ -122,7 +122,9 @@ def read_image(path: Path, digest: bytes, *, resolution: int, step: int, resize:
     Raises
     ------
     ImageError
-        If the file is missing, changed, damaged or refused.
+        If the file is missing, damaged or refused.
+    ImageChangedError
+        If it has other bytes.
     """
     try:
         data = path.read_bytes()
@@ -130,7 +132,7 @@ def read_image(path: Path, digest: bytes, *, resolution: int, step: int, resize:
         raise _unreadable(path, error) from error
     if hashlib.sha256(data).digest() != digest:
         msg = f"{path}: the image changed since it was listed; run the command again"
-        raise ImageError(msg)
+        raise ImageChangedError(msg)
     with _opened(path, io.BytesIO(data)) as file:
         file.load()
         image = _to_rgb(ImageOps.exif_transpose(file))

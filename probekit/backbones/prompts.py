@@ -80,6 +80,7 @@ class Prompts:
         size = self._conditioner.family.text_batch
         held = 0
         with (
+            self._base.clock.part("text"),
             enough_memory("the text encoders", self._base.device, "--dtype bfloat16, --device cpu"),
             self._stages.text_encoders(),
         ):

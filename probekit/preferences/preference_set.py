@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,48 +73,63 @@ class PreferenceSet:
         renumbered = {side: np.searchsorted(used, pairs[side]) for side in ("item_a", "item_b")}
         return replace(self, items=self.items.iloc[used].reset_index(drop=True), pairs=pairs.assign(**renumbered))
 
-    def check_images(self) -> None:
+    def check_images(self, *, max_bad: float = 0.0) -> None:
         """Look for every image file without reading any.
+
+        Parameters
+        ----------
+        max_bad
+            Largest share of items whose file may be missing.
 
         Raises
         ------
         ImageError
-            If files are missing; names the first ten and counts all.
+            If more are missing; names the first ten files and counts all.
         """
-        self._stamps()
+        self._stamps(max_bad)
 
-    def image_digests(self, cache: Path | None = None) -> dict[str, bytes]:
-        """SHA-256 of the bytes of each distinct image file, by absolute path.
+    def image_digests(self, cache: Path | None = None, *, max_bad: float = 0.0) -> dict[str, bytes]:
+        """SHA-256 of the bytes of each distinct image file, by absolute path; a stand-in where the file is missing.
 
         Parameters
         ----------
         cache
             Parquet file that remembers digests by path, size and time of change; made if absent.
+        max_bad
+            Largest share of items whose file may be missing.
 
         Raises
         ------
         ImageError
-            If files are missing, before any is read; names the first ten and counts all.
+            If more are missing, before any is read; names the first ten and counts all.
         """
-        keys = self._stamps()
+        stamps = self._stamps(max_bad)
+        keys = [(path, *found) for path, found in stamps.items() if found is not None]
         known = _read_cache(cache)
-        digests = {key: known[key] if key in known else _file_digest(key[0]) for key in keys}
-        if cache is not None and digests.keys() - known.keys():
+        with ThreadPoolExecutor() as pool:  # hashing and reading leave the interpreter's lock alone
+            new = [key for key in keys if key not in known]
+            found = dict(zip(new, pool.map(_file_digest, [key[0] for key in new]), strict=True))
+        if cache is not None and found:
             # One entry per path: an old one of a changed file goes.
-            entries = {key[0]: (key, value) for key, value in (known | digests).items()}
+            entries = {key[0]: (key, value) for key, value in (known | found).items()}
             _write_cache(cache, dict(entries.values()))
-        return {key[0]: digest for key, digest in digests.items()}
+        named = self.items.drop_duplicates("path").set_index("path")["image"]
+        digests = {key[0]: found.get(key) or known[key] for key in keys}
+        return {path: digests.get(path) or _stand_in(named[path]) for path in stamps}
 
-    def _stamps(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of change of each distinct image file."""
-        paths = self.items["path"].unique().tolist()
-        status = [_file_status(path) for path in paths]
-        missing = [path for path, found in zip(paths, status, strict=True) if found is None]
-        if missing:
+    def _stamps(self, max_bad: float) -> dict[str, tuple[int, int] | None]:
+        """Size and time of change of each distinct image file, by path; None where there is no file."""
+        stamps = {path: _file_status(path) for path in self.items["path"].unique().tolist()}
+        missing = [path for path, found in stamps.items() if found is None]
+        items = int(self.items["path"].isin(missing).sum())
+        if items > max_bad * len(self.items):
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            msg = f"{self.path}: {len(missing)} image files are missing: {', '.join(missing[:10])}{more}"
+            msg = (
+                f"{self.path}: {len(missing)} image files are missing: {', '.join(missing[:10])}{more}; "
+                f"{items} of {len(self.items)} rows need them, allowed: a share of {max_bad:g} (--max-bad)"
+            )
             raise ImageError(msg)
-        return [(path, *found) for path, found in zip(paths, status, strict=True) if found is not None]
+        return stamps
 
     def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
         """Rows of a feature store that these preferences need, each once, in the order of the items.
@@ -121,8 +137,10 @@ class PreferenceSet:
         Returns
         -------
         DataFrame
-            ``row_id``, ``prompt``, ``image_id``, ``path``, ``image_sha256`` (bytes).
+            ``row_id``, ``prompt``, ``image_id``, ``path``, ``image_sha256`` (bytes), ``status`` (0, or 1 where the
+            image file is missing).
         """
+        found = pd.Series([digests[path] for path in self.items["path"]], dtype=object)
         return (
             pd.DataFrame(
                 {
@@ -130,7 +148,8 @@ class PreferenceSet:
                     "prompt": self.items["prompt"],
                     "image_id": self.items["image"],
                     "path": self.items["path"],
-                    "image_sha256": pd.Series([digests[path] for path in self.items["path"]], dtype=object),
+                    "image_sha256": found,
+                    "status": (found == self.items["image"].map(_stand_in)).astype("uint8"),
                 }
             )
             .drop_duplicates("row_id")
@@ -287,6 +306,11 @@ def _file_status(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+def _stand_in(image: str) -> bytes:
+    """Stand for the digest of an image file that is missing; other bytes would be another row."""
+    return hashlib.sha256(f"missing file: {image}".encode()).digest()
 
 
 def _file_digest(path: str) -> bytes:

@@ -6,7 +6,7 @@ m = rows of the shard, d = channels of a feature vector.
 import hashlib
 import importlib.metadata
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ def write_hdf5(
     features: Mapping[tuple[str, int], NDArray[np.float32]],
     config: Mapping[str, Any],
     attributes: Mapping[str, Any],
+    accept: Callable[[NDArray[np.uint8]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Fill an HDF5 file with the rows and features (m, d) of a shard; d may differ between poolings.
+
+    `accept` is called with the status (m,) of the rows first; what it raises is passed on.
 
     Returns
     -------
@@ -44,7 +47,9 @@ def write_hdf5(
     given = rows["status"].to_numpy(np.uint8)
     readable = given == fmt.STATUS_OK
     ok = readable & np.logical_and.reduce(list(finite.values()))
-    status = np.where(readable & ~ok, fmt.STATUS_NON_FINITE, given)
+    status = np.where(readable & ~ok, np.uint8(fmt.STATUS_NON_FINITE), given)
+    if accept is not None:
+        accept(status)
     records: dict[str, dict[str, Any]] = {}
     # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
     with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:

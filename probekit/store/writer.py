@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,22 @@ class Block:
         Digest of the row keys, and the file name of the shard.
     row_ids
         Row keys (hex), rows of one prompt adjacent.
+    number
+        Its place among all blocks of the rows that were asked for, whether they are done or not; so several workers
+        share the blocks without talking to each other.
+    state
+        ``done``, ``new``, or what is wrong with the shard that is there.
     """
 
     name: str
     row_ids: tuple[str, ...]
+    number: int = 0
+    state: str = "new"
 
 
-def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, Any]) -> "StoreWriter":
+def open_store(
+    path: str | Path, *, config: dict[str, Any], describe: dict[str, Any], dry_run: bool = False
+) -> "StoreWriter":
     """Create a store, or open one that was made with the same configuration.
 
     Parameters
@@ -72,6 +82,8 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
     describe
         JSON-plain facts of the backbone for readers; where they differ from those in the store, they replace them.
         What `StoreWriter.record_resolution` recorded stays.
+    dry_run
+        Write nothing, now or in `StoreWriter.plan`; nothing else can be done with the result.
 
     Raises
     ------
@@ -89,26 +101,24 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
     if foreign and "store.json" not in foreign:
         msg = f"{root}: holds {foreign[0]!r} and no store.json; allowed: a new or empty folder, or a feature store"
         raise StoreError(msg)
-    remove_dead_files(root)
+    content = {
+        "format": fmt.FORMAT,
+        "format_version": fmt.FORMAT_VERSION,
+        "fingerprint": fmt.fingerprint(full),
+        "config": full,
+        "describe": describe,
+        "provenance": provenance(),
+    }
     file = root / "store.json"
+    if dry_run:
+        if file.exists():
+            _refuse_other_settings(file, full)
+        return StoreWriter(root, content, dry_run=True)
+    remove_dead_files(root)
     with locked(file):
         if not file.exists():
-            content = {
-                "format": fmt.FORMAT,
-                "format_version": fmt.FORMAT_VERSION,
-                "fingerprint": fmt.fingerprint(full),
-                "config": full,
-                "describe": describe,
-                "provenance": provenance(),
-            }
             write_atomically(file, fmt.seal(content))
-        stored = read_store_file(file)
-        for key, old, new in fmt.differences(stored["config"], full):
-            msg = (
-                f"{file}: {key} is {_short(old)} in this store, {_short(new)} was asked for; "
-                "use another --out, or the store's value"
-            )
-            raise FingerprintError(msg)
+        stored = _refuse_other_settings(file, full)
         recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
         facts = json.loads(fmt.canonical_json(describe)) | recorded
         changes = list(fmt.differences(stored["describe"], facts))
@@ -120,6 +130,18 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
     return StoreWriter(root, stored)
 
 
+def _refuse_other_settings(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of ``store.json`` if it was made with this configuration."""
+    stored = read_store_file(file)
+    for key, old, new in fmt.differences(stored["config"], config):
+        msg = (
+            f"{file}: {key} is {_short(old)} in this store, {_short(new)} was asked for; "
+            "use another --out, or the store's value"
+        )
+        raise FingerprintError(msg)
+    return stored
+
+
 class StoreWriter:
     """A store that rows are added to; made by ``open_store``. It holds no open file between calls.
 
@@ -129,8 +151,9 @@ class StoreWriter:
         Folder, and the content of ``store.json``.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, stored: Mapping[str, Any], *, dry_run: bool = False) -> None:
         self.path = path
+        self._dry_run = dry_run
         self.fingerprint: str = stored["fingerprint"]
         self.config: dict[str, Any] = stored["config"]
         self.describe: dict[str, Any] = stored["describe"]
@@ -141,17 +164,13 @@ class StoreWriter:
         found: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
         return found
 
-    def missing(self, row_ids: Sequence[str], *, sigma: str, draw: int = 0) -> list[str]:
-        """Row keys without a committed shard at this noise level and draw, in the given order."""
-        coordinates = (canonical_sigma(sigma), draw)
-        done: set[str] = set()
-        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
-            if (shard.sidecar.sigma, shard.sidecar.draw) == coordinates:
-                done.update(shard.row_ids())
-        return [row for row in row_ids if row not in done]
-
     def plan(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
-        """Cut the rows that are missing into blocks.
+        """Cut the rows that are missing into blocks: those of `blocks` that are not done."""
+        found = self.blocks(rows, sigma=sigma, draw=draw, rows_per_shard=rows_per_shard)
+        return [block for block in found if block.state != "done"]
+
+    def blocks(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
+        """List the blocks that hold the rows at one noise level and draw, done or to be done.
 
         Blocks of committed shards and of earlier plans are taken again where all their rows are missing here, so a
         killed dump goes on with the same blocks and a further noise level gets the blocks of the first. The rest is
@@ -167,25 +186,44 @@ class StoreWriter:
         Returns
         -------
         list of Block
-            In the order of their first rows.
+            In the order of their first rows; the same for every worker that asks for the same rows.
         """
+        sigma = canonical_sigma(sigma)
         # Rows of one prompt come together, prompts in the order of their first row.
         ordered = rows.assign(_prompt=pd.factorize(rows["prompt"])[0]).sort_values("_prompt", kind="stable")
-        blocks = []
-        with locked(self.path / "plans" / "all"):  # so that two commands do not cut the same rows in two ways
-            missing = dict.fromkeys(self.missing(ordered["row_id"].tolist(), sigma=sigma, draw=draw))
-            position = {row: i for i, row in enumerate(missing)}
-            for row_ids in self._known_blocks():
+        position = {row: i for i, row in reversed(list(enumerate(ordered["row_id"])))}
+        missing, states = dict.fromkeys(position), {}
+        with nullcontext() if self._dry_run else locked(self.path / "plans" / "all"):  # else rows are cut in two ways
+            shards = scan(self.path, fingerprint=self.fingerprint)[0]
+            known = [(shard, tuple(shard.row_ids())) for shard in shards]
+            for shard, row_ids in known:
+                if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw) and any(r in position for r in row_ids):
+                    states[row_ids] = "done"
+                    for row in row_ids:
+                        missing.pop(row, None)
+            for row_ids in chain((ids for _, ids in known), self._planned()):
                 if len(row_ids) <= rows_per_shard and all(row in missing for row in row_ids):
-                    blocks.append(Block(fmt.block_name(row_ids), tuple(row_ids)))
+                    states[row_ids] = "new"
                     for row in row_ids:
                         del missing[row]
             rest = ordered[ordered["row_id"].isin(missing)].drop_duplicates("row_id")
             prompts = rest.groupby("_prompt", sort=True)["row_id"].agg(list)
-            new = [Block(fmt.block_name(ids), tuple(ids)) for ids in _pack(prompts.tolist(), rows_per_shard)]
-            if new:
+            new = [tuple(ids) for ids in _pack(prompts.tolist(), rows_per_shard)]
+            if new and not self._dry_run:
                 self._write_plan(new)
-        return sorted(blocks + new, key=lambda block: position[block.row_ids[0]])
+            states |= dict.fromkeys(new, "new")
+        first = {ids: min(position.get(row, len(position)) for row in ids) for ids in states}
+        return [
+            Block(name := fmt.block_name(ids), ids, number, self._state(name, states[ids], sigma, draw))
+            for number, ids in enumerate(sorted(states, key=lambda ids: first[ids]))
+        ]
+
+    def _state(self, block: str, state: str, sigma: str, draw: int) -> str:
+        if state == "done":
+            return state
+        path = shard_path(self.path, sigma, draw, block)
+        found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
+        return found if isinstance(found, str) else state
 
     @contextmanager
     def claim(self, block: Block, *, sigma: str, draw: int = 0) -> Iterator[bool]:
@@ -207,6 +245,7 @@ class StoreWriter:
         timestep: float,
         rows: pd.DataFrame,
         features: Mapping[tuple[str, int], NDArray[np.float32]],
+        accept: Callable[[NDArray[np.uint8]], None] | None = None,
     ) -> Path:
         """Write one shard, inside ``claim``.
 
@@ -223,6 +262,9 @@ class StoreWriter:
             (pooling, layer) -> (m, d) for every pooling and each layer at which it exists; d may differ between
             poolings. Rows with a non-finite value anywhere get status 2; rows with a status other than 0 are stored as
             NaN.
+        accept
+            Called with the status (m,) that the rows get, before any is written; what it raises leaves the store as it
+            was.
 
         Raises
         ------
@@ -258,7 +300,12 @@ class StoreWriter:
         attributes = {"timestep": timestep, "config_json": fmt.canonical_json(self.config), "writer": writer_name()}
         with temporary(path) as (temp, descriptor):
             datasets = write_hdf5(
-                temp, rows=rows, features=features, config=self.config, attributes=identity | attributes
+                temp,
+                rows=rows,
+                features=features,
+                config=self.config,
+                attributes=identity | attributes,
+                accept=accept,
             )
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
@@ -278,6 +325,22 @@ class StoreWriter:
             publish(temp, descriptor, path)
         write_atomically(path.with_suffix(".json"), fmt.seal(identity | sidecar))
         return path
+
+    def bad_rows(self) -> dict[str, int]:
+        """Row keys of all committed rows without features, and their status: the largest over noise levels and draws."""
+        found: dict[str, int] = {}
+        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
+            status = shard.table("rows/status")
+            if status.any():
+                ids = shard.row_ids()
+                found |= {ids[i]: max(int(status[i]), found.get(ids[i], 0)) for i in np.flatnonzero(status)}
+        return found
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Hold the lock of a file that several workers would make at the same time, such as a cache."""
+        with locked(self.path / name):
+            yield
 
     def record_resolution(self, sigma: str, *, ratio: float | None, rows: int, note: str = "") -> None:
         """Record in ``store.json`` how far a noise level stands out from the rounding of the compute dtype.
@@ -335,19 +398,17 @@ class StoreWriter:
                 publish(temp, descriptor, path)
         return path
 
-    def _known_blocks(self) -> Iterator[list[str]]:
-        """Row keys of the blocks of committed shards, then of the plans."""
-        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
-            yield shard.row_ids()
+    def _planned(self) -> Iterator[tuple[str, ...]]:
+        """Row keys of the blocks of earlier plans."""
         for path in sorted((self.path / "plans").glob("[!.]*.json")):
             try:
-                yield from fmt.unseal(read_small(path, limit=2**32))["blocks"]
+                yield from map(tuple, fmt.unseal(read_small(path, limit=2**32))["blocks"])
             except (ValueError, KeyError):
                 msg = f"{path}: damaged; delete it and run the same dump command again"
                 raise StoreError(msg) from None
 
-    def _write_plan(self, blocks: list[Block]) -> None:
-        content = [list(block.row_ids) for block in blocks]
+    def _write_plan(self, blocks: list[tuple[str, ...]]) -> None:
+        content = [list(row_ids) for row_ids in blocks]
         digest = hashlib.sha256(fmt.canonical_json(content).encode()).hexdigest()[:32]
         path = self.path / "plans" / f"{digest}.json"
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
