@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import probekit.dump as dumping
+import probekit.dump.run as dumping
 from probekit._types import Progress
 from probekit.backbones import Backbone, passes
 from probekit.backbones import latents as latent_rules
@@ -29,6 +29,7 @@ from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
 from probekit.backbones.loading import quiet
 from probekit.config import DumpConfig
+from probekit.dump.run import files_of
 from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet, load_preferences
 from probekit.store import StoreWriter
@@ -201,7 +202,8 @@ class _Bench:
             self.clock.start()
             backbone.prompts.embed(self.prompts)
             self.text_seconds = self.clock.stop()["text"]
-        self.latents = next(backbone.latents([list(zip(map(Path, rows["path"]), rows["image_sha256"], strict=True))]))
+        (encoded,) = backbone.latents([files_of(rows)])
+        self.latents = [latent for latent in encoded if isinstance(latent, torch.Tensor)]
         self.eps = [
             latent_rules.noise(0, prompt, 0, tuple(x.shape))
             for prompt, x in zip(self.prompts, self.latents, strict=True)
@@ -287,14 +289,14 @@ class _Bench:
             (latent_rules, "encode", "vae"),
             (dumping, "_warn", "text"),  # it counts the tokens of the prompts
             (Conditioner, "encode", "text"),
-            (dumping, "_noise", "noise"),
+            (dumping, "noise_of", "noise"),
             (passes.Passes, "prepare", "inputs"),
             (Layout, "join", "inputs"),
             (passes, "pooled_layers", "dit"),
             (dumping, "open_store", "write"),
             (PreferenceSet, "judgements", "write"),
             (StoreWriter, "write_judgements", "write"),
-            (StoreWriter, "plan", "write"),
+            (StoreWriter, "blocks", "write"),
             (StoreWriter, "write_shard", "write"),
         ]
         pool = POOLINGS["mean"]

@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -76,6 +76,9 @@ def dump(
     cache: Annotated[Path | None, typer.Option(help=_help("cache"))] = None,
     training_images: Annotated[int | None, typer.Option(metavar="N", help=_help("training_images"))] = None,
     shard_size: Annotated[int | None, typer.Option(metavar="MIB", help=_help("shard_size"))] = None,
+    max_bad: Annotated[float | None, typer.Option(metavar="SHARE", help=_help("max_bad"))] = None,
+    worker: Annotated[str | None, typer.Option(metavar="RANK/WORLD", help=_help("worker"))] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it costs")] = False,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these options; options given here win")
     ] = None,
@@ -85,17 +88,20 @@ def dump(
     Stopped at any moment, the same command continues. Pairs, labels and splits are kept beside the features: changing
     them costs no forward pass, and a longer preference file or a further sigma adds what is missing.
     """
-    given = {key: value for key, value in locals().items() if value is not None and key != "config"}
+    given = {key: value for key, value in locals().items() if value is not None and key not in ("config", "dry_run")}
     if layers is not None and layers != "all":
         given["layers"] = layers.split(",")
     from_file = {} if config is None else load_yaml(config)
     source = "options" if config is None else f"{config} and options"
     settings = DumpConfig.checked(from_file | given, source=source)
 
-    from probekit.dump import run_dump
+    import probekit.dump
 
+    if dry_run:
+        _print_lines(probekit.dump.dry_run(settings))
+        return
     with _progress() as progress:
-        store = run_dump(settings, progress=progress)
+        store = probekit.dump.run_dump(settings, progress=progress)
     out_console.print(
         f"{settings.out}: {len(store.rows):,} rows, {len(store.layers)} layers, sigma {', '.join(store.sigmas)}"
     )
@@ -169,10 +175,7 @@ def backbones(
     if as_json:
         typer.echo(json.dumps(planned.facts(), indent=2))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for heading, text in planned.lines():
-        table.add_row(heading, text)
-    out_console.print(table)
+    _print_lines(planned.lines())
 
 
 @app.command()
@@ -186,10 +189,9 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
-    out_console.print(table)
+    _print_lines(
+        (key, json.dumps(value) if isinstance(value, dict | list) else str(value)) for key, value in facts.items()
+    )
 
 
 @bench.command("dump")
@@ -220,10 +222,7 @@ def bench_dump(
     if as_json:
         typer.echo(json.dumps(measured.facts(), indent=2))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for heading, text in measured.lines():
-        table.add_row(heading, text)
-    out_console.print(table)
+    _print_lines(measured.lines())
 
 
 @playground.command("path")
@@ -246,6 +245,13 @@ def pairs(
     from probekit.playground.pairs import write_pairs
 
     out_console.print(str(write_pairs(out, n_train=train, n_test=test, seed=seed)))
+
+
+def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for heading, text in lines:
+        table.add_row(heading, text)
+    out_console.print(table)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -47,6 +47,17 @@ def _allowed_layers(value: object) -> object:
     raise ValueError(message)
 
 
+def _allowed_worker(value: object) -> object:
+    if isinstance(value, str):
+        rank, _, world = value.partition("/")
+        value = (int(rank), int(world)) if rank.isdecimal() and world.isdecimal() else value
+    match value:
+        case [int() as number, int() as of] if 0 <= number < of:
+            return number, of
+    message = f"allowed: RANK/WORLD with RANK from 0 to WORLD - 1, such as 0/4, not {value!r}"
+    raise ValueError(message)
+
+
 Sigma = Annotated[str, BeforeValidator(lambda value: canonical_sigma(str(value)))]
 LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 RelativeDepths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
@@ -140,6 +151,17 @@ class DumpConfig(_Strict):
         None, ge=0, description="images the transformer was trained on, for the plot against training length"
     )
     shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
+    max_bad: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="largest share of rows that may have no features, since their image is missing or unreadable or "
+        "the features are not finite; their pairs are left out and counted",
+    )
+    worker: Annotated[tuple[int, int] | None, BeforeValidator(_allowed_worker)] = Field(
+        None,
+        description="RANK/WORLD: do every WORLD-th shard from the RANK-th on (default: what torchrun or Slurm say)",
+    )
 
 
 def _allowed_layer_set(value: object) -> object:

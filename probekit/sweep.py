@@ -271,7 +271,8 @@ def _chosen(asked: str | list[_T], held: list[_T], *, what: str, store: FeatureS
 def _bind_file(prefs: Path, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
     loaded = load_preferences(prefs)
-    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS))
+    # A missing file costs its pairs here, as a row that the store lacks does.
+    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1))
     path = out / _JUDGEMENTS / f"{loaded.name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

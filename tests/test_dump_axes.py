@@ -15,7 +15,7 @@ from tiny_prefs import write_rankings
 
 import probekit
 from probekit.backbones import Backbone, decode_ahead, noise
-from probekit.dump import _conditions
+from probekit.dump.plan import conditions
 from probekit.errors import ConfigError, FingerprintError
 
 PIPELINES = all_pipelines()
@@ -231,10 +231,10 @@ def test_shuffled_prompts_are_a_derangement_that_the_seed_fixes(
     flux: Backbone, prefs: probekit.PreferenceSet, tmp_path: Path
 ) -> None:
     many = [f"prompt {number}" for number in range(50)]
-    said = _conditions(many, "shuffled:3")
+    said = conditions(many, "shuffled:3")
     assert sorted(said.values()) == sorted(many)
     assert all(prompt != told for prompt, told in said.items())
-    assert said == _conditions(many[::-1], "shuffled:3") != _conditions(many, "shuffled:4")
+    assert said == conditions(many[::-1], "shuffled:3") != conditions(many, "shuffled:4")
 
     stores = {
         seed: probekit.dump_features(flux, prefs, tmp_path / str(seed), sigmas=["0.3"], prompts=f"shuffled:{seed}")
@@ -242,7 +242,7 @@ def test_shuffled_prompts_are_a_derangement_that_the_seed_fixes(
     }
     assert len({store.fingerprint for store in stores.values()}) == 4
     prompts, files = rows_of(stores[1], prefs)
-    said, latents = _conditions(list(RANKINGS), "shuffled:1"), next(flux.latents([files]))
+    said, latents = conditions(list(RANKINGS), "shuffled:1"), next(flux.latents([files]))
     eps = [noise(0, prompt, 0, tuple(x.shape), flux.canvas) for prompt, x in zip(prompts, latents, strict=True)]
     wanted, last = flux.wanted(["mean"], [flux.n_blocks]), flux.n_blocks
     told = [said[prompt] for prompt in prompts]

@@ -40,8 +40,8 @@ from probekit.backbones.passes import Passes
 from probekit.backbones.prompts import Prompts
 from probekit.backbones.sizes import image_size
 from probekit.backbones.stages import Offload, Stages
-from probekit.backbones.weights import RandomWeights, stored_hash
-from probekit.errors import ConfigError, ImageError
+from probekit.backbones.weights import RandomWeights, stored_hash, weight_files
+from probekit.errors import BackboneError, ConfigError, ImageError
 
 EXTRACTOR_VERSION = "2"  # part of every fingerprint: raised when the same settings would give other features
 
@@ -103,6 +103,8 @@ class Backbone:
         adapter: Adapter | None,
         settings: _Settings,
         name: str,
+        *,
+        weights: bool = True,
     ) -> None:
         self._base = base
         self._folder = folder
@@ -123,11 +125,13 @@ class Backbone:
             offload=settings.offload,
             compile=settings.compile,
         )
-        self._stored = None if random is not None and random.kind == "init" else stored_hash(folder)
+        untrained = random is not None and random.kind == "init"
+        self._stored = None if untrained or not weights else stored_hash(folder)
         parts = [part for part in pipe.components if part.startswith(("tokenizer", "processor"))]
-        base.hash_parts(
-            model_names(self._family, base.source), [part for part in parts if pipe.components[part] is not None]
-        )
+        if weights:
+            base.hash_parts(
+                model_names(self._family, base.source), [part for part in parts if pipe.components[part] is not None]
+            )
         self.name = name
         self.random_weights = None if random is None else str(random)
         self.model_id = base.source.model_id
@@ -145,7 +149,7 @@ class Backbone:
             self.stages,
             base,
             settings=self._text_settings,
-            latent_shape=self._latent_shape(self.size.resolution, self.size.resolution),
+            latent_shape=self.latent_shape,
         )
         self._passes = Passes(self._conditioner, self.stages, self.prompts, name=name)
 
@@ -167,6 +171,7 @@ class Backbone:
         compile: bool = False,
         cache: str | Path | None = None,
         name: str | None = None,
+        weights: bool = True,
     ) -> "Backbone":
         """Find a backbone, check that its parts fit and hash its weights; each model is loaded when it is needed.
 
@@ -202,6 +207,9 @@ class Backbone:
             Folder that keeps VAE latents and prompt embeddings, keyed by content.
         name
             Name in results; default: the transformer's folder, else the last part of `model_id`.
+        weights
+            False: neither look for weights nor fetch any. Such a backbone can be described, but computes nothing and
+            its fingerprint lacks them.
 
         Returns
         -------
@@ -216,13 +224,13 @@ class Backbone:
         random = None if random_weights is None else RandomWeights.parse(random_weights)
         settings = _Settings(max_tokens, resolution, resize, offload, compile)
         found_device = resolve_device(device)
-        source = locate(str(model_id), revision=revision, without_transformer=transformer is not None)
+        source = locate(str(model_id), revision=revision, without_transformer=transformer is not None, weights=weights)
         folder = transformer_folder(source, None if transformer is None else Path(transformer))
         found_dtype = resolve_dtype(dtype, found_device, folder)
         base = Base(source, found_dtype, found_device, Cache(None if cache is None else Path(cache)))
         adapter = None if lora is None else Adapter.at(Path(lora))
         own = source.name if transformer is None else _name(folder)
-        return cls(base, folder, random, adapter, settings, name or own)
+        return cls(base, folder, random, adapter, settings, name or own, weights=weights)
 
     def with_transformer(
         self, transformer: str | Path | None = None, *, random_weights: str | None = None, name: str | None = None
@@ -374,6 +382,22 @@ class Backbone:
         return self._conditioner.timestep(sigma)
 
     @property
+    def text_batch(self) -> int:
+        """Number of prompts that are embedded at once."""
+        return self._conditioner.family.text_batch
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights of all its models are on this machine."""
+        names = model_names(self._family, self._base.source)
+        try:
+            files = [file for name in names for file in weight_files(self._base.source.folder / name)]
+            files += [] if (self.random_weights or "").startswith("init") else weight_files(self._folder)
+        except BackboneError:
+            return False
+        return all(file.is_file() for file in files)
+
+    @property
     def clock(self) -> Clock:
         """Seconds spent on ``read`` (decoding images), ``vae``, ``text`` and ``dit`` by all backbones of this base."""
         return self._base.clock
@@ -392,9 +416,14 @@ class Backbone:
         return max(h for _, h, _ in shapes), max(w for _, _, w in shapes)
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the latent of a square image; no other takes more bytes."""
+        return self._latent_shape(self.size.resolution, self.size.resolution)
+
+    @property
     def latent_bytes(self) -> int:
         """Bytes of the largest latent in float32."""
-        return 4 * int(np.prod(self._latent_shape(self.size.resolution, self.size.resolution)))
+        return 4 * int(np.prod(self.latent_shape))
 
     def fingerprint_config(self) -> dict[str, Any]:
         """Return every setting of the backbone that changes features, as plain JSON values."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from probekit.errors import ImageChangedError, ImageError
 
@@ -67,7 +67,7 @@ def target_size(width: int, height: int, *, resolution: int, step: int, resize: 
     Parameters
     ----------
     width, height
-        Size of the image as it is shown, see `shown_size`.
+        Size of the image with its EXIF orientation applied.
     resolution, step
         See `bucket_sizes`.
     resize
@@ -83,23 +83,10 @@ def target_size(width: int, height: int, *, resolution: int, step: int, resize: 
     return min(bucket_sizes(resolution, step), key=distance)
 
 
-def shown_size(path: Path) -> tuple[int, int]:
-    """Return the (width, height) of an image with its EXIF orientation applied, from the header where that suffices.
-
-    Raises
-    ------
-    ImageError
-        If the file is missing, damaged or refused.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    with file, _opened(path, file) as image:
-        width, height = image.size
-        # Pillow decodes a PNG to find its EXIF data; of a square it would change nothing.
-        turned = width != height and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
+def header(path: Path) -> tuple[int, int]:
+    """Return the (width, height) that the header of a readable image states."""
+    with Image.open(path, formats=_FORMATS) as image:
+        return image.size
 
 
 def read_image(path: Path, digest: bytes, *, resolution: int, step: int, resize: Resize) -> NDArray[np.uint8]:
@@ -172,7 +159,7 @@ def _unreadable(path: Path, error: OSError) -> ImageError:
 
 
 @contextmanager
-def _opened(path: Path, file: io.BytesIO | io.BufferedReader) -> Iterator[Image.Image]:
+def _opened(path: Path, file: io.BytesIO) -> Iterator[Image.Image]:
     """Open an image that passes the checks of its header; whatever fails while it is open is one clear line."""
     try:
         with warnings.catch_warnings():

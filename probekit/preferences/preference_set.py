@@ -129,6 +129,8 @@ class PreferenceSet:
                 f"{items} of {len(self.items)} rows need them, allowed: a share of {max_bad:g} (--max-bad)"
             )
             raise ImageError(msg)
+        if missing:
+            logger.warning("%s: %d image files are missing", self.path, len(missing))
         return stamps
 
     def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:

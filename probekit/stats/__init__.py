@@ -1,6 +1,6 @@
 """What may be claimed: arrays of margins and labels in, numbers out. Nothing here fits or refits a head."""
 
-from probekit.stats.comparisons import Difference, paired_difference
+from probekit.stats.comparisons import Difference, paired_difference, planned_difference
 from probekit.stats.intervals import (
     Band,
     Interval,
@@ -21,6 +21,7 @@ __all__ = [
     "effective_groups",
     "macro_interval",
     "paired_difference",
+    "planned_difference",
     "simultaneous_band",
     "strict",
 ]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from probekit._types import FloatArray
-from probekit.stats.intervals import FEW, Scored, redrawn, resamples, standard_error
+from probekit.stats.intervals import FEW, Scored, effective_groups, redrawn, resamples, standard_error
 
 POWER = 0.8
 """Chance to find the effect that `Difference.detectable` states."""
@@ -42,6 +42,30 @@ class Difference:
     n_groups: int
     effective_groups: float
     method: Literal["bootstrap-t", "bonett-price"]
+
+
+def planned_difference(groups: NDArray[Any], *, disagreement: float = 0.2, level: float = 0.95) -> tuple[float, float]:
+    """Smallest true difference of two heads that so many pairs show in 80 % of samples, before any head is fitted.
+
+    Parameters
+    ----------
+    groups
+        Group of each pair (n,).
+    disagreement
+        Share of pairs that exactly one of the heads gets right; as the difference is small beside it, the standard
+        error is its root over that of the number of independent pairs.
+    level
+        Of the test.
+
+    Returns
+    -------
+    tuple
+        The difference if all pairs are independent, and if the pairs of a group are all alike (then the effective
+        number of groups is what counts): the truth lies in between.
+    """
+    z = float(ndtri((1 + level) / 2)) + float(ndtri(POWER))
+    independent, alike = (z * float(np.sqrt(disagreement / n)) for n in (len(groups), effective_groups(groups)))
+    return independent, alike
 
 
 def paired_difference(

@@ -3,17 +3,22 @@
 from probekit.store.format import (
     FORMAT,
     FORMAT_VERSION,
+    STATUS_NON_FINITE,
+    STATUS_OK,
     canonical_json,
     fingerprint,
     rows_per_shard,
 )
 from probekit.store.pairs import BoundJudgements, Pairs
 from probekit.store.reader import FeatureStore
+from probekit.store.shards import stored_config
 from probekit.store.writer import Block, StoreWriter, open_store
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "STATUS_NON_FINITE",
+    "STATUS_OK",
     "Block",
     "BoundJudgements",
     "FeatureStore",
@@ -23,4 +28,5 @@ __all__ = [
     "fingerprint",
     "open_store",
     "rows_per_shard",
+    "stored_config",
 ]

@@ -54,6 +54,12 @@ def read_store_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def stored_config(root: Path) -> dict[str, Any] | None:
+    """Return the configuration of a store; None where there is no store yet."""
+    file = root / "store.json"
+    return dict(read_store_file(file)["config"]) if file.exists() else None
+
+
 def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
     """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
     digest, position = hashlib.sha256(), 0

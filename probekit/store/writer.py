@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -327,7 +327,7 @@ class StoreWriter:
         return path
 
     def bad_rows(self) -> dict[str, int]:
-        """Row keys of all committed rows without features, and their status: the largest over noise levels and draws."""
+        """Row keys of all committed rows without features, and the largest status of each."""
         found: dict[str, int] = {}
         for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
             status = shard.table("rows/status")

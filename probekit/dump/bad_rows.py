@@ -1,0 +1,107 @@
+"""Rows without features: their images are missing or unreadable, or what the model made of them is not finite."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from probekit.errors import ImageError
+from probekit.store import STATUS_NON_FINITE, STATUS_OK, BoundJudgements
+
+_NAMED = 10
+
+logger = logging.getLogger(__name__)
+
+
+class BadRows:
+    """Counts the rows without features against the share that is allowed.
+
+    Parameters
+    ----------
+    prefs
+        Preference file, for messages.
+    rows
+        All rows of the dump: ``row_id``, ``image_id``, ``status``.
+    known
+        Status of the rows without features that the store holds already, by row key.
+    share
+        Largest share that is allowed.
+
+    Raises
+    ------
+    ImageError
+        If the store holds more already.
+    """
+
+    def __init__(self, prefs: Path, rows: pd.DataFrame, known: Mapping[str, int], *, share: float) -> None:
+        self._prefs = prefs
+        self._image = rows.set_index("row_id")["image_id"]
+        self._share = share
+        self._status = {row: status for row, status in known.items() if row in self._image.index}
+        self._check("found by an earlier dump into this store")
+
+    def unreadable(self, part: pd.DataFrame, errors: Mapping[int, ImageError]) -> None:
+        """Count the rows of a block whose images are missing (status 1) or cannot be read; `errors` is by position.
+
+        Raises
+        ------
+        ImageError
+            If there are too many now; says what is wrong with one of them.
+        """
+        for row, error in errors.items():
+            self._name(str(error))
+            part.loc[row, "status"] = np.uint8(1)
+        self._add(part["row_id"], part["status"].to_numpy())
+        self._check("; ".join(map(str, list(errors.values())[:1])) or "their files are missing")
+
+    def not_finite(self, part: pd.DataFrame, setting: str, status: NDArray[np.uint8]) -> None:
+        """Count the rows of a block with status 2; `setting` says how their features were computed.
+
+        Raises
+        ------
+        ImageError
+            If there are too many now.
+        """
+        images = part["image_id"][status == STATUS_NON_FINITE].tolist()
+        for image in images:
+            self._name(f"{image}: the features are not finite ({setting})")
+        self._add(part["row_id"], status)
+        self._check(f"{', '.join(images[:1])}: the features are not finite ({setting}); another --dtype may help")
+
+    def report(self, bound: BoundJudgements) -> None:
+        """Say how many rows have no features, and how many pairs that costs."""
+        if not self._status:
+            return
+        images = sorted(self._image[list(self._status)])
+        more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+        logger.warning(
+            "%s; %d of %d pairs are left out: %s%s",
+            self._counted(),
+            bound.pairs().left_out["bad_status"],
+            len(bound.frame),
+            ", ".join(images[:_NAMED]),
+            more,
+        )
+
+    def _add(self, row_ids: pd.Series, status: NDArray[np.uint8]) -> None:
+        for row, value in zip(row_ids[status != STATUS_OK], status[status != STATUS_OK], strict=True):
+            self._status[row] = max(int(value), self._status.get(row, 0))
+
+    def _check(self, last: str) -> None:
+        if len(self._status) > self._share * len(self._image):
+            msg = f"{self._prefs}: {self._counted()}; allowed: a share of {self._share:g} (--max-bad); {last}"
+            raise ImageError(msg)
+
+    def _counted(self) -> str:
+        infinite = sum(status == STATUS_NON_FINITE for status in self._status.values())
+        return (
+            f"{len(self._status)} of {len(self._image)} rows have no features "
+            f"({len(self._status) - infinite} missing or unreadable, {infinite} not finite)"
+        )
+
+    def _name(self, what: str) -> None:
+        if len(self._status) < _NAMED:
+            logger.warning("left out: %s", what)
