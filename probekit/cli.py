@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from probekit.config import DumpConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
@@ -270,12 +270,13 @@ def _facts(path: Path) -> dict[str, Any]:
 @contextmanager
 def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
     """Progress bars on stderr, one for each first word of the reported text where no unit is named."""
+    whole: dict[str, Any] = {"no_wrap": True}  # on a narrow terminal only the text gives way
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(**whole)),
+        BarColumn(bar_width=16, table_column=Column(**whole)),
+        MofNCompleteColumn(table_column=Column(**whole)),
+        TimeElapsedColumn(table_column=Column(**whole)),
+        TimeRemainingColumn(table_column=Column(**whole)),
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=err_console) as bars:

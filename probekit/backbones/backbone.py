@@ -226,7 +226,7 @@ class Backbone:
         found_device = resolve_device(device)
         source = locate(str(model_id), revision=revision, without_transformer=transformer is not None, weights=weights)
         folder = transformer_folder(source, None if transformer is None else Path(transformer))
-        found_dtype = resolve_dtype(dtype, found_device, folder)
+        found_dtype = resolve_dtype(dtype, found_device, folder if weights else None)
         base = Base(source, found_dtype, found_device, Cache(None if cache is None else Path(cache)))
         adapter = None if lora is None else Adapter.at(Path(lora))
         own = source.name if transformer is None else _name(folder)

@@ -34,7 +34,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, weights: Path) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, weights: Path | None) -> torch.dtype:
     """Return the dtype to compute in: float32 on the CPU and bfloat16 elsewhere, unless another is asked for."""
     allowed = [name for name in DTYPES if name != "float16" or device.type != "cpu"]
     if dtype is not None:
@@ -45,7 +45,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, weights
         return DTYPES[name]
     if device.type != "cpu":
         return torch.bfloat16
-    stored = _stored_dtype(weights)
+    stored = None if weights is None else _stored_dtype(weights)
     if stored not in (None, "F32"):
         logger.info("%s is stored as %s and computes in float32 on the CPU", weights, stored)
     return torch.float32

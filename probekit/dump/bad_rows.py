@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit.errors import ImageError
-from probekit.store import STATUS_NON_FINITE, STATUS_OK, BoundJudgements
+from probekit.store import STATUS_NON_FINITE, STATUS_OK, STATUS_UNREADABLE, BoundJudgements
 
 _NAMED = 10
 
@@ -51,11 +51,13 @@ class BadRows:
         ImageError
             If there are too many now; says what is wrong with one of them.
         """
-        for row, error in errors.items():
-            self._name(str(error))
-            part.loc[row, "status"] = np.uint8(1)
+        missing = part["image_id"][part["status"] == STATUS_UNREADABLE]
+        reasons = [*(f"{image}: the file is missing" for image in missing), *map(str, errors.values())]
+        for reason in reasons:
+            self._name(reason)
+        part.loc[list(errors), "status"] = np.uint8(STATUS_UNREADABLE)
         self._add(part["row_id"], part["status"].to_numpy())
-        self._check("; ".join(map(str, list(errors.values())[:1])) or "their files are missing")
+        self._check("; ".join(reasons[:1]))
 
     def not_finite(self, part: pd.DataFrame, setting: str, status: NDArray[np.uint8]) -> None:
         """Count the rows of a block with status 2; `setting` says how their features were computed.

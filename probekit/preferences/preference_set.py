@@ -105,6 +105,8 @@ class PreferenceSet:
         """
         stamps = self._stamps(max_bad)
         keys = [(path, *found) for path, found in stamps.items() if found is not None]
+        if len(keys) < len(stamps):
+            logger.warning("%s: %d image files are missing", self.path, len(stamps) - len(keys))
         known = _read_cache(cache)
         with ThreadPoolExecutor() as pool:  # hashing and reading leave the interpreter's lock alone
             new = [key for key in keys if key not in known]
@@ -129,8 +131,6 @@ class PreferenceSet:
                 f"{items} of {len(self.items)} rows need them, allowed: a share of {max_bad:g} (--max-bad)"
             )
             raise ImageError(msg)
-        if missing:
-            logger.warning("%s: %d image files are missing", self.path, len(missing))
         return stamps
 
     def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
