@@ -17,7 +17,6 @@ from planted_store import planted_store
 
 from probekit.cli import main
 from probekit.playground import base_folder, models
-from probekit.playground.pairs import write_pairs
 from probekit.results import load_results
 
 
@@ -44,27 +43,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file and its bytes, but for the locks that a writer leaves empty."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock-"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs"), n_train=60, n_test=30, seed=5)
-
-
-@pytest.fixture(scope="module")
-def dump(pairs):
-    """Arguments of a working dump of the smallest shipped backbone."""
-    return [
-        "dump",
-        "--backbone",
-        base_folder(),
-        "--transformer",
-        models()[0].folder,
-        "--max-tokens",
-        0,
-        "--prefs",
-        pairs,
-    ]
 
 
 @pytest.fixture(scope="module")

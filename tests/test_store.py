@@ -808,3 +808,30 @@ def test_a_store_of_format_1_0_is_read_and_added_to(tmp_path):
     writer.record_resolution("0.5", ratio=9.0, rows=4)
     assert before.items() <= shard_bytes(path).items()
     assert (FeatureStore(path).read(layer=1, sigma="0.5") == 1).all()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_store import StoreError, dump, table
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    dump(Path(sys.argv[1]), table(60))
+except StoreError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_one_line(tmp_path):
+    """In another process: HDF5 itself would crash when it cannot write, not only raise."""
+    dump(tmp_path / "whole", table(60))
+    for limit in (0, 1000, 3000, 9000):
+        out = tmp_path / str(limit)
+        command = [sys.executable, "-c", LIMITED, str(out), str(limit), str(Path(__file__).parent)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "cannot be written (File too large)" in done.stdout
+        assert len(done.stdout.splitlines()) == 1
+        assert not list(out.rglob(".tmp-*"))
+        dump(out, table(60))
+        assert shard_bytes(out) == shard_bytes(tmp_path / "whole")

@@ -103,24 +103,24 @@ class Plan:
             ("tokens", f"{counts.image_tokens} image at {self.resolution} px, {counts.text_tokens or 'unknown'} text"),
             (
                 "operations",
-                f"an image: transformer {_scaled(counts.flop_image, 'FLOP')}, VAE {_scaled(counts.flop_vae, 'FLOP')}; "
-                f"a prompt: text encoders {_scaled(counts.flop_text, 'FLOP')}",
+                f"an image: transformer {scaled(counts.flop_image, 'FLOP')}, VAE {scaled(counts.flop_vae, 'FLOP')}; "
+                f"a prompt: text encoders {scaled(counts.flop_text, 'FLOP')}",
             ),
             (
                 "memory",
-                f"weights in {self.dtype}: text stage {_scaled(of_text, 'B')} ({self._sizes('text')}), "
-                f"then image stage {_scaled(of_image, 'B')} ({self._sizes('image')}); "
-                f"peak {_scaled(max(of_text, of_image), 'B')}, all at once would be {_scaled(of_text + of_image, 'B')}",
+                f"weights in {self.dtype}: text stage {scaled(of_text, 'B')} ({self._sizes('text')}), "
+                f"then image stage {scaled(of_image, 'B')} ({self._sizes('image')}); "
+                f"peak {scaled(max(of_text, of_image), 'B')}, all at once would be {scaled(of_text + of_image, 'B')}",
             ),
             (
                 "features",
-                f"{_scaled(rows, 'B')} for 1000 rows of all layers, one pooling and one noise level in float16",
+                f"{scaled(rows, 'B')} for 1000 rows of all layers, one pooling and one noise level in float16",
             ),
             ("layers", f"{_ranges(self.layers)}; with --output-tokens {_ranges([self.output_point])}"),
         ]
 
     def _sizes(self, stage: str) -> str:
-        return ", ".join(f"{part.name} {_scaled(part.nbytes, 'B')}" for part in self.parts if part.stage == stage)
+        return ", ".join(f"{part.name} {scaled(part.nbytes, 'B')}" for part in self.parts if part.stage == stage)
 
 
 def families() -> list[dict[str, Any]]:
@@ -213,7 +213,8 @@ def _ranges(points: list[LayerPoint]) -> str:
     return "; ".join(found)
 
 
-def _scaled(value: int | None, unit: str) -> str:
+def scaled(value: int | None, unit: str) -> str:
+    """Write a number with three digits and a decimal prefix from k to T."""
     if value is None:
         return "unknown"
     factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= pair[0]), (1e3, "k"))

@@ -56,6 +56,8 @@ def noise_over_rounding(
         ratios = {}
         for sigma in sigmas:
             noisy, rounded = run(sigma, torch.float32), run(sigma, torch.bfloat16)
+            if not all(np.isfinite(values).all() for values in (clean, noisy, rounded)):
+                return {}, "not measured: features of the first rows are not finite"
             change, rounding = (np.sqrt(((a - noisy) ** 2).mean(axis=(1, 2))) for a in (clean, rounded))
             ratios[sigma] = float(np.median(change / np.maximum(rounding, np.finfo(np.float64).tiny)))
     except (torch.OutOfMemoryError, DeviceMemoryError):

@@ -12,6 +12,7 @@ import torch
 
 from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS
+from probekit.backbones.plan import scaled
 from probekit.config import DumpConfig
 from probekit.dump.plan import DumpPlan, Work, work
 from probekit.dump.run import backbone, decode_workers, files_of, noise_of, preferences
@@ -22,7 +23,6 @@ from probekit.stats import planned_difference
 from probekit.store import STATUS_OK, open_store, stored_config
 
 _NAMED = 10
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
         (
             "bytes",
             "; ".join(
-                f"{pooling}: at most {_scaled(4 * n_todo * width)} a layer, {number} layers"
+                f"{pooling}: at most {scaled(4 * n_todo * width, 'B')} a layer, {number} layers"
                 for pooling, (number, width) in layers.items()
             )
-            + f"; in all at most {_scaled(needed)} (float32), half of it where float16 is safe",
+            + f"; in all at most {scaled(needed, 'B')} (float32), half of it where float16 is safe",
         ),
-        ("free", f"{_scaled(free)} in {at}" + ("" if free > needed else ": less than may be needed")),
+        ("free", f"{scaled(free, 'B')} in {at}" + ("" if free > needed else ": less than may be needed")),
         ("time", _time(model, plan, settings, mine, todo, n_todo) if known else "unknown: the weights are not here"),
         ("resolves", _resolves(judgements)),
     ]
@@ -214,11 +214,6 @@ def _resolves(judgements: pd.DataFrame) -> str:
         f"{100 * least:.2g} points on (power 80 %, heads that disagree on a fifth of the pairs), or from "
         f"{100 * most:.2g} if pairs of a group are alike"
     )
-
-
-def _scaled(n: float) -> str:
-    factor, prefix = next((pair for pair in _PREFIXES if n >= pair[0]), (1.0, ""))
-    return f"{n / factor:.3g} {prefix}B"
 
 
 def _duration(seconds: float) -> str:
