@@ -141,7 +141,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_fi
     shards = len(list((tmp_path / "whole").rglob("*.h5")))
     assert shards >= 3
     killed = tmp_path / "killed"
-    for wanted in (1, 2):
+    for wanted in (1, 2, 3):
         process = subprocess.Popen([*command, "--out", killed], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while len(list(killed.rglob("*.json"))) < wanted and process.poll() is None and time.monotonic() < deadline:
