@@ -129,26 +129,34 @@ def test_random_weights_are_recorded_and_change_the_features(backbone, prefs_fil
     assert all(not np.allclose(a, b, atol=1e-3) for i, a in enumerate(last) for b in last[:i])
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_file, tmp_path):
+def test_killed_or_stopped_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_file, tmp_path):
     command = [
         sys.executable, "-m", "probekit", "dump", "--backbone", str(base_folder()),
         "--transformer", str(models()[0].folder), "--max-tokens", "0", "--prefs", str(prefs_file),
-        "--batch-size", "4", "--shard-size", "1", "--sigma", "0.005", "--sigma", "0.1", "--sigma", "0.2",
-        "--device", "cpu",
+        "--batch-size", "4", "--shard-size", "1", "--device", "cpu",
+        *(option for level in range(7) for option in ("--sigma", f"0.{level}")),
     ]  # fmt: skip
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
     chance = random.Random(0)
     shards = len(list((tmp_path / "whole").rglob("*.h5")))
-    assert shards >= 3
+    assert shards >= 7
     killed = tmp_path / "killed"
-    for wanted in (1, 2, 3):
-        process = subprocess.Popen([*command, "--out", killed], stderr=subprocess.DEVNULL)
+    numbers = [signal.SIGKILL] * 3 + [signal.SIGINT, signal.SIGTERM]
+    for wanted, number in enumerate(numbers, start=1):
+        process = subprocess.Popen([*command, "--out", killed], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
-        while len(list(killed.rglob("*.json"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+        while len(list((killed / "shards").rglob("[!.]*.json"))) < wanted and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(number)
+        _, said = process.communicate()
+        if number == signal.SIGKILL:
+            continue
+        assert process.returncode == 128 + number
+        assert "rows are stored" in said
+        assert "the same command resumes" in said.splitlines()[-1]
+        assert "Traceback" not in said
+        assert not list(killed.rglob(".tmp-*"))
     subprocess.run([*command, "--out", killed], check=True, capture_output=True)
     assert feature_bytes(killed) == feature_bytes(tmp_path / "whole")
     assert not list(killed.rglob(".tmp-*"))
