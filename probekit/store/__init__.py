@@ -1,5 +1,6 @@
 """Features on disk: a public format (``FORMAT.md``), written shard by shard and read layer by layer."""
 
+from probekit.store.export import Export, export_store
 from probekit.store.format import (
     FORMAT,
     FORMAT_VERSION,
@@ -9,6 +10,7 @@ from probekit.store.format import (
 )
 from probekit.store.pairs import BoundJudgements, Pairs
 from probekit.store.reader import FeatureStore
+from probekit.store.verify import Problem, Verification, verify_store
 from probekit.store.writer import Block, StoreWriter, open_store
 
 __all__ = [
@@ -16,11 +18,16 @@ __all__ = [
     "FORMAT_VERSION",
     "Block",
     "BoundJudgements",
+    "Export",
     "FeatureStore",
     "Pairs",
+    "Problem",
     "StoreWriter",
+    "Verification",
     "canonical_json",
+    "export_store",
     "fingerprint",
     "open_store",
     "rows_per_shard",
+    "verify_store",
 ]

@@ -27,7 +27,6 @@ from probekit.store.files import (
     TEMP,
     locked,
     publish,
-    read_small,
     remove_dead_files,
     sync_folder,
     temporary,
@@ -35,7 +34,17 @@ from probekit.store.files import (
 )
 from probekit.store.hdf5 import provenance, write_hdf5, writer_name
 from probekit.store.pairs import read_judgements
-from probekit.store.shards import Shard, check_shard, file_digest, read_store_file, scan, shard_path
+from probekit.store.shards import (
+    Shard,
+    check_shard,
+    file_digest,
+    plan_files,
+    plan_name,
+    read_plan,
+    read_store_file,
+    scan,
+    shard_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +340,7 @@ class StoreWriter:
                     )
                     raise StoreError(msg)
             with temporary(path) as (temp, descriptor):
-                frame.to_parquet(temp, index=False)
+                frame.to_parquet(temp, index=False, write_page_checksum=True)
                 publish(temp, descriptor, path)
         return path
 
@@ -339,17 +348,12 @@ class StoreWriter:
         """Row keys of the blocks of committed shards, then of the plans."""
         for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
             yield shard.row_ids()
-        for path in sorted((self.path / "plans").glob("[!.]*.json")):
-            try:
-                yield from fmt.unseal(read_small(path, limit=2**32))["blocks"]
-            except (ValueError, KeyError):
-                msg = f"{path}: damaged; delete it and run the same dump command again"
-                raise StoreError(msg) from None
+        for path in plan_files(self.path):
+            yield from read_plan(path)
 
     def _write_plan(self, blocks: list[Block]) -> None:
         content = [list(block.row_ids) for block in blocks]
-        digest = hashlib.sha256(fmt.canonical_json(content).encode()).hexdigest()[:32]
-        path = self.path / "plans" / f"{digest}.json"
+        path = self.path / "plans" / f"{plan_name(content)}.json"
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
