@@ -56,8 +56,6 @@ def content_problems(shard: Shard) -> Iterator[str]:
     keys = [row_id(image.tobytes(), prompt) for image, prompt in zip(images, prompts, strict=True)]
     if keys != shard.row_ids():
         yield "rows/row_id is not that of images and prompts"
-    if len(set(keys)) != len(keys):
-        yield "a row stands there twice"
     if np.count_nonzero(np.diff(index, prepend=-1)) != len(set(index.tolist())):
         yield "rows of one prompt are not adjacent"
     status = shard.table("rows/status")

@@ -135,7 +135,7 @@ class _Check:
         self._said: set[Path] = set()  # shards with a problem
         self._bad: dict[Path, list[Problem]] = {}  # those that can be forgotten
         self._dead: list[tuple[Path, Problem]] = []
-        self._again = f"run probekit verify {shlex.quote(str(root))}{' --deep' * deep} --repair, then {DUMP[4:]}"
+        self._again = f"run probekit verify {shlex.quote(str(root))}{' --deep' * deep} --repair, then {DUMP}"
 
     def add(self, path: Path, problem: str, mend: str) -> Problem:
         entry = Problem(_line(str(path)), _line(problem), _line(mend))
@@ -234,12 +234,15 @@ class _Check:
         """Name what is wrong inside a shard that looks whole from outside; stop where the next check needs the last."""
         wanted = {fmt.dataset_name(*key) for key in fmt.feature_keys(config)}
         stored = {name for name in shard.sidecar.datasets if name.startswith("features/")}
-        for name in sorted(wanted ^ stored):
-            lacks = name in wanted
-            yield f"{'lacks' if lacks else 'has'} dataset {name}, which the store's config {'names' if lacks else 'does not'}"
+        for name in sorted(wanted - stored):
+            yield f"lacks dataset {name}, which the store's config names"
+        for name in sorted(stored - wanted):
+            yield f"has dataset {name}, which the store's config does not name"
         for name in wanted & stored:
             shard.width(name)
-        shard.row_ids()
+        rows = shard.row_ids()
+        if len(set(rows)) != len(rows):
+            yield "a row stands there twice"
         if not self.found.deep or wanted != stored:
             return
         if not matches_digest(shard):
