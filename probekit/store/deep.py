@@ -76,28 +76,31 @@ def _feature_problems(shard: Shard, name: str, ok: NDArray[np.bool_], index: NDA
     record = shard.sidecar.datasets[name]
     values = np.empty((len(ok), shard.width(name)), np.float32)
     shard.read_features(name, values)
-    if not np.isfinite(values[ok] if not ok.all() else values).all():
+    counted = values if ok.all() else values[ok]
+    low, high = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
         yield "a row of status 0 is not finite"
         return
     if not np.isnan(values[~ok]).all():
         yield "a row of a status other than 0 is not NaN"
         return
-    dtype, figures = fmt.choose_dtype(values, ok, index)
     recorded = (record.absmax, record.quantisation_noise, record.nonfinite_rows)
     if any(figure is None or not 0 <= figure < math.inf for figure in recorded):
         yield f"absmax, quantisation_noise and nonfinite_rows are {recorded}; allowed: numbers from 0"
         return
     absmax, noise, ratio = record.absmax or 0.0, record.quantisation_noise or 0.0, record.noise_ratio
+    seen = max(high, -low)
     if record.dtype == "<f2":
-        # Before it was rounded it was something else, so the ratio cannot be computed again.
+        # What the values were before they were rounded is gone, and the ratio with it.
         fits = absmax < fmt.FP16_LIMIT and ratio is not None and 0 <= ratio <= fmt.FP16_NOISE_RATIO
-        if not fits or figures.noise_ratio is None:
+        if not fits or not len(fmt.first_of_pairs(ok, index)):
             yield f"is float16 with absmax {absmax} and noise_ratio {ratio}, against the rule"
-        elif float(np.float16(absmax)) != figures.absmax:
-            yield f"absmax is {absmax}, that of the values is {figures.absmax}"
+        elif float(np.float16(absmax)) != seen:
+            yield f"absmax is {absmax}, that of the values is {seen}"
         return
-    if absmax != figures.absmax:
-        yield f"absmax is {absmax}, that of the values is {figures.absmax}"
+    dtype, figures = fmt.choose_dtype(values, ok, index)
+    if absmax != seen:
+        yield f"absmax is {absmax}, that of the values is {seen}"
     if not _close(ratio, figures.noise_ratio):
         yield f"noise_ratio is {ratio}, that of the values is {figures.noise_ratio}"
     elif dtype != "<f4" and not _close(figures.noise_ratio, fmt.FP16_NOISE_RATIO):

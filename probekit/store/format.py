@@ -305,6 +305,11 @@ class Figures(NamedTuple):
     quantisation_noise: float
 
 
+def first_of_pairs(ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of the first rows of all pairs: neighbours of one prompt that both count."""
+    return np.flatnonzero(ok[:-1] & ok[1:] & (prompt_index[:-1] == prompt_index[1:]))
+
+
 def choose_dtype(
     values: NDArray[np.float32], ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]
 ) -> tuple[str, Figures]:
@@ -330,7 +335,7 @@ def choose_dtype(
     """
     counted = values if ok.all() else values[ok]
     absmax = float(max(counted.max(), -counted.min())) if counted.size else 0.0
-    first = np.flatnonzero(ok[:-1] & ok[1:] & (prompt_index[:-1] == prompt_index[1:]))
+    first = first_of_pairs(ok, prompt_index)
     if absmax >= FP16_LIMIT or not len(first):
         return "<f4", Figures(absmax, None, 0.0)
     if len(first) > FP16_PAIRS:
