@@ -110,12 +110,13 @@ def test_numbers_keep_their_type(tmp_path):
     assert kinds == {"layer_000": np.float16, "layer_002": np.float32}
 
 
+@pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("batch_bytes", [1, 100, 10**6])
-def test_batches_are_the_rows_in_order(tmp_path, batch_bytes):
-    """Also where the rows of one noise level lie in other blocks than those of another."""
+def test_batches_are_the_rows_in_order(tmp_path, batch_bytes, order):
+    """Also where the rows of one noise level lie in other blocks than those of another, or in another order."""
     rows = table(6)
-    dump(tmp_path, rows)
-    dump(tmp_path, rows, "0.1", size=4)
+    dump(tmp_path, rows, size=18)
+    dump(tmp_path, rows[::order], "0.1", size=6)
     store = FeatureStore(tmp_path)
     for sigma in store.sigmas:
         places, parts = zip(*store.batches(layers=[2, 0], sigma=sigma, batch_bytes=batch_bytes), strict=True)

@@ -381,6 +381,15 @@ def test_the_dtype_rule_is_checked(tmp_path, monkeypatch, dtype):
         assert f"is {'float16' if dtype == '<f2' else 'float32'} with absmax" in problem
 
 
+def test_lone_images_in_float16_are_against_the_rule(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fmt, "choose_dtype", lambda values, *_: ("<f2", fmt.Figures(float(abs(values).max()), 0.0, 0.0)))
+        dump(tmp_path, table(6, images=1))
+    assert [problem.partition(" with ")[0] for _, problem in found(tmp_path, deep=True)] == [
+        f"features/mean/00{layer}: is float16" for layer in (0, 1, 2)
+    ]
+
+
 def test_figures_of_float32_are_recomputed(tmp_path):
     def change(part, features):
         features["mean", 1] += 40000
