@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,6 +35,8 @@ playground = typer.Typer(
 app.add_typer(playground, name="playground")
 bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
 app.add_typer(bench, name="bench")
+
+ExportFormat = Literal["parquet", "safetensors"]
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -176,6 +178,65 @@ def backbones(
         typer.echo(json.dumps(planned.facts(), indent=2))
         return
     _print_lines(planned.lines())
+
+
+@app.command()
+def verify(
+    *,
+    store: Annotated[Path, typer.Argument(help="feature store", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="read and recompute every byte")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="forget bad shards; the dump command redoes them")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List what is missing or damaged in a feature store and what mends it; exit code 1 if anything is."""
+    from probekit.store import verify_store
+
+    with _progress() as progress:
+        found = verify_store(store, deep=deep, repair=repair, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(found.facts(), indent=2))
+    else:
+        for problem in found.problems:
+            typer.echo(f"{problem.path}: {problem.problem}\n    {problem.mend}")
+        typer.echo(
+            f"{store}: {len(found.problems)} problems; {found.shards:,} good shards, {found.rows:,} rows, "
+            f"{found.bytes:,} bytes {'read' if deep else 'looked at; --deep reads them'}"
+        )
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    *,
+    store: Annotated[Path, typer.Argument(help="feature store", show_default=False)],
+    to: Annotated[ExportFormat, typer.Option(help="a column for each layer, or a file for each")],
+    out: Annotated[Path, typer.Option(help="the export: a new folder, or one that it was written to before")],
+    layer: Annotated[list[int] | None, typer.Option(help="layer number; repeatable; default all")] = None,
+    sigma: Annotated[list[str] | None, typer.Option(help="noise level; repeatable; default all")] = None,
+    pooling: Annotated[list[str] | None, typer.Option(help="pooling; repeatable; default all")] = None,
+    draw: Annotated[list[int] | None, typer.Option(help="draw; repeatable; default all")] = None,
+) -> None:
+    """Write features, rows and pairs of a store for other tools; the same command continues or updates."""
+    from probekit.store import FeatureStore, export_store
+
+    with _progress() as progress:
+        made = export_store(
+            FeatureStore(store),
+            out,
+            to=to,
+            layers=layer,
+            sigmas=sigma,
+            poolings=pooling,
+            draws=draw,
+            progress=progress,
+        )
+    for judgements, reasons in made.left_out.items():
+        left = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        if left:
+            typer.echo(f"{judgements}: pairs left out: {left}")
+    kept = f", {len(made.kept)} were there" if made.kept else ""
+    typer.echo(f"{out}: {len(made.written)} files written{kept}, {made.nbytes:,} bytes in all")
 
 
 @app.command()

@@ -40,6 +40,10 @@ class StoreError(ProbekitError):
     """A feature store that is damaged, or was asked for something it does not hold."""
 
 
+class VersionError(StoreError):
+    """A feature store of a major version that this probekit does not read."""
+
+
 class FingerprintError(StoreError):
     """A feature store that was made with other settings than the ones asked for."""
 

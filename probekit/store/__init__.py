@@ -1,5 +1,6 @@
 """Features on disk: a public format (``FORMAT.md``), written shard by shard and read layer by layer."""
 
+from probekit.store.export import Export, export_store
 from probekit.store.format import (
     FORMAT,
     FORMAT_VERSION,
@@ -13,6 +14,7 @@ from probekit.store.format import (
 from probekit.store.pairs import BoundJudgements, Pairs
 from probekit.store.reader import FeatureStore
 from probekit.store.shards import stored_config
+from probekit.store.verify import Problem, Verification, verify_store
 from probekit.store.writer import Block, StoreWriter, open_store
 
 __all__ = [
@@ -23,12 +25,17 @@ __all__ = [
     "STATUS_UNREADABLE",
     "Block",
     "BoundJudgements",
+    "Export",
     "FeatureStore",
     "Pairs",
+    "Problem",
     "StoreWriter",
+    "Verification",
     "canonical_json",
+    "export_store",
     "fingerprint",
     "open_store",
     "rows_per_shard",
     "stored_config",
+    "verify_store",
 ]

@@ -120,19 +120,37 @@ def write_atomically(target: Path, data: bytes) -> None:
         publish(temp, descriptor, target)
 
 
-def remove_dead_files(root: Path) -> None:
-    """Remove temporary and lock files whose writers are gone; those of living writers are locked."""
+def dead_files(root: Path) -> Iterator[Path]:
+    """Yield temporary and lock files whose writers are gone; those of living writers are locked."""
     for folder, _, names in os.walk(root):
         for name in names:
             if name.startswith((TEMP, LOCK)):
                 path = Path(folder, name)
                 try:
                     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                except FileNotFoundError:
+                except OSError:  # gone meanwhile, or not ours to lock
                     continue
                 if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    path.unlink(missing_ok=True)
+                    yield path
                 os.close(descriptor)
+
+
+def remove_dead_files(root: Path) -> None:
+    """Remove temporary and lock files whose writers are gone."""
+    for path in dead_files(root):
+        path.unlink(missing_ok=True)
+
+
+def is_locked(target: Path) -> bool:
+    """Whether somebody holds the lock that belongs to a file."""
+    try:
+        descriptor = os.open(target.with_name(LOCK + target.name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path) -> tuple[int, int]:

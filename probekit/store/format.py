@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from probekit.errors import StoreError
+from probekit.errors import StoreError, VersionError
 
 FORMAT = "probekit-features"
 FORMAT_VERSION = "1.1"
@@ -95,7 +95,9 @@ def check_version(where: str, content: Mapping[str, Any]) -> None:
     Raises
     ------
     StoreError
-        If the record is of another format or of another major version.
+        If the record is of another format.
+    VersionError
+        If it is of another major version.
     """
     version = str(content.get("format_version"))
     if content.get("format") != FORMAT:
@@ -105,7 +107,7 @@ def check_version(where: str, content: Mapping[str, Any]) -> None:
         msg = (
             f"{where}: format version is {version}; this probekit reads {FORMAT_MAJOR}.x: use one that reads {version}"
         )
-        raise StoreError(msg)
+        raise VersionError(msg)
 
 
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +118,24 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         If ``layers`` or ``poolings``, which the format needs, are absent, or ``pooling_layers`` does not fit them.
     """
-    if not config.get("layers") or not config.get("poolings"):
+    check_config(config)
+    own = {"format": f"{FORMAT}/{FORMAT_MAJOR}", "dtype_policy": DTYPE_POLICY}
+    return dict(json.loads(canonical_json(dict(config) | own)))
+
+
+def check_config(config: Any) -> None:
+    """Check the members of a configuration that the format itself needs.
+
+    Raises
+    ------
+    ValueError
+        If ``layers`` or ``poolings`` are absent or of another form, or ``pooling_layers`` does not fit them.
+    """
+    try:
+        _Config.model_validate(config)
+    except ValidationError:
         msg = "config needs 'layers': [{'index', 'name', 'stream'}, ...] and 'poolings': {name: definition}"
-        raise ValueError(msg)
+        raise ValueError(msg) from None
     layers = [layer["index"] for layer in config["layers"]]
     for pooling, some in config.get("pooling_layers", {}).items():
         in_order = [layer for layer in layers if layer in some]
@@ -128,8 +145,6 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"order, for one of {', '.join(config['poolings'])}"
             )
             raise ValueError(msg)
-    own = {"format": f"{FORMAT}/{FORMAT_MAJOR}", "dtype_policy": DTYPE_POLICY}
-    return dict(json.loads(canonical_json(dict(config) | own)))
 
 
 def differences(stored: object, asked: object, path: str = "") -> Iterator[tuple[str, object, object]]:
@@ -176,6 +191,24 @@ def layers_of(config: Mapping[str, Any], pooling: str) -> list[dict[str, Any]]:
 def feature_keys(config: Mapping[str, Any]) -> set[tuple[str, int]]:
     """(pooling, layer) of every feature dataset that a shard of this configuration holds."""
     return {(pooling, layer["index"]) for pooling in config["poolings"] for layer in layers_of(config, pooling)}
+
+
+class _Layer(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    index: NonNegativeInt
+    name: str
+    stream: str
+
+
+class _Config(BaseModel):
+    """What the format itself needs of a configuration; everything else there is the caller's."""
+
+    model_config = ConfigDict(strict=True)
+
+    layers: list[_Layer] = Field(min_length=1)
+    poolings: dict[str, str] = Field(min_length=1)
+    pooling_layers: dict[str, list[NonNegativeInt]] = {}
 
 
 class DatasetRecord(BaseModel):
@@ -235,7 +268,7 @@ class Sidecar(BaseModel):
         }
         for name, (dtype, length) in TABLES.items():
             record = self.datasets.get(name)
-            if record is None or record.dtype != dtype or (length != "any" and record.shape != lengths[length]):
+            if record is None or record.dtype != dtype or record.shape != lengths.get(length, [record.nbytes]):
                 msg = f"dataset {name} should be {dtype} with {length} entries"
                 raise ValueError(msg)
         ranges = sorted((r.offset, r.nbytes) for r in self.datasets.values() if r.offset is not None)
@@ -272,6 +305,11 @@ class Figures(NamedTuple):
     quantisation_noise: float
 
 
+def first_of_pairs(ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of the first rows of all pairs: neighbours of one prompt that both count."""
+    return np.flatnonzero(ok[:-1] & ok[1:] & (prompt_index[:-1] == prompt_index[1:]))
+
+
 def choose_dtype(
     values: NDArray[np.float32], ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]
 ) -> tuple[str, Figures]:
@@ -297,7 +335,7 @@ def choose_dtype(
     """
     counted = values if ok.all() else values[ok]
     absmax = float(max(counted.max(), -counted.min())) if counted.size else 0.0
-    first = np.flatnonzero(ok[:-1] & ok[1:] & (prompt_index[:-1] == prompt_index[1:]))
+    first = first_of_pairs(ok, prompt_index)
     if absmax >= FP16_LIMIT or not len(first):
         return "<f4", Figures(absmax, None, 0.0)
     if len(first) > FP16_PAIRS:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from probekit.errors import StoreError
@@ -24,6 +25,10 @@ DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
 REASONS = ("missing_rows", "bad_status", "no_label")
 
 
+# What pyarrow and pandas raise on bytes that are not what they say.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeError)
+
+
 def read_judgements(path: Path) -> pd.DataFrame:
     """Read a set of judgements.
 
@@ -35,9 +40,13 @@ def read_judgements(path: Path) -> pd.DataFrame:
     descriptor, _ = open_regular(path)
     try:
         with open(descriptor, "rb", closefd=False) as file:
-            return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+            frame = pd.read_parquet(file, page_checksum_verification=True)
+        if not frame.columns.is_unique:
+            msg = "a column stands there twice"
+            raise ValueError(msg)
+        return frame
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())
         msg = f"{path}: cannot be read as Parquet ({reason}); delete it and run the same dump command again"
         raise StoreError(msg) from None
     finally:

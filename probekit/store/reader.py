@@ -4,6 +4,7 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +67,7 @@ class FeatureStore:
         self.describe: dict[str, Any] = content["describe"]
         self.fingerprint: str = content["fingerprint"]
         self.format_version: str = content["format_version"]
-        self.layers = [LayerPoint(**layer) for layer in self.config["layers"]]
+        self.layers = _points(self.config["layers"])
         self.poolings: list[str] = list(self.config["poolings"])
         self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
@@ -87,8 +88,7 @@ class FeatureStore:
         StoreError
             If the store does not hold the pooling.
         """
-        layers = fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings))
-        return [LayerPoint(**layer) for layer in layers]
+        return _points(fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings)))
 
     @property
     def judgements(self) -> list[str]:
@@ -135,37 +135,74 @@ class FeatureStore:
         StoreError
             If the store lacks the coordinates or some rows lack features there, or a shard is damaged.
         """
-        layer = self._choose("layer", layer, [point.index for point in self.layers])
-        sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
-        pooling = self._choose("pooling", pooling, self.poolings)
-        allowed = [point.index for point in self.layers_of(pooling)]
-        if layer not in allowed:
-            msg = (
-                f"{self.path}: pooling {pooling!r} does not exist at layer {layer}; allowed: "
-                f"{', '.join(map(str, allowed))}"
-            )
-            raise StoreError(msg)
-        draw = self._choose("draw", draw, [draw for at, draw in self.coordinates if at == sigma])
-        name = fmt.dataset_name(pooling, layer)
-        shards = [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
+        (name,), shards = self._select([layer], sigma, pooling, draw)
         rows, places = self._index
-        held = np.zeros(len(rows), bool)
+        out = np.empty((len(rows), shards[0].width(name)), "<f4")
         for shard in shards:
-            held[places[shard.sidecar.block]] = True
-        if not held.all():
-            msg = (
-                f"{self.path}: {(~held).sum()} of {len(rows)} rows have no features at sigma {sigma}, draw {draw}; "
-                "run the dump command that added them with this sigma and draw too"
-            )
-            raise StoreError(msg)
-        widths = {tuple(_feature(shard, name)[1:]) for shard in shards}
-        if len(widths) != 1 or len(width := widths.pop()) != 1:
-            msg = f"{self.path}: the shards of sigma {sigma} disagree about the width of {name}"
-            raise StoreError(msg)
-        out = np.empty((len(rows), *width), "<f4")
-        for shard in shards:
-            _read_features(shard, name, out, places[shard.sidecar.block])
+            place = places[shard.sidecar.block]
+            if isinstance(place, slice):
+                shard.read_features(name, out[place])
+            else:
+                values = np.empty((len(place), out.shape[1]), np.float32)
+                shard.read_features(name, values)
+                out[place] = values
         return out
+
+    def batches(
+        self,
+        *,
+        layers: Sequence[int],
+        sigma: str | None = None,
+        pooling: str | None = None,
+        draw: int | None = None,
+        batch_bytes: int = 2**26,
+    ) -> Iterator[tuple[slice, dict[int, NDArray[np.floating[Any]]]]]:
+        """Read several layers of all rows in turns, with bounded memory.
+
+        Parameters
+        ----------
+        layers
+            Layer numbers, some of ``layers_of(pooling)``.
+        sigma, pooling, draw
+            May be left out where the store holds one.
+        batch_bytes
+            About the bytes of a turn.
+
+        Yields
+        ------
+        place : slice
+            Which of ``rows`` these are, in order and without gaps.
+        features : dict
+            Layer -> (rows of the turn, d): float16 where all shards hold the layer in float16, else float32.
+
+        Raises
+        ------
+        StoreError
+            As `read` does.
+        """
+        names, shards = self._select(layers, sigma, pooling, draw)
+        rows, places = self._index
+        owner, at = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        for number, shard in enumerate(shards):
+            owner[places[shard.sidecar.block]] = number
+            at[places[shard.sidecar.block]] = np.arange(shard.sidecar.n_rows)
+        dtypes = [np.result_type(*{shard.sidecar.datasets[name].dtype for shard in shards}) for name in names]
+        row_bytes = sum(shards[0].width(name) * dtype.itemsize for name, dtype in zip(names, dtypes, strict=True))
+        size = max(1, batch_bytes // row_bytes)
+        # A run is a row range of one shard: all its rows, unless another noise level was cut into other blocks.
+        starts = np.flatnonzero(np.diff(owner, prepend=-1) | (np.diff(at, prepend=-1) != 1))
+        starts = np.union1d(starts, np.arange(0, len(rows), size))
+        ends = np.append(starts[1:], len(rows))
+        for first in range(0, len(rows), size):
+            turn = slice(first, min(first + size, len(rows)))
+            inside = (starts >= turn.start) & (starts < turn.stop)
+            features: dict[int, NDArray[np.floating[Any]]] = {}
+            for layer, name, dtype in zip(layers, names, dtypes, strict=True):
+                out = features[layer] = np.empty((turn.stop - first, shards[0].width(name)), dtype)
+                for start, end in zip(starts[inside].tolist(), ends[inside].tolist(), strict=True):
+                    row = int(at[start])
+                    out[start - first : end - first] = shards[owner[start]].read_rows(name, row, row + end - start)
+            yield turn, features
 
     def pairs(self, *, split: str | None = None, judgements: str | None = None) -> Pairs:
         """Pairs of a set of judgements that lies beside the shards.
@@ -229,6 +266,40 @@ class FeatureStore:
             },
         }
 
+    def _select(
+        self, layers: Sequence[int], sigma: str | None, pooling: str | None, draw: int | None
+    ) -> tuple[list[str], list[Shard]]:
+        """Names of the datasets of some layers and the shards that hold them, together all rows."""
+        layers = [self._choose("layer", layer, [point.index for point in self.layers]) for layer in layers]
+        sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
+        pooling = self._choose("pooling", pooling, self.poolings)
+        allowed = [point.index for point in self.layers_of(pooling)]
+        for layer in layers:
+            if layer not in allowed:
+                msg = (
+                    f"{self.path}: pooling {pooling!r} does not exist at layer {layer}; allowed: "
+                    f"{', '.join(map(str, allowed))}"
+                )
+                raise StoreError(msg)
+        draw = self._choose("draw", draw, [draw for at, draw in self.coordinates if at == sigma])
+        names = [fmt.dataset_name(pooling, layer) for layer in layers]
+        shards = [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
+        rows, places = self._index
+        held = np.zeros(len(rows), bool)
+        for shard in shards:
+            held[places[shard.sidecar.block]] = True
+        if not held.all():
+            msg = (
+                f"{self.path}: {(~held).sum()} of {len(rows)} rows have no features at sigma {sigma}, draw {draw}; "
+                "run the dump command that added them with this sigma and draw too"
+            )
+            raise StoreError(msg)
+        for name in names:
+            if len({shard.width(name) for shard in shards}) != 1:
+                msg = f"{self.path}: the shards of sigma {sigma} disagree about the width of {name}"
+                raise StoreError(msg)
+        return names, shards
+
     def _choose(self, what: str, value: T | None, held: list[T]) -> T:
         if value is None and len(held) == 1:
             return held[0]
@@ -263,36 +334,12 @@ class FeatureStore:
         return frame.assign(status=status), places
 
 
-def _feature(shard: Shard, name: str) -> list[int]:
-    """Shape of a feature dataset; an error if the shard lacks it."""
-    record = shard.sidecar.datasets.get(name)
-    if record is None or len(record.shape) != 2 or record.shape[0] != shard.sidecar.n_rows or not record.nbytes:
-        msg = f"{shard.path}: no dataset {name} of {shard.sidecar.n_rows} rows; {MEND}"
-        raise StoreError(msg)
-    return record.shape
-
-
-def _read_features(shard: Shard, name: str, out: NDArray[np.float32], place: slice | NDArray[np.int64]) -> None:
-    """Read one dataset into its rows of ``out`` (m, d)."""
-    record = shard.sidecar.datasets[name]
-    if record.dtype == "<f4" and isinstance(place, slice):
-        shard.read_into(name, out[place].reshape(-1).view(np.uint8))
-        return
-    values = out[place].reshape(-1) if isinstance(place, slice) else np.empty(record.shape, np.float32).reshape(-1)
-    size = np.dtype(record.dtype).itemsize
-    for start, part in shard.chunks(name):
-        values[start // size : (start + len(part)) // size] = part.view(record.dtype)
-    if not isinstance(place, slice):
-        out[place] = values.reshape(record.shape)
+def _points(layers: list[dict[str, Any]]) -> list[LayerPoint]:
+    return [LayerPoint(layer["index"], layer["name"], layer["stream"]) for layer in layers]
 
 
 def _row_table(shard: Shard, ids: list[str]) -> pd.DataFrame:
-    prompts = np.array([*shard.texts("prompts/text_utf8", "prompts/text_offsets"), None], object)
-    index = shard.table("rows/prompt_index")
-    if len(index) and not 0 <= index.min() <= index.max() < len(prompts) - 1:
-        msg = f"{shard.path}: rows/prompt_index points outside the prompts; {MEND}"
-        raise StoreError(msg)
     numbers = {column: shard.table(f"rows/{column}") for column in ("width", "height", "file_bytes")}
     images = shard.texts("rows/image_id_utf8", "rows/image_id_offsets")
-    columns = {"row_id": ids, "prompt": prompts[index].tolist(), "image_id": images, "status": np.uint8(0), **numbers}
+    columns = {"row_id": ids, "prompt": shard.row_prompts(), "image_id": images, "status": np.uint8(0), **numbers}
     return pd.DataFrame(columns)

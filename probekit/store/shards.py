@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import StringConstraints, TypeAdapter
 
 from probekit._types import canonical_sigma
 from probekit.errors import ConfigError, StoreError
@@ -23,6 +24,8 @@ from probekit.store.files import open_regular, read_small
 
 CHUNK_BYTES = 8 * 2**20
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
+_SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
+_BLOCKS = TypeAdapter(list[list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]])
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
 
@@ -46,10 +49,16 @@ def read_store_file(path: Path) -> dict[str, Any]:
         msg = f"{path}: {error}; allowed: the file as the dump wrote it"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
-    if not {"config", "describe", "fingerprint"} <= content.keys() or content["fingerprint"] != fmt.fingerprint(
-        content["config"]
-    ):
+    try:
+        fmt.check_config(content.get("config"))
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise StoreError(msg) from None
+    if content.get("fingerprint") != fmt.fingerprint(content["config"]):
         msg = f"{path}: the fingerprint is not that of the configuration beside it"
+        raise StoreError(msg)
+    if not isinstance(content.get("describe"), dict):
+        msg = f"{path}: describe is {content.get('describe')!r}; allowed: an object"
         raise StoreError(msg)
     return content
 
@@ -58,6 +67,31 @@ def stored_config(root: Path) -> dict[str, Any] | None:
     """Return the configuration of a store; None where there is no store yet."""
     file = root / "store.json"
     return dict(read_store_file(file)["config"]) if file.exists() else None
+
+
+def plan_name(blocks: list[list[str]]) -> str:
+    """Name of a plan: 32 hex digits of the SHA-256 of its content."""
+    return hashlib.sha256(fmt.canonical_json(blocks).encode()).hexdigest()[:32]
+
+
+def plan_files(root: Path) -> list[Path]:
+    """All plans of a store."""
+    return sorted((root / "plans").glob("[!.]*.json"))
+
+
+def read_plan(path: Path) -> list[list[str]]:
+    """Read the blocks of a plan: row keys in hex.
+
+    Raises
+    ------
+    StoreError
+        If it is missing or damaged.
+    """
+    try:
+        return _BLOCKS.validate_python(fmt.unseal(read_small(path, limit=2**32)).get("blocks"))
+    except ValueError:  # pydantic's too
+        msg = f"{path}: damaged; delete it and run the same dump command again"
+        raise StoreError(msg) from None
 
 
 def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
@@ -156,11 +190,57 @@ class Shard:
 
     def row_ids(self) -> list[str]:
         """Keys of the m rows, hex, in the order of the shard."""
-        joined = self.table("rows/row_id").tobytes().hex()
-        ids = [joined[i : i + 64] for i in range(0, len(joined), 64)]
-        if fmt.block_name(ids) != self.sidecar.block:
+        keys = self.table("rows/row_id").tobytes()
+        digest = hashlib.sha256(keys).hexdigest()
+        if digest != self.sidecar.rows_sha256 or not digest.startswith(self.sidecar.block):
             self._refuse("the rows are not those of the block it is named after")
-        return ids
+        joined = keys.hex()
+        return [joined[i : i + 64] for i in range(0, len(joined), 64)]
+
+    def row_prompts(self) -> list[str]:
+        """Prompt of each of the m rows."""
+        prompts = np.array([*self.texts("prompts/text_utf8", "prompts/text_offsets"), None], object)
+        index = self.table("rows/prompt_index")
+        if len(index) and not 0 <= index.min() <= index.max() < len(prompts) - 1:
+            self._refuse("rows/prompt_index points outside the prompts")
+        found: list[str] = prompts[index].tolist()
+        return found
+
+    def width(self, name: str) -> int:
+        """Channels d of a feature dataset (m, d)."""
+        record = self.sidecar.datasets.get(name)
+        if record is None or record.shape[:1] != [self.sidecar.n_rows] or not record.nbytes:
+            self._refuse(f"no dataset {name} of {self.sidecar.n_rows} rows")
+        if len(record.shape) != 2 or record.dtype not in ("<f2", "<f4"):
+            self._refuse(
+                f"dataset {name} is {record.dtype} of shape {record.shape}; allowed: features (rows, channels)"
+            )
+        return record.shape[1]
+
+    def read_features(self, name: str, out: NDArray[np.float32]) -> None:
+        """Read a whole feature dataset into ``out`` (m, d), which is contiguous."""
+        record, flat = self.sidecar.datasets[name], out.reshape(-1)
+        if record.dtype == "<f4":
+            self.read_into(name, flat.view(np.uint8))
+            return
+        for start, part in self.chunks(name):
+            flat[start // 2 : (start + len(part)) // 2] = part.view(record.dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """Read rows of a feature dataset as stored, (stop - start, d); the first time, the whole is checked."""
+        record, width = self.sidecar.datasets[name], self.width(name)
+        if name not in self._checked:
+            for _ in self.chunks(name):
+                pass
+        size = width * np.dtype(record.dtype).itemsize
+        out = np.empty((stop - start) * size, np.uint8)
+        descriptor, _ = open_regular(self.path)
+        try:
+            if os.preadv(descriptor, [out.data], (record.offset or 0) + start * size) != len(out):
+                self._refuse(f"dataset {name} ends early")
+        finally:
+            os.close(descriptor)
+        return out.view(record.dtype).reshape(-1, width)
 
 
 def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard | str | None:
@@ -209,15 +289,21 @@ def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
     """
     shards: list[Shard] = []
     problems: list[str] = []
-    for folder, sigma, draw in _shard_folders(root / "shards", problems):
-        for name in sorted(entry.name for entry in os.scandir(folder)):
-            if name.endswith(".json") and not name.startswith("."):
-                found = check_shard((folder / name).with_suffix(".h5"), fingerprint=fingerprint, sigma=sigma, draw=draw)
-                if isinstance(found, Shard):
-                    shards.append(found)
-                elif found:
-                    problems.append(found)
+    for path, sigma, draw in shard_files(root, problems):
+        found = check_shard(path, fingerprint=fingerprint, sigma=sigma, draw=draw)
+        if isinstance(found, Shard):
+            shards.append(found)
+        elif found:
+            problems.append(found)
     return shards, problems
+
+
+def shard_files(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:
+    """Yield (path of the ``.h5`` file, sigma, draw) wherever it or its sidecar is there, sorted in each folder."""
+    for folder, sigma, draw in _shard_folders(root / "shards", problems):
+        names = {entry.name.partition(".")[0] for entry in os.scandir(folder) if _SHARD.fullmatch(entry.name)}
+        for name in sorted(names):
+            yield folder / f"{name}.h5", sigma, draw
 
 
 def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:

@@ -28,7 +28,6 @@ from probekit.store.files import (
     TEMP,
     locked,
     publish,
-    read_small,
     remove_dead_files,
     sync_folder,
     temporary,
@@ -36,7 +35,17 @@ from probekit.store.files import (
 )
 from probekit.store.hdf5 import provenance, write_hdf5, writer_name
 from probekit.store.pairs import read_judgements
-from probekit.store.shards import Shard, check_shard, file_digest, read_store_file, scan, shard_path
+from probekit.store.shards import (
+    Shard,
+    check_shard,
+    file_digest,
+    plan_files,
+    plan_name,
+    read_plan,
+    read_store_file,
+    scan,
+    shard_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -394,23 +403,18 @@ class StoreWriter:
                     )
                     raise StoreError(msg)
             with temporary(path) as (temp, descriptor):
-                frame.to_parquet(temp, index=False)
+                frame.to_parquet(temp, index=False, write_page_checksum=True)
                 publish(temp, descriptor, path)
         return path
 
     def _planned(self) -> Iterator[tuple[str, ...]]:
         """Row keys of the blocks of earlier plans."""
-        for path in sorted((self.path / "plans").glob("[!.]*.json")):
-            try:
-                yield from map(tuple, fmt.unseal(read_small(path, limit=2**32))["blocks"])
-            except (ValueError, KeyError):
-                msg = f"{path}: damaged; delete it and run the same dump command again"
-                raise StoreError(msg) from None
+        for path in plan_files(self.path):
+            yield from map(tuple, read_plan(path))
 
     def _write_plan(self, blocks: list[tuple[str, ...]]) -> None:
         content = [list(row_ids) for row_ids in blocks]
-        digest = hashlib.sha256(fmt.canonical_json(content).encode()).hexdigest()[:32]
-        path = self.path / "plans" / f"{digest}.json"
+        path = self.path / "plans" / f"{plan_name(content)}.json"
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
