@@ -213,7 +213,7 @@ def bench_dump(
     given = {key: value for key, value in locals().items() if value is not None}
     options = {key: value for key, value in given.items() if key in DumpConfig.model_fields}
 
-    from probekit.bench import bench_dump
+    from probekit.bench.dump import bench_dump
 
     with _progress("rounds") as progress:
         measured = bench_dump(options, images=images, rounds=rounds, progress=progress)

@@ -10,10 +10,10 @@ import torch
 from test_cli import probekit, refused
 from tiny_models import tiny_pipeline
 
-from probekit import bench
 from probekit.backbones import passes
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
+from probekit.bench import dump as bench
 
 IMAGES, ROUNDS = 10, 2
 
