@@ -1,1 +1,1 @@
-"""How long things take on this machine, as ratios: a dump beside the bare transformer, the store beside the bare disk."""
+"""How long things take here, as ratios: a dump beside the bare transformer, the store beside the bare disk."""
