@@ -86,16 +86,16 @@ class StoreRuns:
             "store": lambda number: store.read(layer=self._held[number]),
             "raw": lambda number: _read_plain(ranges[number]),
         }
-        # The first read of a layer by the store checks its checksum, and is the cold one.
-        for kind in ("cold", "warm"):
-            total = dict.fromkeys(runs, 0.0)
-            for number, parts in enumerate(ranges):
-                for side in reversed(runs) if raw_first else runs:
-                    if kind == "cold":
-                        _drop_pages({path for path, _, _ in parts})
-                    total[side] += _timed(lambda run=runs[side], at=number: run(at))[0]
-            for side, seconds in total.items():
-                self.seconds[kind, side].append(seconds)
+        sides = list(reversed(runs)) if raw_first else list(runs)
+        total = {(kind, side): 0.0 for kind in ("cold", "warm") for side in sides}
+        for number, parts in enumerate(ranges):
+            # The first read of a layer by a store checks its checksum, and is the cold one.
+            for kind, side in total:
+                if kind == "cold":
+                    _drop_pages({path for path, _, _ in parts})
+                total[kind, side] += _timed(lambda run=runs[side], at=number: run(at))[0]
+        for key, seconds in total.items():
+            self.seconds[key].append(seconds)
 
     def scan(self) -> None:
         """Ask a store with many shards of the same rows and number of layers which rows it lacks."""
