@@ -22,6 +22,7 @@ from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 
 CHUNK_BYTES = 8 * 2**20
+_PIECE_BYTES = 2**18  # hashed at once: stays in the cache
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
@@ -54,18 +55,36 @@ def read_store_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
-    """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
+def file_digests(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> tuple[str, str]:
+    """SHA-256 of an open file as read back, and of what lies outside the given (offset, length) ranges."""
+    whole, outside = hashlib.sha256(), hashlib.sha256()
+    position = 0
+    for offset, length in [*sorted(without), (size, 0)]:
+        for part in _parts(descriptor, position, offset):
+            whole.update(part)
+            outside.update(part)
+        for part in _parts(descriptor, offset, offset + length):
+            whole.update(part)
+        position = offset + length
+    return whole.hexdigest(), outside.hexdigest()
+
+
+def meta_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of an open file outside the given (offset, length) ranges."""
     digest, position = hashlib.sha256(), 0
     for offset, length in [*sorted(without), (size, 0)]:
-        while position < offset:
-            part = os.pread(descriptor, min(CHUNK_BYTES, offset - position), position)
-            if not part:
-                break
+        for part in _parts(descriptor, position, offset):
             digest.update(part)
-            position += len(part)
         position = offset + length
     return digest.hexdigest()
+
+
+def _parts(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
+    """Yield the bytes of a part of a file in small pieces; the buffer is used again for the next piece."""
+    buffer = memoryview(bytearray(max(0, min(_PIECE_BYTES, end - position))))
+    while position < end and (count := os.preadv(descriptor, [buffer[: end - position]], position)):
+        yield buffer[:count]
+        position += count
 
 
 @dataclass(frozen=True)
@@ -184,7 +203,7 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if sidecar.bytes != size:
             return f"{path}: {size} bytes instead of {sidecar.bytes}"
         ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
-        if file_digest(descriptor, size, without=ranges) != sidecar.meta_sha256:
+        if meta_digest(descriptor, size, without=ranges) != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
     finally:
         os.close(descriptor)

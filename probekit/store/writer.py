@@ -35,7 +35,7 @@ from probekit.store.files import (
 )
 from probekit.store.hdf5 import provenance, write_hdf5, writer_name
 from probekit.store.pairs import read_judgements
-from probekit.store.shards import Shard, check_shard, file_digest, read_store_file, scan, shard_path
+from probekit.store.shards import Shard, check_shard, file_digests, read_store_file, scan, shard_path
 
 logger = logging.getLogger(__name__)
 
@@ -263,13 +263,14 @@ class StoreWriter:
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
             ranges = [(r["offset"], r["nbytes"]) for r in datasets.values() if r["offset"] is not None]
+            whole, outside = file_digests(descriptor, size, without=ranges)
             sidecar = {
                 "n_rows": len(rows),
                 "n_prompts": datasets["prompts/sha256"]["shape"][0],
                 "rows_sha256": hashlib.sha256(bytes.fromhex("".join(block.row_ids))).hexdigest(),
                 "bytes": size,
-                "sha256": file_digest(descriptor, size),
-                "meta_sha256": file_digest(descriptor, size, without=ranges),
+                "sha256": whole,
+                "meta_sha256": outside,
                 "datasets": datasets,
             }
             # An old sidecar must never vouch for the new file, so it goes first.
