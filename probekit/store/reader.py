@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
+from probekit.store.half import convert
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, read_store_file, scan
 
@@ -281,7 +282,11 @@ def _read_features(shard: Shard, name: str, out: NDArray[np.float32], place: sli
     values = out[place].reshape(-1) if isinstance(place, slice) else np.empty(record.shape, np.float32).reshape(-1)
     size = np.dtype(record.dtype).itemsize
     for start, part in shard.chunks(name):
-        values[start // size : (start + len(part)) // size] = part.view(record.dtype)
+        into = values[start // size : (start + len(part)) // size]
+        if record.dtype == "<f2":
+            convert(part.view("<f2"), into)
+        else:
+            into[:] = part.view(record.dtype)
     if not isinstance(place, slice):
         out[place] = values.reshape(record.shape)
 

@@ -21,8 +21,7 @@ from probekit.errors import ConfigError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 
-CHUNK_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**18  # hashed at once: stays in the cache
+CHUNK_BYTES = 2**18  # read at once: still in the cache when it is summed and converted
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
@@ -81,7 +80,7 @@ def meta_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]
 
 def _parts(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
     """Yield the bytes of a part of a file in small pieces; the buffer is used again for the next piece."""
-    buffer = memoryview(bytearray(max(0, min(_PIECE_BYTES, end - position))))
+    buffer = memoryview(bytearray(max(0, min(CHUNK_BYTES, end - position))))
     while position < end and (count := os.preadv(descriptor, [buffer[: end - position]], position)):
         yield buffer[:count]
         position += count
@@ -108,7 +107,7 @@ class Shard:
         raise StoreError(msg)
 
     def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield a dataset's bytes as (position, buffer (at most 8 MiB)); the buffer is used again for the next chunk.
+        """Yield a dataset's bytes as (position, buffer (at most 256 KiB)); the buffer is used again for the next chunk.
 
         Raises
         ------
