@@ -48,8 +48,8 @@ TARGETS = {
     "cold": Target("one layer, cold / raw", "at least", 0.85),
     "warm": Target("one layer, warm / raw", "at least", 0.45),
     "writer_memory": Target("writer's peak / planned shard", "at most", 1.2),
-    "reader_memory": Target("reader beyond its result", "at most", 64, "MB"),
-    "resume": Target("resume scan, a shard", "at most", 1, "ms"),
+    "reader_memory": Target("reader beyond its result", "at most", 64.0, "MB"),
+    "resume": Target("resume scan, a shard", "at most", 1.0, "ms"),
 }
 _SPEEDS = ("write", "cold", "warm")  # of the store over raw
 
@@ -69,7 +69,8 @@ class StoreBench:
     datasets
         Number of feature datasets of each dtype.
     seconds
-        (figure, ``store`` or ``raw``) -> seconds of each round; of ``resume`` a shard, of the store only.
+        (figure, ``store`` or ``raw``) -> seconds of each round; ``resume`` a shard and ``plan`` a row, of the
+        store only.
     read_bytes
         Bytes that a round reads.
     writer_memory, planned, reader_memory
@@ -119,6 +120,7 @@ class StoreBench:
                 }
                 for name, target in TARGETS.items()
             },
+            "plan_microseconds_a_row": 1e6 * float(np.median(self.seconds["plan", "store"])),
             "megabytes_per_second": {
                 name: {
                     side: (self.nbytes if name == "write" else self.read_bytes)
@@ -150,6 +152,7 @@ class StoreBench:
             lines.append((f"  {target.text}", f"{design:<16}{found:<23}{'' if figure['reached'] else 'missed'}"))
         speeds = {name: "{store:.0f} of {raw:.0f}".format(**facts["megabytes_per_second"][name]) for name in _SPEEDS}
         lines.append(("MB/s", ", ".join(f"{name} {text}" for name, text in speeds.items())))
+        lines.append(("resume plan", f"{facts['plan_microseconds_a_row']:.2f} us a row besides"))
         return lines
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from probekit.bench.synthetic import POOLING, synthetic_config, synthetic_features, synthetic_rows
 from probekit.store import Block, FeatureStore, open_store, rows_per_shard
 from probekit.store.files import sync_folder
+from probekit.store.shards import scan
 
 SIGMA = "0.005"
 READ_LAYERS = 8
@@ -36,7 +37,8 @@ class StoreRuns:
     blocks
         Its blocks; `write` makes their shards.
     seconds
-        (``write``, ``cold`` or ``warm``; ``store`` or ``raw``) and (``resume``, ``store``) -> seconds of each round.
+        (``write``, ``cold`` or ``warm``; ``store`` or ``raw``) and (``resume`` a shard or ``plan`` a row; ``store``) ->
+        seconds of each round.
     read_bytes
         Bytes that one `read` reads.
     """
@@ -98,7 +100,7 @@ class StoreRuns:
             self.seconds[key].append(seconds)
 
     def scan(self) -> None:
-        """Ask a store with many shards of the same rows and number of layers which rows it lacks."""
+        """Scan and plan, as a dump that resumes does, a store of many shards with as many rows and layers each."""
         root = self._folder / "narrow"
         rows = min(self._block_rows, len(self._rows))
         if not root.exists():
@@ -110,10 +112,12 @@ class StoreRuns:
                 part = by_id.loc[list(block.row_ids)].reset_index()
                 _write_shard(root, block, part, {key: values[: len(part)] for key, values in features.items()})
         writer = open_store(root, config=synthetic_config(self._layers), describe={})
-        ids = self._narrow["row_id"].tolist()
-        seconds, missing = _timed(lambda: writer.missing(ids, sigma=SIGMA))
-        assert not missing
+        seconds, (_, problems) = _timed(lambda: scan(root, fingerprint=writer.fingerprint))
         self.seconds["resume", "store"].append(seconds / SCANNED_SHARDS)
+        seconds, blocks = _timed(lambda: writer.plan(self._narrow, sigma=SIGMA, rows_per_shard=rows))
+        self.seconds["plan", "store"].append(seconds / len(self._narrow))
+        assert not problems
+        assert not blocks
 
     def memory(self) -> dict[str, int]:
         """Return the peak of a process that writes the largest shard, its planned bytes, and a reader's peak."""
@@ -200,6 +204,8 @@ def _write_new(root: Path, sizes: dict[str, int]) -> None:
 
 def _reader_peak(root: Path, layers: list[int]) -> int:
     """Return the bytes that a fresh process takes to open a store and read layers, beyond libraries and one layer."""
+    import torch  # noqa: F401 - a library that reading loads
+
     held = _status("VmRSS")
     store = FeatureStore(root)
     for layer in layers:

@@ -6,6 +6,7 @@ m = rows of the shard, k = its prompts, d = channels.
 import hashlib
 import os
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -166,13 +167,16 @@ class Shard:
         except UnicodeDecodeError:
             self._refuse(f"dataset {name} is not UTF-8")
 
+    def row_keys(self) -> tuple[bytes, ...]:
+        """Keys of the m rows in the order of the shard."""
+        joined = self.table("rows/row_id").tobytes()
+        if hashlib.sha256(joined).hexdigest()[:32] != self.sidecar.block:
+            self._refuse("the rows are not those of the block it is named after")
+        return struct.unpack("32s" * self.sidecar.n_rows, joined)
+
     def row_ids(self) -> list[str]:
         """Keys of the m rows, hex, in the order of the shard."""
-        joined = self.table("rows/row_id").tobytes().hex()
-        ids = [joined[i : i + 64] for i in range(0, len(joined), 64)]
-        if fmt.block_name(ids) != self.sidecar.block:
-            self._refuse("the rows are not those of the block it is named after")
-        return ids
+        return list(map(bytes.hex, self.row_keys()))
 
 
 def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard | str | None:

@@ -143,12 +143,15 @@ class StoreWriter:
 
     def missing(self, row_ids: Sequence[str], *, sigma: str, draw: int = 0) -> list[str]:
         """Row keys without a committed shard at this noise level and draw, in the given order."""
+        return self._missing(row_ids, scan(self.path, fingerprint=self.fingerprint)[0], sigma, draw)
+
+    def _missing(self, row_ids: Sequence[str], shards: Sequence[Shard], sigma: str, draw: int) -> list[str]:
         coordinates = (canonical_sigma(sigma), draw)
-        done: set[str] = set()
-        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
+        done: set[bytes] = set()
+        for shard in shards:
             if (shard.sidecar.sigma, shard.sidecar.draw) == coordinates:
-                done.update(shard.row_ids())
-        return [row for row in row_ids if row not in done]
+                done.update(shard.row_keys())
+        return [row for row, key in zip(row_ids, map(bytes.fromhex, row_ids), strict=True) if key not in done]
 
     def plan(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
         """Cut the rows that are missing into blocks.
@@ -173,9 +176,10 @@ class StoreWriter:
         ordered = rows.assign(_prompt=pd.factorize(rows["prompt"])[0]).sort_values("_prompt", kind="stable")
         blocks = []
         with locked(self.path / "plans" / "all"):  # so that two commands do not cut the same rows in two ways
-            missing = dict.fromkeys(self.missing(ordered["row_id"].tolist(), sigma=sigma, draw=draw))
+            shards, _ = scan(self.path, fingerprint=self.fingerprint)
+            missing = dict.fromkeys(self._missing(ordered["row_id"].tolist(), shards, sigma, draw))
             position = {row: i for i, row in enumerate(missing)}
-            for row_ids in self._known_blocks():
+            for row_ids in self._known_blocks(shards) if missing else ():
                 if len(row_ids) <= rows_per_shard and all(row in missing for row in row_ids):
                     blocks.append(Block(fmt.block_name(row_ids), tuple(row_ids)))
                     for row in row_ids:
@@ -336,10 +340,10 @@ class StoreWriter:
                 publish(temp, descriptor, path)
         return path
 
-    def _known_blocks(self) -> Iterator[list[str]]:
+    def _known_blocks(self, shards: Sequence[Shard]) -> Iterator[list[str]]:
         """Row keys of the blocks of committed shards, then of the plans."""
-        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
-            yield shard.row_ids()
+        for block in {shard.sidecar.block: shard for shard in shards}.values():
+            yield block.row_ids()
         for path in sorted((self.path / "plans").glob("[!.]*.json")):
             try:
                 yield from fmt.unseal(read_small(path, limit=2**32))["blocks"]
