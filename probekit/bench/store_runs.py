@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class StoreRuns:
             for kind, side in total:
                 if kind == "cold":
                     _drop_pages({path for path, _, _ in parts})
-                total[kind, side] += _timed(lambda run=runs[side], at=number: run(at))[0]
+                total[kind, side] += _timed(partial(runs[side], number))[0]
         for key, seconds in total.items():
             self.seconds[key].append(seconds)
 
@@ -126,11 +127,10 @@ class StoreRuns:
         # Fresh processes, so that nothing that this one did counts.
         writer, reader = (ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2))
         with writer, reader:
-            return {
-                "writer_memory": writer.submit(_writer_peak, self._folder / "peak", sizes).result(),
-                "planned": 4 * most * self._layers * self._width,
-                "reader_memory": reader.submit(_reader_peak, self.root, list(self._held)).result(),
-            }
+            written = writer.submit(_writer_peak, self._folder / "peak", sizes)
+            read = reader.submit(_reader_peak, self.root, list(self._held))
+            planned = 4 * most * self._layers * self._width
+            return {"writer_memory": written.result(), "planned": planned, "reader_memory": read.result()}
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -25,5 +25,5 @@ def convert(values: NDArray[Any], out: NDArray[Any]) -> None:
     if not values.flags.writeable:  # torch has no read-only tensors and warns
         values = values.copy()
     source, target = torch.from_numpy(values), torch.from_numpy(out)
-    for into, piece in zip(target.split(PIECE), source.split(PIECE), strict=True):
-        into.copy_(piece)
+    for start in range(0, len(values), PIECE):
+        target[start : start + PIECE].copy_(source[start : start + PIECE])

@@ -102,7 +102,7 @@ def _finite_rows(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return which rows hold no NaN or infinity, bool (m,)."""
     if np.isfinite(values.max(initial=0)) and np.isfinite(values.min(initial=0)):
         return np.ones(len(values), bool)
-    rows: NDArray[np.bool_] = np.isfinite(values).all(axis=1)
+    rows: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(values), axis=1)
     return rows
 
 

@@ -107,8 +107,8 @@ class Shard:
         msg = f"{self.path}: {what}; {MEND}"
         raise StoreError(msg)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield a dataset's bytes as (position, buffer (at most 256 KiB)); the buffer is used again for the next chunk.
+    def chunks(self, name: str, *, size: int = CHUNK_BYTES) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield a dataset's bytes as (position, buffer (at most `size`)); the buffer is used again for the next chunk.
 
         Raises
         ------
@@ -116,8 +116,8 @@ class Shard:
             If the file changed, or at the end of the first complete read if the checksum does not fit.
         """
         record = self.sidecar.datasets[name]
-        scratch = np.empty(min(record.nbytes, CHUNK_BYTES), np.uint8)
-        yield from self._read(name, scratch, whole=False)
+        scratch = np.empty(min(record.nbytes, size), np.uint8)
+        yield from self._read(name, scratch, whole=False, step=size)
 
     def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
         """Read a whole dataset straight into a buffer of its size.
@@ -127,17 +127,19 @@ class Shard:
         StoreError
             If the file changed or its checksum does not fit.
         """
-        for _ in self._read(name, out, whole=True):
+        for _ in self._read(name, out, whole=True, step=CHUNK_BYTES):
             pass
 
-    def _read(self, name: str, buffer: NDArray[np.uint8], *, whole: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _read(
+        self, name: str, buffer: NDArray[np.uint8], *, whole: bool, step: int
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         record, crc = self.sidecar.datasets[name], 0
         descriptor, size = open_regular(self.path)
         try:
             if size != self.sidecar.bytes:
                 self._refuse(f"{size} bytes instead of {self.sidecar.bytes}")
-            for start in range(0, record.nbytes, CHUNK_BYTES):
-                length = min(CHUNK_BYTES, record.nbytes - start)
+            for start in range(0, record.nbytes, step):
+                length = min(step, record.nbytes - start)
                 part = buffer[start : start + length] if whole else buffer[:length]
                 if os.preadv(descriptor, [part.data], (record.offset or 0) + start) != length:
                     self._refuse(f"dataset {name} ends early")
