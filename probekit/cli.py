@@ -174,10 +174,7 @@ def backbones(
             typer.echo(f"    {', '.join(row['blocks'])}; latents {row['latents']}; timestep {row['timestep']}")
         return
     planned = plan(model, transformer=transformer, revision=revision, resolution=resolution, dtype=dtype)
-    if as_json:
-        typer.echo(json.dumps(planned.facts(), indent=2))
-        return
-    _print_lines(planned.lines())
+    _show(planned.facts(), planned.lines(), as_json=as_json)
 
 
 @app.command()
@@ -276,14 +273,38 @@ def bench_dump(
     given = {key: value for key, value in locals().items() if value is not None}
     options = {key: value for key, value in given.items() if key in DumpConfig.model_fields}
 
-    from probekit.bench import bench_dump
+    from probekit.bench.dump import bench_dump
 
     with _progress("rounds") as progress:
         measured = bench_dump(options, images=images, rounds=rounds, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(measured.facts(), indent=2))
-        return
-    _print_lines(measured.lines())
+    _show(measured.facts(), measured.lines(), as_json=as_json)
+
+
+@bench.command("store")
+def bench_store(
+    *,
+    rows: Annotated[int, typer.Option(metavar="N", help="synthetic rows, two to a prompt")] = 8192,
+    layers: Annotated[int, typer.Option(metavar="N", help="layers of a row")] = 25,
+    width: Annotated[int, typer.Option(metavar="D", help="channels of a layer")] = 1536,
+    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_help("shard_size"))] = 512,
+    rounds: Annotated[int, typer.Option(metavar="K", help="how often everything is run, in alternating order")] = 5,
+    folder: Annotated[Path | None, typer.Option(help="disk to measure; default: the temporary folder")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Time the feature store against plain writes and reads, beside the figures of its design; no file is left."""
+    from probekit.bench.store import bench_store
+
+    with _progress("steps") as progress:
+        measured = bench_store(
+            rows=rows,
+            layers=layers,
+            width=width,
+            shard_size=shard_size,
+            rounds=rounds,
+            folder=folder,
+            progress=progress,
+        )
+    _show(measured.facts(), measured.lines(), as_json=as_json)
 
 
 @playground.command("path")
@@ -306,6 +327,14 @@ def pairs(
     from probekit.playground.pairs import write_pairs
 
     out_console.print(str(write_pairs(out, n_train=train, n_test=test, seed=seed)))
+
+
+def _show(facts: dict[str, Any], lines: list[tuple[str, str]], *, as_json: bool) -> None:
+    """Print facts as JSON, or their lines of (heading, text) as a table."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_lines(lines)
 
 
 def _print_lines(lines: Iterable[tuple[str, str]]) -> None:

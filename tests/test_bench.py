@@ -5,15 +5,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_cli import probekit, refused
 from tiny_models import tiny_pipeline
 
-from probekit import bench
 from probekit.backbones import passes
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
+from probekit.bench import dump as bench
+from probekit.bench import store as store_bench
 
 IMAGES, ROUNDS = 10, 2
 
@@ -111,4 +113,53 @@ def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_pat
 )
 def test_wrong_options_are_one_line(pipeline, temporary, given, code, message):
     refused(probekit(*options(pipeline), *given), code, message)
+    assert not list(temporary.iterdir())
+
+
+SMALL_STORE = ["bench", "store", "--rows", 12, "--layers", 4, "--width", 8, "--shard-size", 1, "--rounds", 2]
+
+
+def test_the_store_beside_the_bare_disk_as_json(temporary):
+    done = probekit(*SMALL_STORE, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["rows"], found["layers"], found["width"], found["rounds"]) == (12, 4, 8, 2)
+    assert found["folder"] == str(temporary)
+    assert found["datasets"] == {"float16": 2, "float32": 2}  # massive activations and offsets are among the layers
+    assert set(found["figures"]) == set(store_bench.TARGETS)
+    for name, figure in found["figures"].items():
+        assert 0 < figure["smallest"] <= figure["median"] <= figure["largest"], name
+        ((rule, bound),) = figure["design"].items()
+        reached = figure["median"] >= bound if rule == "at least" else figure["median"] <= bound
+        assert figure["reached"] == reached
+    for name in ("write", "cold", "warm"):
+        ratios = np.array(found["seconds"][name]["raw"]) / found["seconds"][name]["store"]
+        assert found["figures"][name]["median"] == pytest.approx(np.median(ratios))
+    assert not list(temporary.iterdir())
+
+
+def test_the_store_is_measured_where_the_user_says(temporary, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = probekit(*SMALL_STORE, "--folder", disk)
+    assert done.returncode == 0, done.stderr
+    assert str(disk) in "".join(done.stdout.split())  # whatever the width of the terminal
+    for target in store_bench.TARGETS.values():
+        assert target.text in done.stdout
+    assert not [*disk.iterdir(), *temporary.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", 3], "rows is 3; allowed: even numbers"),
+        (["--layers", 0], "layers is 0; allowed"),
+        (["--width", -1], "width is -1; allowed"),
+        (["--shard-size", 0], "shard_size is 0; allowed"),
+        (["--rounds", 0], "rounds is 0; allowed"),
+        (["--folder", "nowhere"], "folder is 'nowhere', which is no folder; allowed"),
+    ],
+)
+def test_wrong_options_of_the_store_are_one_line(temporary, given, message):
+    refused(probekit(*SMALL_STORE, *given), 2, message)
     assert not list(temporary.iterdir())

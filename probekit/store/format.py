@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from probekit.errors import StoreError, VersionError
+from probekit.store.half import convert
 
 FORMAT = "probekit-features"
 FORMAT_VERSION = "1.1"
@@ -25,7 +26,7 @@ STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
 FP16_LIMIT = 32752.0  # half of float16's largest value
 FP16_NOISE_RATIO = 1e-3
 FP16_PAIRS = 2048
-_CHOICE_VALUES = 2**19  # looked at together, whatever the width
+_CHOICE_VALUES = 2**16  # looked at together: few enough to stay in the cache
 DTYPE_POLICY = f"float16 if absmax < {FP16_LIMIT:.0f} and p99 pair noise ratio <= {FP16_NOISE_RATIO}, else float32"
 
 SEAL = "self_sha256"
@@ -320,7 +321,7 @@ def choose_dtype(
     values
         Features (m, d).
     ok
-        Rows (m,) that count; the others hold NaN.
+        Rows (m,) that count.
     prompt_index
         Prompt of each row (m,), rows of one prompt adjacent.
 
@@ -333,23 +334,43 @@ def choose_dtype(
         float16 is safe then, so float32 is kept. ``quantisation_noise`` is the median over channels of the RMS
         rounding error of a pair difference, 0 for float32.
     """
-    counted = values if ok.all() else values[ok]
-    absmax = float(max(counted.max(), -counted.min())) if counted.size else 0.0
+    where = True if ok.all() else ok[:, None]
+    absmax = float(max(values.max(where=where, initial=0), -values.min(where=where, initial=0)))
     first = first_of_pairs(ok, prompt_index)
-    if absmax >= FP16_LIMIT or not len(first):
+    if not (absmax < FP16_LIMIT and len(first)):
         return "<f4", Figures(absmax, None, 0.0)
     if len(first) > FP16_PAIRS:
         first = first[np.linspace(0, len(first) - 1, FP16_PAIRS).astype(np.int64)]
     signal, noise = np.zeros(values.shape[1]), np.zeros(values.shape[1])
-    for part in np.array_split(first, math.ceil(len(first) * values.shape[1] / _CHOICE_VALUES)):  # bounded memory
-        a, b = values[part], values[part + 1]
-        # What rounding to float16 takes away fits into float32; differences and their squares need float64.
-        lost = [side.astype(np.float16).astype(np.float32) - side for side in (a, b)]
-        # Second moments, not variances: which row of a pair comes first is arbitrary.
-        signal += np.square(np.subtract(a, b, dtype=np.float64)).sum(axis=0)
-        noise += np.square(np.subtract(*lost, dtype=np.float64)).sum(axis=0)
+    step = max(1, _CHOICE_VALUES // values.shape[1])
+    sides, lost = (np.empty((2, step, values.shape[1]), np.float32) for _ in range(2))
+    for start in range(0, len(first), step):
+        part = first[start : start + step]
+        for side, (pair, error) in enumerate(zip(sides, lost, strict=True)):
+            np.take(values, part + side, axis=0, out=pair[: len(part)], mode="clip")  # "clip": without a copy
+            _rounding_errors(pair[: len(part)], error[: len(part)])
+        # Errors fit into float32; differences and their squares need float64.
+        signal = _add_squares(signal, np.subtract(*sides[:, : len(part)], dtype=np.float64))
+        noise = _add_squares(noise, np.subtract(*lost[:, : len(part)], dtype=np.float64))
+    # Second moments, not variances: which row of a pair comes first is arbitrary.
     # A channel that never differs within a pair rounds to no difference either: 0 / 0 is no noise.
     ratio = float(np.quantile(np.divide(noise, signal, out=np.zeros_like(noise), where=signal > 0), 0.99))
     if ratio > FP16_NOISE_RATIO:
         return "<f4", Figures(absmax, ratio, 0.0)
     return "<f2", Figures(absmax, ratio, float(np.median(np.sqrt(noise / len(first)))))
+
+
+def _rounding_errors(values: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Fill `out` with what rounding to float16 adds to contiguous values."""
+    half = np.empty(values.size, np.float16)
+    convert(values.reshape(-1), half)
+    convert(half, out.reshape(-1))
+    np.subtract(out, values, out=out)
+
+
+def _add_squares(total: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Add the squares of values (n, d) to totals (d,) row by row, so that the size of a piece changes nothing."""
+    squares = np.square(values, out=values)
+    squares[0] += total
+    added: NDArray[np.float64] = squares.sum(axis=0)
+    return added

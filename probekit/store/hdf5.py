@@ -5,8 +5,11 @@ m = rows of the shard, d = channels of a feature vector.
 
 import hashlib
 import importlib.metadata
+import math
+import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit.store import format as fmt
+from probekit.store.half import convert
+
+_THREADS = 4
+_PIECE_BYTES = 2**21  # converted and written at once
 
 
 def write_hdf5(
@@ -43,40 +50,65 @@ def write_hdf5(
         If the file cannot be written.
     """
     prompt_index, prompts = pd.factorize(rows["prompt"])
-    finite = {key: np.isfinite(values).all(axis=1) for key, values in features.items()}
     given = rows["status"].to_numpy(np.uint8)
     readable = given == fmt.STATUS_OK
-    ok = readable & np.logical_and.reduce(list(finite.values()))
-    status = np.where(readable & ~ok, np.uint8(fmt.STATUS_NON_FINITE), given)
-    if accept is not None:
-        accept(status)
     records: dict[str, dict[str, Any]] = {}
-    # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
-    with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
-        _set_attributes(file, attributes)
-        for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
-            records[name] = _write_dataset(file, name, table, fmt.TABLES[name][0], {})
-        kept = fmt.feature_keys(config)
-        for layer in config["layers"]:
-            for pooling, definition in config["poolings"].items():
-                key, name = (pooling, layer["index"]), fmt.dataset_name(pooling, layer["index"])
-                if key not in kept:
-                    continue
-                values = features[key]
-                if not ok.all():
-                    values = np.where(ok[:, None], values, np.float32(np.nan))
-                dtype, figures = fmt.choose_dtype(values, ok, prompt_index)
+    threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    try:
+        finite = dict(zip(features, threads.map(_finite_rows, features.values()), strict=True))
+        ok = readable & np.logical_and.reduce(list(finite.values()))
+        status = np.where(readable & ~ok, np.uint8(fmt.STATUS_NON_FINITE), given)
+        if accept is not None:
+            accept(status)
+        # While one dataset is written, the threads look at the next ones.
+        chosen = {key: threads.submit(_choose, features[key], ok, prompt_index) for key in _ordered(config)}
+        # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
+        with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
+            _set_attributes(file, attributes)
+            for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
+                dtype, all_rows = fmt.TABLES[name][0], np.ones(len(table), bool)
+                records[name] = _write_dataset(file, name, table, all_rows, dtype, _checksum(table, all_rows, dtype))
+            for key, layer in _ordered(config).items():
+                name = fmt.dataset_name(*key)
+                dtype, figures, crc32 = chosen[key].result()
+                written = _write_dataset(file, name, features[key], ok, dtype, crc32)
                 recorded = figures._asdict() | {"nonfinite_rows": int((readable & ~finite[key]).sum())}
                 described = {
                     "layer_index": layer["index"],
                     "layer_name": layer["name"],
                     "stream": layer["stream"],
-                    "pooling": pooling,
-                    "pooling_definition": definition,
+                    "pooling": key[0],
+                    "pooling_definition": config["poolings"][key[0]],
                     "units": "as the backbone computes them",
-                } | {key: value for key, value in recorded.items() if value is not None}
-                records[name] = recorded | _write_dataset(file, name, values, dtype, described)
+                } | {figure: value for figure, value in recorded.items() if value is not None}
+                _set_attributes(file[name], described)
+                records[name] = recorded | written
+    finally:
+        threads.shutdown(cancel_futures=True)
     return records
+
+
+def _ordered(config: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return (pooling, layer) -> layer of the configuration in the order of the file: by layer, then by pooling."""
+    kept = fmt.feature_keys(config)
+    keys = [((pooling, layer["index"]), layer) for layer in config["layers"] for pooling in config["poolings"]]
+    return {key: layer for key, layer in keys if key in kept}
+
+
+def _choose(
+    values: NDArray[np.float32], ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]
+) -> tuple[str, fmt.Figures, int]:
+    """Return the dtype of a dataset, the figures behind it and the checksum of what is stored."""
+    dtype, figures = fmt.choose_dtype(values, ok, prompt_index)
+    return dtype, figures, _checksum(values, ok, dtype)
+
+
+def _finite_rows(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which rows hold no NaN or infinity, bool (m,)."""
+    if np.isfinite(values.max(initial=0)) and np.isfinite(values.min(initial=0)):
+        return np.ones(len(values), bool)
+    rows: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(values), axis=1)
+    return rows
 
 
 def provenance() -> dict[str, str]:
@@ -138,16 +170,38 @@ def _set_attributes(node: h5py.Group | h5py.Dataset, attributes: Mapping[str, An
 
 
 def _write_dataset(
-    file: h5py.File, name: str, values: NDArray[Any], dtype: str, attributes: Mapping[str, Any]
+    file: h5py.File, name: str, values: NDArray[Any], ok: NDArray[np.bool_], dtype: str, crc32: int
 ) -> dict[str, Any]:
-    """Write one contiguous dataset; return dtype, shape, offset, bytes and checksum for the sidecar."""
-    data = np.ascontiguousarray(values, dtype=dtype)
-    dataset = file.create_dataset(name, data=data)
-    _set_attributes(dataset, attributes)
+    """Write one contiguous dataset, NaN where a row is not ok; return what the sidecar says of its bytes."""
+    dataset = file.create_dataset(name, values.shape, dtype)
+    for start, piece in _pieces(values, ok, dtype):
+        dataset[start : start + len(piece)] = piece
     return {
         "dtype": dtype,
-        "shape": list(data.shape),
+        "shape": list(values.shape),
         "offset": dataset.id.get_offset(),
-        "nbytes": data.nbytes,
-        "crc32": zlib.crc32(data.reshape(-1).view(np.uint8).data),
+        "nbytes": math.prod(values.shape) * np.dtype(dtype).itemsize,
+        "crc32": crc32,
     }
+
+
+def _checksum(values: NDArray[Any], ok: NDArray[np.bool_], dtype: str) -> int:
+    crc = 0
+    for _, piece in _pieces(values, ok, dtype):
+        crc = zlib.crc32(piece.reshape(-1).view(np.uint8).data, crc)
+    return crc
+
+
+def _pieces(values: NDArray[Any], ok: NDArray[np.bool_], dtype: str) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (first row, rows as they are stored): a few at a time, so that no second copy of a dataset is made."""
+    step = max(1, _PIECE_BYTES // (8 * max(1, math.prod(values.shape[1:]))))
+    for start in range(0, len(values), step):
+        piece, counts = values[start : start + step], ok[start : start + step]
+        if not counts.all():
+            piece = np.where(counts[:, None], piece, np.float32(np.nan))
+        piece = np.ascontiguousarray(piece, None if dtype == "<f2" else dtype)
+        if dtype == "<f2":
+            half = np.empty(piece.shape, dtype)
+            convert(piece.reshape(-1), half.reshape(-1))
+            piece = half
+        yield start, piece

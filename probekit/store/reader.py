@@ -4,10 +4,10 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,11 +16,25 @@ from numpy.typing import NDArray
 from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
+from probekit.store.ahead import ahead
+from probekit.store.differences import Uses, row_pieces
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, read_store_file, scan
 
 ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
 T = TypeVar("T")
+
+
+class _Layer(TypedDict):
+    layer: int
+
+
+class Setting(_Layer, total=False):
+    """Arguments of `FeatureStore.read`; all but ``layer`` may be left out where the store holds one."""
+
+    sigma: str
+    pooling: str
+    draw: int
 
 
 class FeatureStore:
@@ -147,6 +161,89 @@ class FeatureStore:
                 shard.read_features(name, values)
                 out[place] = values
         return out
+
+    def differences(
+        self,
+        *,
+        layer: int,
+        pairs: Pairs | NDArray[np.integer[Any]],
+        sigma: str | None = None,
+        pooling: str | None = None,
+        draw: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Read one layer as the differences of pairs of rows, first minus second.
+
+        Equal to ``X[a] - X[b]`` of ``X = read(...)``, but neither X nor its two sides are ever whole in memory: beside
+        the result there are a few pieces of a shard.
+
+        Parameters
+        ----------
+        layer, sigma, pooling, draw
+            As of `read`.
+        pairs
+            What `pairs` returns, or positions (n, 2) in the order of ``rows``.
+
+        Returns
+        -------
+        ndarray
+            Differences (n, d), float32; NaN where the ``status`` of a row is not 0.
+
+        Raises
+        ------
+        StoreError
+            As of `read`, or if a position lies outside the rows.
+        """
+        (name,), shards = self._select([layer], sigma, pooling, draw)
+        rows, places = self._index
+        positions = pairs.rows if isinstance(pairs, Pairs) else pairs
+        outside = (positions < 0) | (positions >= len(rows))
+        if outside.any():
+            msg = f"{self.path}: pairs name row {positions[outside][0]}; allowed: 0 to {len(rows) - 1}"
+            raise StoreError(msg)
+        sides = [Uses(positions[:, side]) for side in (0, 1)]
+        out = np.zeros((len(positions), shards[0].width(name)), np.float32)
+        for shard in shards:
+            place = places[shard.sidecar.block]
+            where = np.arange(place.start, place.stop) if isinstance(place, slice) else place
+            for start, values in row_pieces(shard, name):
+                held = where[start : start + len(values)]
+                for uses, combine in zip(sides, (np.add, np.subtract), strict=True):
+                    uses.apply(combine, held, values, out)
+        return out
+
+    def read_each(
+        self, settings: Iterable[Setting], *, pairs: Pairs | NDArray[np.integer[Any]] | None = None
+    ) -> Iterator[tuple[Setting, NDArray[np.float32]]]:
+        """Read setting after setting, the next one by a thread while the caller works on one.
+
+        At most three results are in memory: the caller's, one that is ready, and the one that is being read. The thread
+        begins with the first step and ends with the last one, with an error, or when the iterator is closed or dropped;
+        a process must not be forked in between.
+
+        Parameters
+        ----------
+        settings
+            Arguments of `read`, such as ``[{"layer": 3}, {"layer": 4}]`` or
+            ``[{"layer": 3, "sigma": "0.005"}, {"layer": 3, "sigma": "0.1"}]``.
+        pairs
+            If given, `differences` of these pairs are read.
+
+        Yields
+        ------
+        setting, ndarray
+            Each setting, and its features (m, d) or differences (n, d).
+
+        Raises
+        ------
+        StoreError
+            As of `read`, at the step of the setting that it is about.
+        """
+        _ = self._index  # once, and by the caller's thread
+
+        def load(setting: Setting) -> NDArray[np.float32]:
+            return self.read(**setting) if pairs is None else self.differences(pairs=pairs, **setting)
+
+        return ahead(load, settings)
 
     def batches(
         self,

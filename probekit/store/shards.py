@@ -6,6 +6,7 @@ m = rows of the shard, k = its prompts, d = channels.
 import hashlib
 import os
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from probekit._types import canonical_sigma
 from probekit.errors import ConfigError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
+from probekit.store.half import convert
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**18  # read at once: still in the cache when it is summed and converted
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 _SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
 _BLOCKS = TypeAdapter(list[list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]])
@@ -94,18 +96,36 @@ def read_plan(path: Path) -> list[list[str]]:
         raise StoreError(msg) from None
 
 
+def file_digests(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> tuple[str, str]:
+    """SHA-256 of an open file as read back, and of what lies outside the given (offset, length) ranges."""
+    whole, outside = hashlib.sha256(), hashlib.sha256()
+    position = 0
+    for offset, length in [*sorted(without), (size, 0)]:
+        for part in _parts(descriptor, position, offset):
+            whole.update(part)
+            outside.update(part)
+        for part in _parts(descriptor, offset, offset + length):
+            whole.update(part)
+        position = offset + length
+    return whole.hexdigest(), outside.hexdigest()
+
+
 def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
-    """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
+    """SHA-256 of an open file outside the given (offset, length) ranges."""
     digest, position = hashlib.sha256(), 0
     for offset, length in [*sorted(without), (size, 0)]:
-        while position < offset:
-            part = os.pread(descriptor, min(CHUNK_BYTES, offset - position), position)
-            if not part:
-                break
+        for part in _parts(descriptor, position, offset):
             digest.update(part)
-            position += len(part)
         position = offset + length
     return digest.hexdigest()
+
+
+def _parts(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
+    """Yield the bytes of a part of a file in small pieces; the buffer is used again for the next piece."""
+    buffer = memoryview(bytearray(max(0, min(CHUNK_BYTES, end - position))))
+    while position < end and (count := os.preadv(descriptor, [buffer[: end - position]], position)):
+        yield buffer[:count]
+        position += count
 
 
 @dataclass(frozen=True)
@@ -128,8 +148,8 @@ class Shard:
         msg = f"{self.path}: {what}; {MEND}"
         raise StoreError(msg)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield a dataset's bytes as (position, buffer (at most 8 MiB)); the buffer is used again for the next chunk.
+    def chunks(self, name: str, *, size: int = CHUNK_BYTES) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield a dataset's bytes as (position, buffer (at most `size`)); the buffer is used again for the next chunk.
 
         Raises
         ------
@@ -137,8 +157,8 @@ class Shard:
             If the file changed, or at the end of the first complete read if the checksum does not fit.
         """
         record = self.sidecar.datasets[name]
-        scratch = np.empty(min(record.nbytes, CHUNK_BYTES), np.uint8)
-        yield from self._read(name, scratch, whole=False)
+        scratch = np.empty(min(record.nbytes, size), np.uint8)
+        yield from self._read(name, scratch, whole=False, step=size)
 
     def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
         """Read a whole dataset straight into a buffer of its size.
@@ -148,17 +168,19 @@ class Shard:
         StoreError
             If the file changed or its checksum does not fit.
         """
-        for _ in self._read(name, out, whole=True):
+        for _ in self._read(name, out, whole=True, step=CHUNK_BYTES):
             pass
 
-    def _read(self, name: str, buffer: NDArray[np.uint8], *, whole: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _read(
+        self, name: str, buffer: NDArray[np.uint8], *, whole: bool, step: int
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         record, crc = self.sidecar.datasets[name], 0
         descriptor, size = open_regular(self.path)
         try:
             if size != self.sidecar.bytes:
                 self._refuse(f"{size} bytes instead of {self.sidecar.bytes}")
-            for start in range(0, record.nbytes, CHUNK_BYTES):
-                length = min(CHUNK_BYTES, record.nbytes - start)
+            for start in range(0, record.nbytes, step):
+                length = min(step, record.nbytes - start)
                 part = buffer[start : start + length] if whole else buffer[:length]
                 if os.preadv(descriptor, [part.data], (record.offset or 0) + start) != length:
                     self._refuse(f"dataset {name} ends early")
@@ -188,14 +210,17 @@ class Shard:
         except UnicodeDecodeError:
             self._refuse(f"dataset {name} is not UTF-8")
 
-    def row_ids(self) -> list[str]:
-        """Keys of the m rows, hex, in the order of the shard."""
-        keys = self.table("rows/row_id").tobytes()
-        digest = hashlib.sha256(keys).hexdigest()
+    def row_keys(self) -> tuple[bytes, ...]:
+        """Keys of the m rows in the order of the shard."""
+        joined = self.table("rows/row_id").tobytes()
+        digest = hashlib.sha256(joined).hexdigest()
         if digest != self.sidecar.rows_sha256 or not digest.startswith(self.sidecar.block):
             self._refuse("the rows are not those of the block it is named after")
-        joined = keys.hex()
-        return [joined[i : i + 64] for i in range(0, len(joined), 64)]
+        return struct.unpack("32s" * self.sidecar.n_rows, joined)
+
+    def row_ids(self) -> list[str]:
+        """Keys of the m rows, hex, in the order of the shard."""
+        return list(map(bytes.hex, self.row_keys()))
 
     def row_prompts(self) -> list[str]:
         """Prompt of each of the m rows."""
@@ -224,7 +249,7 @@ class Shard:
             self.read_into(name, flat.view(np.uint8))
             return
         for start, part in self.chunks(name):
-            flat[start // 2 : (start + len(part)) // 2] = part.view(record.dtype)
+            convert(part.view("<f2"), flat[start // 2 : (start + len(part)) // 2])
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
         """Read rows of a feature dataset as stored, (stop - start, d); the first time, the whole is checked."""

@@ -38,7 +38,7 @@ from probekit.store.pairs import read_judgements
 from probekit.store.shards import (
     Shard,
     check_shard,
-    file_digest,
+    file_digests,
     plan_files,
     plan_name,
     read_plan,
@@ -204,13 +204,14 @@ class StoreWriter:
         missing, states = dict.fromkeys(position), {}
         with nullcontext() if self._dry_run else locked(self.path / "plans" / "all"):  # else rows are cut in two ways
             shards = scan(self.path, fingerprint=self.fingerprint)[0]
-            known = [(shard, tuple(shard.row_ids())) for shard in shards]
-            for shard, row_ids in known:
-                if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw) and any(r in position for r in row_ids):
+            here = [shard for shard in shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
+            for row_ids in (tuple(shard.row_ids()) for shard in here):
+                if any(row in position for row in row_ids):
                     states[row_ids] = "done"
                     for row in row_ids:
                         missing.pop(row, None)
-            for row_ids in chain((ids for _, ids in known), self._planned()):
+            others = {shard.sidecar.block: shard for shard in shards}.values() if missing else ()
+            for row_ids in chain((tuple(shard.row_ids()) for shard in others), self._planned() if missing else ()):
                 if len(row_ids) <= rows_per_shard and all(row in missing for row in row_ids):
                     states[row_ids] = "new"
                     for row in row_ids:
@@ -319,13 +320,14 @@ class StoreWriter:
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
             ranges = [(r["offset"], r["nbytes"]) for r in datasets.values() if r["offset"] is not None]
+            whole, outside = file_digests(descriptor, size, without=ranges)
             sidecar = {
                 "n_rows": len(rows),
                 "n_prompts": datasets["prompts/sha256"]["shape"][0],
                 "rows_sha256": hashlib.sha256(bytes.fromhex("".join(block.row_ids))).hexdigest(),
                 "bytes": size,
-                "sha256": file_digest(descriptor, size),
-                "meta_sha256": file_digest(descriptor, size, without=ranges),
+                "sha256": whole,
+                "meta_sha256": outside,
                 "datasets": datasets,
             }
             # An old sidecar must never vouch for the new file, so it goes first.

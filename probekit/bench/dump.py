@@ -28,6 +28,7 @@ from probekit.backbones.batching import Layout
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
 from probekit.backbones.loading import quiet
+from probekit.bench.ratios import in_words, spread
 from probekit.config import DumpConfig
 from probekit.dump.run import files_of
 from probekit.errors import ConfigError
@@ -96,9 +97,9 @@ class DumpBench:
             "batch_size": self.batch_size,
             "threads": self.threads,
             "rounds": len(self.bare),
-            "dump_over_bare": _spread(self.dump, self.bare),
-            "half_over_bare": _spread(self.half, self.bare),
-            "half_over_dump": _spread(self.half, self.dump),
+            "dump_over_bare": spread(self.dump, self.bare),
+            "half_over_bare": spread(self.half, self.bare),
+            "half_over_dump": spread(self.half, self.dump),
             "seconds": {"bare": self.bare, "dump": self.dump, "half": self.half},
             "images_per_second": {"bare": self.images / float(np.median(self.bare)), "dump": self.images / total},
             "parts": {
@@ -116,10 +117,7 @@ class DumpBench:
         """Return the figures as (heading, text)."""
         facts = self.facts()
         about, speed = self.backbone, facts["images_per_second"]
-        ratios = {
-            name: "{:.3f} ({:.3f} to {:.3f})".format(*facts[name])
-            for name in ("dump_over_bare", "half_over_bare", "half_over_dump")
-        }
+        ratios = {name: in_words(facts[name]) for name in ("dump_over_bare", "half_over_bare", "half_over_dump")}
         on = f"{about['device']}, {self.threads} threads" if about["device"] == "cpu" else about["device"]
         return [
             (
@@ -421,8 +419,3 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
         a @ b
         best = min(best, clock.stop()["other"])
     return 2 * n**3 / best
-
-
-def _spread(seconds: list[float], bare: list[float]) -> list[float]:
-    ratios = np.array(seconds) / np.array(bare)
-    return [float(np.median(ratios)), float(ratios.min()), float(ratios.max())]
