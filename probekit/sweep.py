@@ -178,14 +178,18 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
 def _store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFrame:
     """Give what results say of a record's store and what is no part of the fit, by record."""
     by_path = {store.path: store for store in stores}
-    facts: dict[str, list[Any]] = {"sigma_ratio": [], "pooling_layers": []}
+    facts: dict[str, list[Any]] = {"sigma_ratio": [], "pooling_layers": [], "imported": []}
     for record in records:
         store = by_path[record.store]
         facts["sigma_ratio"].append(store.sigma_resolution.get(record.sigma, {}).get("ratio"))
         held = {layer.index for layer in store.layers_of(record.pooling)}
         last = store.describe["n_blocks"]  # the output point is no layer
+        imported = bool(store.describe.get("imported"))
         absent = [layer for layer in store.layers if layer.index <= last and layer.index not in held]
-        facts["pooling_layers"].append(last + 1 - len(absent))
+        # Of a backbone all layers are known; imported features have those that were given.
+        given = len([layer for layer in held if layer <= last])
+        facts["pooling_layers"].append(given if imported else last + 1 - len(absent))
+        facts["imported"].append(imported)
     return pd.DataFrame(facts, index=[record.record_id for record in records]).astype({"sigma_ratio": "float64"})
 
 
@@ -199,6 +203,8 @@ def _control(store: FeatureStore) -> str:
 
 def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
     """All records of one store, in the order of the configuration."""
+    if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
+        config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
     coordinates = _coordinates(config, store)
     poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
     for dataset in [judged.stem] if judged else store.judgements:
@@ -374,8 +380,9 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     """Give the columns that say what was fitted on what."""
     facts = store.describe
     single = len(record.layers) == 1
-    # the output point (layer n_blocks + 1) is no deeper than the last layer
-    depth = min(record.layers[0], facts["n_blocks"]) / facts["n_blocks"] if single else np.nan
+    # the output point (layer n_blocks + 1) is no deeper than the last layer; one imported layer alone has no depth
+    has_depth = single and facts["n_blocks"] > 0
+    depth = min(record.layers[0], facts["n_blocks"]) / facts["n_blocks"] if has_depth else np.nan
     return {
         "record_id": record.record_id,
         "backbone": record.backbone,
