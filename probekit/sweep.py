@@ -171,6 +171,8 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
     """Give the settings of a store that a report shows; hashes stay in the store, its fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
     facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
+    if store.describe.get("imported"):  # numbers alone would not say which of the layers given is which
+        plain["layer_names"] = ", ".join(f"{layer.index} = {layer.name}" for layer in store.layers)
     shown = {"pooling": store.config["poolings"], "sigma_resolution": store.sigma_resolution}
     return facts | plain | dict(store.config.get("noise", {})) | shown
 

@@ -36,7 +36,7 @@ def run(written, tmp_path):
 
 def rows_of(run, key):
     frame = results.load_results(run)
-    return frame[frame["record_id"] == key].drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
+    return frame[frame["record_id"] == key].drop(columns=["chosen", "sigma_ratio", "pooling_layers", "imported"])
 
 
 def margins_of(run, key):
@@ -214,7 +214,7 @@ import sys
 sys.path[:0] = {sys.path!r}
 from probekit import results
 frame = results.load_results({str(folder)!r})
-rows = frame[frame["record_id"] == {keys[0]!r}].drop(columns=["chosen", "sigma_ratio", "pooling_layers"])
+rows = frame[frame["record_id"] == {keys[0]!r}].drop(columns=["chosen", "sigma_ratio", "pooling_layers", "imported"])
 margins = results.load_margins({str(folder)!r}, [{keys[0]!r}]).drop(columns="record_id")
 print("ready", flush=True)
 for i in range(10_000):

@@ -7,11 +7,12 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +50,7 @@ class Part:
     values: NDArray[np.float32]
 
 
-class FeatureFile(Protocol):
+class FeatureFile(ABC):
     """A file of features, opened for reading.
 
     Attributes
@@ -64,15 +65,18 @@ class FeatureFile(Protocol):
         Vectors of all layers.
     """
 
-    path: Path
-    layers: dict[str, int]
-    dtypes: set[str]
-    n_vectors: int
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.layers: dict[str, int] = {}
+        self.dtypes: set[str] = set()
+        self.n_vectors = 0
 
     @property
+    @abstractmethod
     def has_prompts(self) -> bool:
         """Whether the key of a vector names a prompt."""
 
+    @abstractmethod
     def parts(self) -> Iterator[Part]:
         """Yield all vectors in the order of the file."""
 
@@ -119,14 +123,11 @@ def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
         return values.astype(np.float32)
 
 
-class _Arrays:
+class _Arrays(FeatureFile):
     """What npz and safetensors share: an array (m, d) for each layer, and texts (m) that are the keys of its rows."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.layers: dict[str, int] = {}
-        self.dtypes: set[str] = set()
-        self.n_vectors = 0
+        super().__init__(path)
         self.images: list[str] = []
         self.prompts: list[str] | None = None
 
@@ -234,12 +235,11 @@ class _Safetensors(_Arrays):
                     yield self._part(name, start, _as_float32(exact))
 
 
-class _Parquet:
+class _Parquet(FeatureFile):
     """A long table: ``image``, perhaps ``prompt`` and ``layer``, and ``vector``, a list of numbers."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.layers: dict[str, int] = {}
+        super().__init__(path)
         with self._open() as file:
             schema, self.n_vectors = file.schema_arrow, file.metadata.num_rows
             names = schema.names
@@ -249,7 +249,7 @@ class _Parquet:
                     _fail(
                         path, f"no column {name!r} (found: {found}); needed: image, vector, and perhaps prompt, layer"
                     )
-            self.has_prompts, self._has_layers = "prompt" in names, "layer" in names
+            self._has_prompts, self._has_layers = "prompt" in names, "layer" in names
             for name in [name for name in (*KEYS, "layer") if name in names]:
                 kind = schema.field(name).type
                 plain = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -260,6 +260,10 @@ class _Parquet:
                 _fail(path, f"column 'vector' is of type {kind}; allowed: lists of float16, float32 or float64")
             self.dtypes = {str(np.dtype(kind.value_type.to_pandas_dtype()))}
             self._find_layers(file)
+
+    @property
+    def has_prompts(self) -> bool:
+        return self._has_prompts
 
     def _open(self) -> ParquetFile:
         return ParquetFile(self.path, buffer_size=CHUNK_BYTES)
@@ -331,7 +335,7 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-_READERS: dict[str, type[_Npz] | type[_Safetensors] | type[_Parquet]] = {
+_READERS: dict[str, Callable[[Path], FeatureFile]] = {
     ".npz": _Npz,
     ".safetensors": _Safetensors,
     ".parquet": _Parquet,

@@ -111,7 +111,7 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
         " not retraining.",
         "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
         if rows["chosen"].any()
-        else "The run has no validation rows, so no layer is chosen.",
+        else "No layer is chosen, for want of validation rows or of several layers.",
         "Dashed line and diamond: the head on all layers together."
         if len(all_layers(rows))
         else "The run has no head on all layers together.",
@@ -242,8 +242,8 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
         "The chosen layer is the best on validation. Layers close to it may be as good, and with few validation pairs"
         " the choice is noisy.",
     ]
-    if not (rows["combination"] == "single").any():
-        items.append("The run has no heads on single layers, so it says nothing about depth.")
+    if rows["relative_depth"].isna().all():
+        items.append("The run has no heads on single layers with a depth, so it says nothing about depth.")
     if (rows["layer"].eq(0) & ~rows["imported"]).any():
         items.append(
             "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"

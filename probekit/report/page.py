@@ -127,10 +127,10 @@ def _section(
         links = {kind.upper(): quote(f"{folder.name}/{stem.name}.{kind}") for kind in ("svg", "png", "csv")}
         figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
 
-    if (frame["combination"] == "single").any() and models:
+    if frame["relative_depth"].notna().any() and models:
         add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
     if models:
-        if len(models) > 1 and not scaling_points(frame, setting=setting).empty:
+        if scaling_points(frame, setting=setting)["model"].nunique() > 1:
             add(
                 "scaling",
                 "Accuracy against size",
