@@ -232,9 +232,13 @@ def broken(prefs, path: Path, what: str) -> Path:
         "no vector in a row": table.assign(vector=table["vector"].mask(table.index == 7)),
         "unequal lengths": table.assign(vector=[v[:2] if i == 9 else v for i, v in enumerate(table["vector"])]),
         "twice in two places": pd.concat([table, table.iloc[[3]]]),
-        "empty": table.iloc[:0],
     }
-    pq.write_table(pa.Table.from_pandas(tables[what]), path.with_suffix(".parquet"), row_group_size=50)
+    whole = pa.Table.from_pandas(table)
+    pq.write_table(
+        whole[:0] if what == "empty" else pa.Table.from_pandas(tables[what]),
+        path.with_suffix(".parquet"),
+        row_group_size=50,
+    )
     return path.with_suffix(".parquet")
 
 
@@ -438,7 +442,7 @@ def beside(tmp_path_factory):
     All judge the same pairs: the imports are of pictures whose digests are those of the planted rows.
     """
     folder = tmp_path_factory.mktemp("beside")
-    store = planted_store(folder / "store", signal={2: 1.5}, seed=7, pairs=160)
+    store = planted_store(folder / "store", signal={2: 6.0}, seed=7, pairs=200)
     judged = FeatureStore(store)
     lines, order = [], judged.rows.set_index("row_id")
     (folder / "pictures").mkdir()

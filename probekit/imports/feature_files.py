@@ -161,10 +161,13 @@ class _Npz(_Arrays):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as members:
-            names = [name for name in file.files if name not in KEYS]
-            texts = {name: file[name] for name in KEYS if name in file.files}
-            for name, array in texts.items():
+        with zipfile.ZipFile(path) as members:
+            held = [name.removesuffix(".npy") for name in members.namelist() if name.endswith(".npy")]
+            names = [name for name in held if name not in KEYS]
+            texts = {}
+            for name in [name for name in KEYS if name in held]:
+                with members.open(f"{name}.npy") as stream:
+                    array = texts[name] = np.lib.format.read_array(stream, allow_pickle=False)
                 if array.dtype.kind != "U" or array.ndim != 1:
                     _fail(path, f"array {name!r} is {array.ndim}-d of type {array.dtype}; allowed: 1-d texts (<U...)")
             self._set_keys({name: array.tolist() for name, array in texts.items()}, form="an array 'image' of texts")

@@ -1,6 +1,7 @@
 """Figures over depth: one panel for each backbone, and one for each kind of pair. Pure functions of the tidy frame."""
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -21,16 +22,22 @@ from probekit.report.marks import (
     name_only,
     output_point,
     random_curves,
+    right_end,
     short_name,
 )
 from probekit.report.points import ONE_HEAD, depth_points, kinds_points
 from probekit.report.select import OUTPUT, Setting
 from probekit.report.style import (
     BEHIND,
+    CHANCE,
+    FAINT,
     MUTED,
     WIDTH,
+    label,
     look,
     new_figure,
+    percent_axis,
+    spread,
 )
 
 _TEXT = 0.14  # height of a line of text, inches
@@ -164,6 +171,25 @@ def _overview(axes: Axes, points: pd.DataFrame, palette: dict[str, str], *, gap:
     """All trained models in one panel, named at the last layer."""
     axes.set_title("Trained, together")
     axes.tick_params(labelbottom=True)  # its scale is not that of the panel below
+    ends = []
+    for model, colour in palette.items():
+        mine = points[points["model"] == model]
+        curve(axes, mine, colour, width=1.4)
+        last = mine[(mine["weights"] == "trained") & (mine["layers"] == "single")]
+        ends.append(float(last[last["layer"] == last["layer"].max()]["accuracy"].mean()))
+    names = [short_name(model.partition(" (")[0]) for model in palette]
+    for name, end, height, colour in zip(names, ends, spread(ends, gap), palette.values(), strict=True):
+        axes.plot([1.01, 1.06], [end, height], color=colour, linewidth=0.6, clip_on=False)
+        label(axes, 1.07, height, name, colour, va="center", fontsize=7)
+    axes.set_xlim(-0.03, 1.2 + 0.05 * max(map(len, names)))
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], points: pd.DataFrame) -> None:
+    for axes in panels:
+        percent_axis(axes, pd.concat([points["accuracy"], points["low"], points["high"]]))
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+        axes.set_xlim(-0.03, right_end(points) + 0.06)
+    label(panels[0], 0.0, CHANCE, "chance", FAINT, va="top", offset=(0, -1.5), fontsize=6.5)
     blocks = "0 = tokens entering the first block, 1 = after the last"
     ends = "layer / number of blocks" if points["imported"].all() else blocks
     figure.supxlabel(f"Relative depth ({ends})", fontsize=8)
