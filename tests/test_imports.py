@@ -408,6 +408,23 @@ def test_a_full_disk_is_one_line_and_nothing_is_written(prefs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 
+@pytest.mark.parametrize("row_group_size", [500, 100_000])
+def test_a_parquet_file_is_read_in_bounded_memory(tmp_path, monkeypatch, row_group_size):
+    from probekit.imports import feature_files
+
+    monkeypatch.setattr(feature_files, "CHUNK_BYTES", 2**17)
+    vectors = list(np.random.default_rng(0).normal(size=(8000, 256)).astype(np.float32))
+    table = pa.table({"image": [f"{row}.png" for row in range(8000)], "vector": vectors})
+    pq.write_table(table, tmp_path / "f.parquet", row_group_size=row_group_size, compression="none")
+    del table
+    before, most, n_vectors = pa.total_allocated_bytes(), 0, 0
+    for part in feature_files.open_features(tmp_path / "f.parquet").parts():
+        most = max(most, pa.total_allocated_bytes() - before)
+        n_vectors += len(part.values)
+    assert n_vectors == 8000
+    assert most < (tmp_path / "f.parquet").stat().st_size / 2
+
+
 HEAD = {"kind": "linear", "layer_sets": ["singles", "all"], "strengths": [0.01, 1.0]}
 
 

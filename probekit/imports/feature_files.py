@@ -269,7 +269,8 @@ class _Parquet(FeatureFile):
         return self._has_prompts
 
     def _open(self) -> ParquetFile:
-        return ParquetFile(self.path, buffer_size=CHUNK_BYTES)
+        # pyarrow's default fetches all row groups beforehand, and keeps them
+        return ParquetFile(self.path, buffer_size=CHUNK_BYTES, pre_buffer=False)
 
     def _find_layers(self, file: ParquetFile) -> None:
         """Names and channels of the layers, from the first vector of each; other vectors are not read."""
