@@ -25,8 +25,9 @@ from probekit.config import SweepConfig
 from probekit.errors import ConfigError, FeatureFileError, FingerprintError, ProbekitError
 from probekit.imports import plan_import
 from probekit.report import depth_points, scaling_points
+from probekit.report.effects import Verdicts, joining_effects
+from probekit.report.select import narrow, trained_models
 from probekit.report.select import settings as report_settings
-from probekit.report.select import trained_models
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"early": 3, "late": 5}
@@ -273,7 +274,8 @@ def broken(prefs, path: Path, what: str) -> Path:
         ("empty", ["0 layers"]),
     ],
 )
-def test_a_mistake_in_a_file_is_one_line(prefs, tmp_path, what, parts):
+def test_a_mistake_in_a_file_is_one_line(prefs, tmp_path, what, parts, monkeypatch):
+    monkeypatch.setattr("probekit.imports.feature_files.CHUNK_BYTES", 1024)
     file = broken(prefs, tmp_path / "f", what)
     done = probekit("import-features", file, "--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x")
     refused(done, 1, *parts)
@@ -487,7 +489,7 @@ def beside(tmp_path_factory):
         {"heads": [HEAD], "resamples": 100, "sigmas": ["0.005"], "poolings": ["mean"]}, source="test"
     )
     run_sweep(config, stores=paths[:1], out=folder / "alone")
-    return run_sweep(config, stores=[store, *paths], out=folder / "run", prefs=path)
+    return run_sweep(config, stores=[*paths, store], out=folder / "run", prefs=path)
 
 
 def test_one_layer_has_no_depth_and_stands_for_the_chosen_layer_and_for_all(beside):
@@ -516,6 +518,11 @@ def test_imported_features_are_in_the_setting_of_the_backbones_and_never_lead_it
         ("one", True),
         ("planted-7", False),
     ]
+
+
+def test_one_layer_is_not_compared_with_itself(beside):
+    joined = joining_effects(narrow(load_results(beside)), Verdicts(beside, "strict", resamples=100))
+    assert set(joined) == {"three", "planted-7"}
 
 
 def test_the_page_sets_imports_apart(beside, tmp_path):

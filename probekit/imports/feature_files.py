@@ -188,7 +188,6 @@ class _Npz(_Arrays):
                         count = min(rows, len(self.images) - start)
                         data = stream.read(count * width * dtype.itemsize)
                         yield self._part(name, start, _as_float32(np.frombuffer(data, dtype).reshape(count, width)))
-                    stream.read(1)  # the end, where zipfile compares the checksum
 
 
 def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
