@@ -289,25 +289,28 @@ def test_rows_without_features_are_counted_and_named_unless_a_share_is_accepted(
     arrays["late"][keys["image"] == "5-a.png", 1] = np.inf
     keys.loc[keys["image"] == "9-b.png", "image"] = "elsewhere.png"
     file = write(tmp_path / "f", keys[keep], {name: some[keep] for name, some in arrays.items()}, kind="long")
+    table = pd.read_parquet(file)
+    table[(table["image"] != "7-a.png") | (table["layer"] != "late")].to_parquet(file)  # one layer of it is there
     command = ["import-features", file, "--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
-    rows = ["5 of 242 rows", "4 absent", "1 not finite", "'0-a.png'", "'1-b.png'", "'5-a.png'", "'9-b.png'"]
+    rows = ["6 of 242 rows", "5 absent", "1 not finite", "'0-a.png'", "'1-b.png'", "'5-a.png'", "'9-b.png'"]
     refused(probekit(*command), 1, *rows, "1 other keys, such as 'elsewhere.png'", "a share of 0 ")
-    refused(probekit(*command, "--max-bad", 4.9 / 242), 1, *rows)
+    refused(probekit(*command, "--max-bad", 5.9 / 242), 1, *rows)
     assert not (tmp_path / "store").exists()
     plan = plan_import(file, prefs, tmp_path / "store", **WORDS)
-    assert (plan.rows, plan.absent, plan.not_finite, plan.unused) == (242, 4, 1, 1)
-    assert (plan.pairs, plan.pairs_left_out) == (121, 5)
-    assert probekit(*command, "--max-bad", 5 / 242).returncode == 0
+    assert (plan.rows, plan.absent, plan.not_finite, plan.unused) == (242, 5, 1, 1)
+    assert (plan.pairs, plan.pairs_left_out) == (121, 6)
+    assert probekit(*command, "--max-bad", 6 / 242).returncode == 0
     store = FeatureStore(tmp_path / "store")
     status = store.rows.set_index("image_id")["status"]
     assert status[status > 0].groupby(level=0).max().to_dict() == {
         "0-a.png": 1,
         "1-b.png": 1,
         "5-a.png": 2,
+        "7-a.png": 1,
         "9-b.png": 1,
     }
-    assert np.isnan(store.read(layer=0)).all(axis=1).sum() == 5
-    assert store.pairs().left_out == {"missing_rows": 0, "bad_status": 5, "no_label": 0}
+    assert np.isnan(store.read(layer=0)).all(axis=1).sum() == 6
+    assert store.pairs().left_out == {"missing_rows": 0, "bad_status": 6, "no_label": 0}
 
 
 def test_keys_with_prompts_tell_the_prompts_of_a_picture_apart(prefs, tmp_path):
