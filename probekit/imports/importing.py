@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from probekit._types import Progress
 from probekit.config import ImportConfig
-from probekit.errors import FeatureFileError
+from probekit.errors import FeatureFileError, StoreError
 from probekit.imports.feature_files import CHUNK_BYTES, file_sha256, open_features
 from probekit.imports.plan import POOLING, ImportPlan, number_layers
 from probekit.preferences import PreferenceSet
@@ -312,9 +312,16 @@ def _spool(folder: Path, layers: Mapping[str, int], keys: int) -> Iterator[Spool
     """Vectors of all layers in a file that has no name, so that nothing is left of it whenever the process dies."""
     with tempfile.TemporaryFile(dir=folder) as file:
         total = 4 * keys * sum(layers.values())
-        for start in range(0, total, CHUNK_BYTES):  # written out, since a full disk under a memory map is a crash
-            file.write(bytes(min(CHUNK_BYTES, total - start)))
-        file.flush()
+        try:
+            for start in range(0, total, CHUNK_BYTES):  # written out, since a full disk under a memory map is a crash
+                file.write(bytes(min(CHUNK_BYTES, total - start)))
+            file.flush()
+        except OSError as error:
+            msg = (
+                f"{folder}: no room for a temporary copy of the vectors, {total:,} bytes ({error.strerror}); make space "
+                "for it and for the store, and run the same command again"
+            )
+            raise StoreError(msg) from None
         spool, offset = {}, 0
         for name, width in layers.items():
             spool[name] = np.memmap(file, np.float32, "r+", offset, (keys, width))
