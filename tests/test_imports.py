@@ -409,7 +409,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_written(prefs, tmp_path):
     options = ["--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
     command = [sys.executable, "-c", code, "import-features", file, *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    refused(done, 1, str(tmp_path), "484,000 bytes", "File too large")
+    refused(done, 1, str(tmp_path), "480,000 bytes", "File too large")
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 

@@ -313,7 +313,8 @@ def _spool(folder: Path, layers: Mapping[str, int], keys: int) -> Iterator[Spool
     with tempfile.TemporaryFile(dir=folder) as file:
         total = 4 * keys * sum(layers.values())
         try:
-            for start in range(0, total, CHUNK_BYTES):  # written out, since a full disk under a memory map is a crash
+            # written out, since a full disk under a memory map is a crash
+            for start in range(0, total, CHUNK_BYTES):
                 file.write(bytes(min(CHUNK_BYTES, total - start)))
             file.flush()
         except OSError as error:
