@@ -319,8 +319,8 @@ def _spool(folder: Path, layers: Mapping[str, int], keys: int) -> Iterator[Spool
             file.flush()
         except OSError as error:
             msg = (
-                f"{folder}: no room for a temporary copy of the vectors, {total:,} bytes ({error.strerror}); make space "
-                "for it and for the store, and run the same command again"
+                f"{folder}: no room for a temporary copy of the vectors, {total:,} bytes ({error.strerror}); make "
+                "space for it and for the store, and run the same command again"
             )
             raise StoreError(msg) from None
         spool, offset = {}, 0
