@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from probekit.backbones import Backbone, BlockList, Family, Output, register_family
     from probekit.dump import dump_features
     from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV, BradleyTerryMLP
+    from probekit.imports import import_features
     from probekit.preferences import PreferenceSet, load_preferences
     from probekit.report import build_report
     from probekit.results import load_margins, load_results
@@ -31,6 +32,7 @@ _HOMES = {
     "PreferenceSet": "preferences",
     "build_report": "report",
     "dump_features": "dump",
+    "import_features": "imports",
     "load_margins": "results",
     "load_preferences": "preferences",
     "load_results": "results",
@@ -50,6 +52,7 @@ __all__ = [
     "PreferenceSet",
     "build_report",
     "dump_features",
+    "import_features",
     "load_margins",
     "load_preferences",
     "load_results",

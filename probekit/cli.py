@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import DumpConfig, load_yaml
+from probekit.config import DumpConfig, ImportConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -107,6 +107,52 @@ def dump(
     out_console.print(
         f"{settings.out}: {len(store.rows):,} rows, {len(store.layers)} layers, sigma {', '.join(store.sigmas)}"
     )
+
+
+def _import_help(field: str) -> str:
+    return ImportConfig.model_fields[field].description or ""
+
+
+@app.command()
+def import_features(
+    *,
+    file: Annotated[Path, typer.Argument(help=_import_help("file"), show_default=False)],
+    prefs: Annotated[Path, typer.Option(help=_import_help("prefs"))],
+    out: Annotated[Path, typer.Option(help=_import_help("out"))],
+    definition: Annotated[str, typer.Option(help=_import_help("definition"))],
+    name: Annotated[str | None, typer.Option(help=_import_help("name"))] = None,
+    blocks: Annotated[int | None, typer.Option(metavar="N", help=_import_help("blocks"))] = None,
+    parameters: Annotated[int | None, typer.Option(metavar="N", help=_import_help("parameters"))] = None,
+    max_bad: Annotated[float, typer.Option(metavar="SHARE", help=_import_help("max_bad"))] = 0.0,
+    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_import_help("shard_size"))] = 512,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="read and check FILE, say what there is, write nothing")
+    ] = False,
+) -> None:
+    """Turn features computed elsewhere (CLIP, DINOv2, a UNet, ...) into a feature store.
+
+    FILE holds vectors by image (as PREFS writes it), by prompt where they depend on it, and by layer. Parquet: columns
+    image, vector, perhaps prompt and layer. npz: an array for each layer, and texts image, perhaps prompt. safetensors:
+    the same, the texts as JSON lists in the metadata. Another FILE is another store; other PREFS add rows.
+    """
+    from probekit import imports
+    from probekit.preferences import load_preferences
+
+    options: dict[str, Any] = {"definition": definition, "name": name, "blocks": blocks, "parameters": parameters}
+    options |= {"max_bad": max_bad, "shard_size": shard_size}
+    with _progress() as progress:
+        judged = load_preferences(prefs)
+        if dry_run:
+            planned = imports.plan_import(file, judged, out, **options, progress=progress)
+        else:
+            store = imports.import_features(file, judged, out, **options, progress=progress)
+    if dry_run:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for heading, text in planned.lines():
+            table.add_row(heading, text)
+        out_console.print(table)
+    else:
+        out_console.print(f"{out}: {len(store.rows):,} rows, {len(store.layers)} layers")
 
 
 @app.command()

@@ -164,6 +164,22 @@ class DumpConfig(_Strict):
     )
 
 
+class ImportConfig(_Strict):
+    """Settings of ``probekit import-features``: which file of features becomes a store, and what is said of it."""
+
+    file: Path = Field(description="features of the images: .npz, .safetensors or .parquet")
+    prefs: Path = Field(description="preference file in the general form (JSONL, JSON, CSV or Parquet)")
+    out: Path = Field(description="the feature store: a folder, made or continued")
+    definition: str = Field(min_length=1, description="what the features are, in words; part of the store's identity")
+    name: str | None = Field(None, min_length=1, description="what tables and figures call them (default: FILE's stem)")
+    blocks: int | None = Field(
+        None, ge=1, description="blocks of the network, where layers are numbers (default: the largest)"
+    )
+    parameters: int | None = Field(None, ge=1, description="parameters of the network, for the plot against size")
+    max_bad: float = Field(0.0, ge=0, le=1, description="largest share of rows without features that is accepted")
+    shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
+
+
 def _allowed_layer_set(value: object) -> object:
     """Say in one sentence what a layer set may be, in place of one complaint for each member of the union."""
     if isinstance(value, dict) and set(value) == {"relative"}:

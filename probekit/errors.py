@@ -36,6 +36,10 @@ class DeviceMemoryError(BackboneError):
     """A device whose memory does not hold what has to be on it at once."""
 
 
+class FeatureFileError(ProbekitError):
+    """A file of features computed elsewhere whose content cannot be used."""
+
+
 class StoreError(ProbekitError):
     """A feature store that is damaged, or was asked for something it does not hold."""
 

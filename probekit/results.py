@@ -27,7 +27,7 @@ from pyarrow.parquet import ParquetFile, ParquetWriter
 from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 
-RESULTS_VERSION = "1.1"
+RESULTS_VERSION = "1.2"
 ALL_SOURCES = "all"
 SPLITS = ("train", "validation", "test")
 
@@ -71,11 +71,12 @@ RESULT_COLUMNS: dict[str, str] = {
     "converged": "bool",
     "train_accuracy": "float64",
     "head_parameters": "int64",
-    "backbone_parameters": "int64",
+    "backbone_parameters": "Int64",  # unknown for some imported features
     "width": "int64",
     "n_blocks": "int64",
-    "relative_depth": "float64",  # layer / n_blocks, single layers only; 1 for the output point
+    "relative_depth": "float64",  # layer / n_blocks, single layers only; 1 for the output point; none if n_blocks is 0
     "training_images": "Int64",  # images the backbone saw in training, where known
+    "imported": "bool",  # features computed elsewhere, no backbone of a family; filled in by `rebuild`
     "chosen": "bool",  # best single layer on validation; filled in by `rebuild`
     "store_fingerprint": "str",
     "data_digest": "str",
@@ -83,7 +84,7 @@ RESULT_COLUMNS: dict[str, str] = {
 }
 
 #: What `rebuild` fills in: parts do not hold it (or, for ``chosen``, only False), since it is no part of one fit.
-_FILLED_IN = ("family_tested", "sigma_ratio", "pooling_layers")
+_FILLED_IN = ("family_tested", "sigma_ratio", "pooling_layers", "imported")
 _PART_COLUMNS = {name: dtype for name, dtype in RESULT_COLUMNS.items() if name not in _FILLED_IN}
 
 #: Kinds of controls and what they are called: random weights of the transformer, or the trained transformer told
@@ -160,9 +161,9 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
     record_ids
         Records of the plan.
     facts
-        What the stores say of the records, indexed by record: ``family_tested``, ``sigma_ratio`` and
-        ``pooling_layers``. Without it every family counts as tested, no noise level as measured, and every pooling as
-        existing at all ``n_blocks + 1`` layers.
+        What the stores say of the records, indexed by record: ``family_tested``, ``sigma_ratio``, ``pooling_layers``
+        and ``imported``. Without it every family counts as tested, no noise level as measured, every pooling as
+        existing at all ``n_blocks + 1`` layers, and nothing as imported.
 
     Returns
     -------
@@ -175,7 +176,8 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
         raise ResultsError(msg)
     frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in record_ids], ignore_index=True)
     if facts is None:
-        frame = frame.assign(family_tested=True, sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1)
+        defaults = {"family_tested": True, "sigma_ratio": np.nan, "imported": False}
+        frame = frame.assign(**defaults, pooling_layers=frame["n_blocks"] + 1)
     else:
         frame = frame.assign(**{name: frame["record_id"].map(facts[name]) for name in _FILLED_IN})
     _write_table(run / "results.parquet", mark_chosen(frame), RESULT_COLUMNS)

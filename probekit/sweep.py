@@ -171,6 +171,8 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
     """Give the settings of a store that a report shows; hashes stay in the store, its fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}
     facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
+    if store.describe.get("imported"):  # numbers alone would not say which of the layers given is which
+        plain["layer_names"] = ", ".join(f"{layer.index} = {layer.name}" for layer in store.layers)
     shown = {"pooling": store.config["poolings"], "sigma_resolution": store.sigma_resolution}
     return facts | plain | dict(store.config.get("noise", {})) | shown
 
@@ -178,15 +180,19 @@ def _settings(store: FeatureStore) -> dict[str, Any]:
 def _store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFrame:
     """Give what results say of a record's store and what is no part of the fit, by record."""
     by_path = {store.path: store for store in stores}
-    facts: dict[str, list[Any]] = {"family_tested": [], "sigma_ratio": [], "pooling_layers": []}
+    facts: dict[str, list[Any]] = {"family_tested": [], "sigma_ratio": [], "pooling_layers": [], "imported": []}
     for record in records:
         store = by_path[record.store]
         facts["family_tested"].append(store.describe.get("family_tested", True))
         facts["sigma_ratio"].append(store.sigma_resolution.get(record.sigma, {}).get("ratio"))
         held = {layer.index for layer in store.layers_of(record.pooling)}
         last = store.describe["n_blocks"]  # the output point is no layer
+        imported = bool(store.describe.get("imported"))
         absent = [layer for layer in store.layers if layer.index <= last and layer.index not in held]
-        facts["pooling_layers"].append(last + 1 - len(absent))
+        # Of a backbone all layers are known; imported features have those that were given.
+        given = len([layer for layer in held if layer <= last])
+        facts["pooling_layers"].append(given if imported else last + 1 - len(absent))
+        facts["imported"].append(imported)
     return pd.DataFrame(facts, index=[record.record_id for record in records]).astype({"sigma_ratio": "float64"})
 
 
@@ -200,6 +206,8 @@ def _control(store: FeatureStore) -> str:
 
 def _plan(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
     """All records of one store, in the order of the configuration."""
+    if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
+        config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
     coordinates = _coordinates(config, store)
     poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
     for dataset in [judged.stem] if judged else store.judgements:
@@ -272,7 +280,7 @@ def _bind_file(prefs: Path, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
     loaded = load_preferences(prefs)
     # A missing file costs its pairs here, as a row that the store lacks does.
-    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1))
+    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1.0))
     path = out / _JUDGEMENTS / f"{loaded.name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -376,8 +384,9 @@ def _facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     """Give the columns that say what was fitted on what."""
     facts = store.describe
     single = len(record.layers) == 1
-    # the output point (layer n_blocks + 1) is no deeper than the last layer
-    depth = min(record.layers[0], facts["n_blocks"]) / facts["n_blocks"] if single else np.nan
+    # the output point (layer n_blocks + 1) is no deeper than the last layer; one imported layer alone has no depth
+    has_depth = single and facts["n_blocks"] > 0
+    depth = min(record.layers[0], facts["n_blocks"]) / facts["n_blocks"] if has_depth else np.nan
     return {
         "record_id": record.record_id,
         "backbone": record.backbone,

@@ -154,7 +154,7 @@ def write_run(
                 for head in heads if len(layers) > 1 else heads[:1]:
                     keys.append(_write_record(run, net, layers, head, (sigma, draw), pairs, difficulty, kinds))
                     layers_in_all[keys[-1]] = net.n_blocks + 1
-    facts = {"pooling_layers": layers_in_all, "sigma_ratio": ratio, "family_tested": tested}
+    facts = {"pooling_layers": layers_in_all, "sigma_ratio": ratio, "family_tested": tested, "imported": False}
     rebuild(run, keys, facts=pd.DataFrame(facts))
     store = {"store": "features/demo", "resolution": 32, "dtype": "float32", "noise": "shared", "noise_seed": 0}
     sweep = {"heads": [_head(name) for name in heads], "protocol": "strict", "resamples": 2000, "level": 0.95}

@@ -466,10 +466,10 @@ def test_strengths_at_either_end_of_the_grid_are_two_warnings(frame):
 def test_stores_with_other_data_are_named_in_short_and_in_the_warnings(run, frame, tmp_path):
     other = (frame["backbone"] == "3x32") & (frame["control"] == "init:1")
     changed = frame.assign(data_digest=frame["data_digest"].where(~other, "cd" * 32))
-    for text in (found(changed, [], {}, {}, {})[0], warnings_list(changed)[0]):
+    for text in (found(changed, [], {}, {}, {}, {})[0], warnings_list(changed)[0]):
         assert text.startswith("Not the same data: 1 of 8 store was fitted or judged on other pairs")
         assert "3x32 (init:1)." in text
-    assert "Not the same data" not in " ".join([*found(frame, [], {}, {}, {}), *warnings_list(frame)])
+    assert "Not the same data" not in " ".join([*found(frame, [], {}, {}, {}, {}), *warnings_list(frame)])
 
 
 def test_pairs_that_one_side_did_not_judge_are_counted(tmp_path):
@@ -478,7 +478,7 @@ def test_pairs_that_one_side_did_not_judge_are_counted(tmp_path):
     margins = load_margins(folder, [keys[0]]).drop(columns="record_id")
     decided = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
     rows = load_results(folder).query("record_id == @keys[0]")
-    rows = rows.drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers"])
+    rows = rows.drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers", "imported"])
     write_part(folder, keys[0], rows, margins.drop(decided.index[:7]))
     (effect,) = size_effects(load_results(folder), Verdicts(folder, "strict"))["all layers"]
     assert (effect.dropped, effect.n_pairs) == (7, len(decided) - 7)
@@ -519,7 +519,7 @@ def test_joining_is_compared_with_the_chosen_layer(run, frame):
 
 def test_sentences_for_seeds_of_the_largest_model(frame):
     small = frame[frame["backbone"].str.startswith("2x16")]
-    assert "mean of 2 training seeds" in found(small, [], {}, {}, {})[0]
+    assert "mean of 2 training seeds" in found(small, [], {}, {}, {}, {})[0]
 
 
 def test_facts_of_stores_are_split_into_shared_and_differing():

@@ -36,7 +36,8 @@ def run(written, tmp_path):
 
 def rows_of(run, key):
     frame = results.load_results(run)
-    return frame[frame["record_id"] == key].drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers"])
+    filled_in = ["chosen", "family_tested", "sigma_ratio", "pooling_layers", "imported"]
+    return frame[frame["record_id"] == key].drop(columns=filled_in)
 
 
 def margins_of(run, key):
@@ -153,7 +154,7 @@ def test_a_folder_without_results_says_so(tmp_path):
 def test_another_format_is_refused(run, monkeypatch):
     folder, _ = run
     monkeypatch.setattr(results, "RESULTS_VERSION", "2.0")
-    with pytest.raises(ResultsError, match=r"written in results format 1\.1; this version reads 2\.0"):
+    with pytest.raises(ResultsError, match=r"written in results format 1\.2; this version reads 2\.0"):
         results.load_results(folder)
 
 
@@ -215,7 +216,7 @@ sys.path[:0] = {sys.path!r}
 from probekit import results
 frame = results.load_results({str(folder)!r})
 rows = frame[frame["record_id"] == {keys[0]!r}]
-rows = rows.drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers"])
+rows = rows.drop(columns=["chosen", "family_tested", "sigma_ratio", "pooling_layers", "imported"])
 margins = results.load_margins({str(folder)!r}, [{keys[0]!r}]).drop(columns="record_id")
 print("ready", flush=True)
 for i in range(10_000):

@@ -421,7 +421,7 @@ def test_a_bad_disk_is_no_reason_to_forget(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("probekit.store.shards.os.pread", fails)
+        patch.setattr("probekit.store.shards.os.preadv", fails)
         problems = verify_store(tmp_path, repair=True).problems
     assert [problem.problem for problem in problems] == ["cannot be read (Input/output error)"] * 2
     assert tree(tmp_path) == before

@@ -40,8 +40,9 @@ def found(
     joins: Mapping[str, Effect],
     sizes: Mapping[str, list[Effect]],
     lengths: Mapping[str, list[Effect]],
+    others: Mapping[str, list[Effect]],
 ) -> list[str]:
-    """Headline sentences: the largest backbone against its random weights, then joining, size and training."""
+    """Headline sentences: the largest backbone against random weights, joining, size, training, imports."""
     rows = reported_rows(frame)
     models = trained_models(rows)
     sentences = differing_data(frame)
@@ -65,12 +66,20 @@ def found(
     if join := joins.get(large.label):
         verb = _verdict(join, "is {} above", "is {} below", "cannot be told ({}) from")
         sentences.append(f"A head on all its layers together {verb} the one on the chosen layer.{seeds_text(join)}")
-    sentences += [size_sentence(layers, effects, models[0].label, large.label) for layers, effects in sizes.items()]
+    dumped = [model for model in models if not model.imported]
+    sentences += [size_sentence(layers, effects, dumped[0].label, large.label) for layers, effects in sizes.items()]
     for layers, effects in lengths.items():
         for effect in effects:
             verb = _verdict(effect, "adds {}", "costs {}", "makes no difference that can be told from zero ({})")
             what = effect.what.replace(" - ", " against ")
             sentences.append(f"{_LAYERS[layers]}, longer training of one shape {verb} ({what}).{seeds_text(effect)}")
+    for layers, effects in others.items():
+        for effect in effects:
+            verb = _verdict(effect, "is {} above", "is {} below", "cannot be told ({}) from")
+            what = effect.what.removeprefix(f"{large.label} - ").removesuffix(" (imported)")
+            sentences.append(
+                f"{_LAYERS[layers]}, {large.label} {verb} the imported features {what}.{seeds_text(effect)}"
+            )
     return sentences
 
 
@@ -102,7 +111,7 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
         " not retraining.",
         "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
         if rows["chosen"].any()
-        else "The run has no validation rows, so no layer is chosen.",
+        else "No layer is chosen, for want of validation rows or of several layers.",
         "Dashed line and diamond: the head on all layers together."
         if len(all_layers(rows))
         else "The run has no head on all layers together.",
@@ -127,14 +136,37 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
         )
     if len(trained_models(rows)) > 1:
         parts.append("Thin grey: the other backbones.")
-    return " ".join(parts)
+    return " ".join(parts + _imported(rows))
+
+
+def _imported(rows: pd.DataFrame) -> list[str]:
+    """Say of imported features what their depth means, and what of the caption is not about them."""
+    models = [model for model in trained_models(rows) if model.imported]
+    if not models:
+        return []
+    parts = [
+        f"Orange, imported ({', '.join(model.label for model in models)}): features computed elsewhere, without the"
+        " noise and pooling named above; depth is the layer's number over the number of blocks stated, or over the last"
+        " number of the file."
+    ]
+    if any(model.n_blocks == 0 for model in models):
+        parts.append("A dashed level across the panel is a layer that is the only one and has no depth.")
+    return parts
 
 
 def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> str:
     """Caption of the scaling figure, with what random weights leave of the effect of size."""
-    models = trained_models(reported_rows(frame))
+    every = trained_models(reported_rows(frame))
+    models = [model for model in every if not model.imported]
+    imported = [model for model in every if model.imported]
+    note = []
+    if imported:
+        note = ["Crosses, off the line: imported features, of networks that differ in more than size."]
+    if unknown := [model.label for model in imported if model.parameters is None]:
+        note.append(f"Not drawn, since the size of their network is not stated: {', '.join(unknown)}.")
     if not sizes:
-        return "All backbones have the same size, so this says nothing about scaling."
+        alike = "All backbones have the same size" if len(models) > 1 else "There are no two backbones to compare"
+        return " ".join([f"{alike}, so this says nothing about scaling.", *note])
     parts = [size_sentence(layers, effects, models[0].label, models[-1].label) for layers, effects in sizes.items()]
     if not control_kinds(frame, RANDOM):
         parts.append("Without random-weights controls the effect of width alone is unknown.")
@@ -147,7 +179,7 @@ def scaling_caption(frame: pd.DataFrame, sizes: Mapping[str, list[Effect]]) -> s
     )
     if any(len(model.backbones) > 1 for model in models):
         parts.append("Small dots side by side: training seeds of one size.")
-    return " ".join(parts)
+    return " ".join(parts + note)
 
 
 def training_caption(frame: pd.DataFrame, lengths: Mapping[str, list[Effect]]) -> str:
@@ -194,7 +226,10 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
     """
     rows = reported_rows(frame)
     whole = whole[whole["dataset"].isin(frame["dataset"])]
-    n_models = len(trained_models(rows))
+    models = trained_models(rows)
+    n_models = sum(not model.imported for model in models)
+    imported = [model.label for model in models if model.imported]
+    dumped = whole[~whole["imported"]]
     items = [
         "The interval of an accuracy covers one fitted head on pairs like these. That of a difference covers, beside"
         " the pairs, the seeds of every side that has several; of one seed the variance is unknown. None contains"
@@ -207,9 +242,9 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
         "The chosen layer is the best on validation. Layers close to it may be as good, and with few validation pairs"
         " the choice is noisy.",
     ]
-    if not (rows["combination"] == "single").any():
-        items.append("The run has no heads on single layers, so it says nothing about depth.")
-    if (rows["layer"] == 0).any():
+    if rows["relative_depth"].isna().all():
+        items.append("The run has no heads on single layers with a depth, so it says nothing about depth.")
+    if (rows["layer"].eq(0) & ~rows["imported"]).any():
         items.append(
             "Layer 0 is the tokens that enter the first block. In most architectures they have not met the prompt,"
             " so what only the prompt decides is at 50 % there, up to the noise, which may differ between prompts."
@@ -223,6 +258,11 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
         items.append("There are no random-weights controls in this run: no accuracy here can be credited to training.")
     if n_models > 1:
         items.append(f"{n_models} models are a contrast between these checkpoints; a slope for others would need more.")
+    if imported:
+        items.append(
+            f"Imported features ({', '.join(imported)}) are taken as they were given: nothing here checks how they were"
+            " computed, and random weights or other prompts of a backbone are no controls of them."
+        )
     if rows["training_images"].isna().all():
         items.append("How long the backbones were trained is not recorded.")
     if control_kinds(rows, PROMPTS):
@@ -230,11 +270,12 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
             "What a head reads with empty or shuffled prompts needs no prompt, such as a picture's quality. A margin"
             " over them is what the prompt brings to heads of this kind, not all that the backbone makes of it."
         )
-    if whole["sigma"].nunique() == 1:
-        items.append(f"One noise level only ({rows['sigma'].iloc[0]}); other levels may rank layers differently.")
-    if (draws := whole["draw"].nunique()) > 1:
+    if dumped["sigma"].nunique() == 1:
+        items.append(f"One noise level only ({dumped['sigma'].iloc[0]}); other levels may rank layers differently.")
+    if (draws := dumped["draw"].nunique()) > 1:
+        shown = rows[~rows["imported"]]["draw"].iloc[0]
         items.append(
-            f"Figures and differences are of noise draw {rows['draw'].iloc[0]}, one of {draws}; the others stand under"
+            f"Figures and differences are of noise draw {shown}, one of {draws}; the others stand under"
             " Other settings. Draws are never averaged, and how far they differ is in no interval."
         )
     return items
@@ -245,9 +286,11 @@ def _largest(chosen: pd.DataFrame, model: Model) -> list[str]:
         row = chosen.iloc[0]
         share = f"{percent(row['accuracy'])} % {interval(row['low'], row['high'])}"
         pairs = f"{row['n_pairs']:,} test pairs"
-        layer = f"layer {row['layer']} of {model.n_blocks}"
+        layer = (
+            f"layer {row['layer']} of {model.n_blocks}, chosen on validation," if row["chosen"] else "its only layer"
+        )
         return [
-            f"{model.label}: {layer}, chosen on validation, orders {share} of {pairs} as their labels do"
+            f"{model.label}: {layer} orders {share} of {pairs} as their labels do"
             " (interval over test pairs; how much training seeds differ is not in it)."
         ]
     if len(chosen):

@@ -25,6 +25,7 @@ from probekit.report.select import (
     Model,
     control_kinds,
     control_rows,
+    dumped_models,
     layer_rows,
     of_kind,
     reported_rows,
@@ -234,15 +235,18 @@ def joining_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, Effect
     effects = {}
     for model in trained_models(rows):
         joined, chosen = (_trained(layer_rows(rows, layers), model) for layers in (ALL_LAYERS, CHOSEN))
-        if joined.keys and chosen.keys:
+        if joined.keys and chosen.keys and joined.keys != chosen.keys:  # one imported layer is both
             effects[model.label] = verdicts.compare(f"{model.label}: all layers - chosen layer", [joined], [chosen])
     return effects
 
 
 def size_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effect]]:
-    """Largest minus smallest model: trained, random weights, and what the one leaves of the other."""
+    """Largest minus smallest model: trained, random weights, and what the one leaves of the other.
+
+    Imported features are no end of it: their networks differ from the backbones in more than size.
+    """
     rows = reported_rows(frame)
-    models = trained_models(rows)
+    models = dumped_models(rows)
     if len(models) < 2 or models[0].parameters == models[-1].parameters:
         return {}
     small, large = models[0], models[-1]
@@ -260,6 +264,21 @@ def size_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effe
                 what = f"difference of the two: what random weights ({kind}) leave"
                 found[layers].append(verdicts.compare(f"{title}, random weights ({kind})", [wide], [narrow]))
                 found[layers].append(verdicts.compare(what, [above, narrow], [below, wide]))
+    return found
+
+
+def import_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effect]]:
+    """Largest backbone minus each model of imported features, by layer choice."""
+    rows = reported_rows(frame)
+    found: dict[str, list[Effect]] = {}
+    for large in dumped_models(rows)[-1:]:
+        for model in (model for model in trained_models(rows) if model.imported):
+            for layers in (CHOSEN, ALL_LAYERS):
+                part = layer_rows(rows, layers)
+                ours, theirs = _trained(part, large), _trained(part, model)
+                if ours.keys and theirs.keys:
+                    what = f"{large.label} - {model.label} (imported)"
+                    found.setdefault(layers, []).append(verdicts.compare(what, [ours], [theirs]))
     return found
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from probekit.report import style
 from probekit.report.marks import (
     OUTPUT_MARKER,
     control_handles,
@@ -18,6 +19,7 @@ from probekit.report.marks import (
     in_percent,
     levels,
     name_chosen,
+    name_only,
     output_point,
     random_curves,
     right_end,
@@ -31,7 +33,6 @@ from probekit.report.style import (
     FAINT,
     MUTED,
     WIDTH,
-    colours,
     label,
     look,
     new_figure,
@@ -61,7 +62,7 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
     """
     points = in_percent(depth_points(frame, setting=setting), "depth")
     models = list(points["model"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    palette = style.palette(points)
     with look():
         if len(models) == 1:
             figure, height = new_figure(5.4, 3.7), 2.5
@@ -85,6 +86,7 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
             levels(axes, mine, colour, line=True)
             output_point(axes, mine, colour, bars=True)
             name_chosen(axes, mine, colour, text_height=text_height)
+            name_only(axes, mine, colour)
         text = f"trained, {100 * level:g} % interval"
         ring = {"marker": "o", "markerfacecolor": "white", "markersize": 6, "linestyle": ""}
         dashed = {"linestyle": (0, (2.5, 1.5)), "marker": "D", "markersize": 3.5}
@@ -113,7 +115,7 @@ def kinds_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
     """
     points = in_percent(kinds_points(frame, setting=setting), "kinds")
     models = list(points["model"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    palette = style.palette(points)
     last = models[-1]
     largest = points[(points["model"] == last) & (points["weights"] == "trained")]
     kinds = list(largest.groupby("source")["accuracy"].max().sort_values(ascending=False, kind="stable").index)
@@ -188,5 +190,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], points: pd.DataFrame) -> Non
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
         axes.set_xlim(-0.03, right_end(points) + 0.06)
     label(panels[0], 0.0, CHANCE, "chance", FAINT, va="top", offset=(0, -1.5), fontsize=6.5)
-    figure.supxlabel("Relative depth (0 = tokens entering the first block, 1 = after the last)", fontsize=8)
+    blocks = "0 = tokens entering the first block, 1 = after the last"
+    ends = "layer / number of blocks" if points["imported"].all() else blocks
+    figure.supxlabel(f"Relative depth ({ends})", fontsize=8)
     figure.supylabel("Test accuracy (%)", fontsize=8)

@@ -24,7 +24,9 @@ DASHES = {
 }
 MARKERS = {"init": "o", "shuffled": "s", "empty-prompts": "v", "shuffled-prompts": "^"}
 OUTPUT_MARKER = "P"
+IMPORTED_MARKER = "X"
 BESIDE = 0.06  # of the depth of the backbone: between the last layer and what is drawn beyond it
+LEVEL = (0, (5, 2))  # dashes of a value that no depth belongs to
 LONGEST_NAME = 16
 
 
@@ -48,21 +50,28 @@ def short_name(name: str) -> str:
 def curve(
     axes: Axes, points: pd.DataFrame, colour: str, *, width: float, band: bool = False, marker: bool = False
 ) -> None:
-    """Trained single layers: a line for each backbone (training seeds are several)."""
+    """Trained single layers: a line for each backbone (training seeds are several).
+
+    One imported layer has no depth: it is a level across the panel.
+    """
     trained = points[(points["weights"] == "trained") & (points["layers"] == "single")]
     zorder = 2 if colour == BEHIND else 4
     names = trained["backbone"].unique()
     for name in names:
         line = trained[trained["backbone"] == name].sort_values("layer")
-        axes.plot(
-            line["relative_depth"],
-            line["accuracy"],
-            color=colour,
-            linewidth=width / len(names) ** 0.35,
-            zorder=zorder,
-            marker="o" if marker else "",
-            markersize=2.8 if len(line) < 20 else 2.0,
-        )
+        if line["relative_depth"].isna().all():
+            line = pd.concat([line, line]).assign(relative_depth=[0.0, 1.0])
+            axes.plot([0, 1], line["accuracy"], color=colour, linewidth=width, linestyle=LEVEL, zorder=zorder)
+        else:
+            axes.plot(
+                line["relative_depth"],
+                line["accuracy"],
+                color=colour,
+                linewidth=width / len(names) ** 0.35,
+                zorder=zorder,
+                marker="o" if marker else "",
+                markersize=2.8 if len(line) < 20 else 2.0,
+            )
         if band:
             axes.fill_between(
                 line["relative_depth"],
@@ -107,7 +116,7 @@ def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None
     joined = joined[joined["interval"] == ONE_HEAD]
     if line and len(joined):
         level = float(joined["accuracy"].mean())
-        axes.plot([0, place], [level, level], color=colour, linewidth=0.9, linestyle=(0, (5, 2)), zorder=3)
+        axes.plot([0, place], [level, level], color=colour, linewidth=0.9, linestyle=LEVEL, zorder=3)
         text = f"all layers: {level:.1f}" + (" (mean)" if len(joined) > 1 else "")
         label(axes, 0, level, text, colour, va="bottom", offset=(0, 1.5))
 
@@ -178,6 +187,14 @@ def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: f
     height = float(trained["high"].max() if up else trained["low"].min())
     options = {"ha": side, "va": "bottom" if up else "top", "offset": (0, 1 if up else -1)}
     label(axes, place, height, text + " (mean)" * (len(chosen) > 1), colour, **options)
+
+
+def name_only(axes: Axes, points: pd.DataFrame, colour: str) -> None:
+    """Write the accuracy of an imported layer without a depth on its level."""
+    only = points[(points["layers"] == "single") & (points["weights"] == "trained") & points["relative_depth"].isna()]
+    for row in only.to_dict("records"):
+        text = f"its only layer: {row['accuracy']:.1f}"
+        label(axes, 0, row["high"], text, colour, va="bottom", offset=(0, 1))
 
 
 def control_handles(points: pd.DataFrame, *, colour: str = MUTED, of: str = "", marker: bool = False) -> list[Line2D]:

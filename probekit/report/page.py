@@ -18,6 +18,7 @@ from probekit.report import captions, tables
 from probekit.report.effects import (
     Verdicts,
     control_margins,
+    import_effects,
     joining_effects,
     size_effects,
     training_effects,
@@ -113,6 +114,7 @@ def _section(
     verdicts = Verdicts(run, setting.protocol, level=level, resamples=int(options.get("resamples", 2000)))
     margins, joins = control_margins(frame, verdicts), joining_effects(frame, verdicts)
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
+    others = import_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
     figures = []
 
@@ -125,10 +127,10 @@ def _section(
         links = {kind.upper(): quote(f"{folder.name}/{stem.name}.{kind}") for kind in ("svg", "png", "csv")}
         figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
 
-    if (frame["combination"] == "single").any() and models:
+    if frame["relative_depth"].notna().any() and models:
         add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
     if models:
-        if len(models) > 1 and not scaling_points(frame, setting=setting).empty:
+        if scaling_points(frame, setting=setting)["model"].nunique() > 1:
             add(
                 "scaling",
                 "Accuracy against size",
@@ -152,12 +154,13 @@ def _section(
             *(margin.effect for margin in margins if margin.layers == layers),
             *sizes.get(layers, []),
             *lengths.get(layers, []),
+            *others.get(layers, []),
         ]
         for layers in (CHOSEN, ALL_LAYERS)
     }
     return {
         "setting": setting,
-        "found": captions.found(frame, margins, joins, sizes, lengths),
+        "found": captions.found(frame, margins, joins, sizes, lengths, others),
         "headline": tables.headline_table(frame, margins, joins),
         "effects": [(layers, tables.effects_table(some)) for layers, some in effects.items() if some],
         "figures": figures,
@@ -232,6 +235,7 @@ def _fingerprints(frame: pd.DataFrame) -> pd.DataFrame:
         "data_digest": "Data digest",
     }
     table = stores[list(columns)].rename(columns=columns).astype(object)
+    table["Condition"] = table["Condition"].mask(stores["imported"], "imported")
     for name in ("Parameters", "Training images"):
         table[name] = [tables.NONE if pd.isna(value) else f"{int(value):,}" for value in table[name]]
     for name in ("Store fingerprint", "Data digest"):

@@ -36,6 +36,7 @@ SEED_RANGE = "range over seeds"
 _DEPTH = [
     "model",
     "backbone",
+    "imported",
     "weights",
     "layers",
     "layer",
@@ -52,6 +53,7 @@ _SCALING = [
     "model",
     "backbone",
     "parameters",
+    "imported",
     "weights",
     "layers",
     "layer",
@@ -66,11 +68,13 @@ _TRAINING = ["series", "training_images", *_SCALING]
 
 _NEEDED = ["backbone", "control", "source", "layer_set", "layer", "n_layers", "combination", "chosen", "n_pairs"]
 _NEEDED += ["accuracy", "low", "high", "relative_depth", "n_blocks", "width", "backbone_parameters", "training_images"]
-_NEEDED += ["pooling_layers", "family_tested"]
+_NEEDED += ["pooling_layers", "family_tested", "imported"]
 
 
 def depth_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
     """Test accuracy of every single layer, the output point and all layers together, for each model and its controls.
+
+    Imported features of one layer have no relative depth.
 
     The output point stands at relative depth 1 like the last layer, of which it is a function; ``layers`` tells them
     apart.
@@ -95,9 +99,13 @@ def undecided_kinds(frame: pd.DataFrame, *, setting: Setting | None = None) -> l
 
 
 def scaling_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
-    """Test accuracy of the validation-chosen layer and of all layers together against the size of the backbone."""
+    """Test accuracy of the validation-chosen layer and of all layers together against the size of the backbone.
+
+    Imported features stand at the size of their network; where that is unknown they have no point.
+    """
     rows = reported_rows(narrow(frame, setting))[_NEEDED]
-    return _table([point for model in trained_models(rows) for point in _size_rows(rows, model)], _SCALING)
+    models = [model for model in trained_models(rows) if model.parameters is not None]
+    return _table([point for model in models for point in _size_rows(rows, model)], _SCALING)
 
 
 def training_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
@@ -146,6 +154,7 @@ def _one(row: dict[Hashable, Any], model: Model, weights: str, layers: str) -> d
     keep = ("source", "layer", "relative_depth", "accuracy", "low", "high", "chosen")
     return {"model": model.label, "backbone": name, "weights": weights, "layers": layers, "interval": ONE_HEAD} | {
         "parameters": model.parameters,
+        "imported": model.imported,
         "n_seeds": 1,
         **{column: row[column] for column in keep},
     }
@@ -161,6 +170,7 @@ def _mean(seeds: pd.DataFrame, model: Model, weights: str, layers: str) -> dict[
         "layers": layers,
         "interval": SEED_RANGE,
         "parameters": model.parameters,
+        "imported": model.imported,
         "n_seeds": len(seeds),
         "layer": first["layer"] if one_layer else pd.NA,
         "relative_depth": first["relative_depth"] if one_layer else float("nan"),
@@ -175,6 +185,7 @@ def _mean(seeds: pd.DataFrame, model: Model, weights: str, layers: str) -> dict[
 def _table(rows: Iterable[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows), columns=columns)
     dtypes = {
+        "imported": "bool",
         "layer": "Int64",
         "training_images": "Int64",
         "parameters": "Int64",

@@ -1,6 +1,7 @@
 """Which rows of the tidy frame a figure or a table shows: one setting, one entry for each model, its own controls.
 
 A setting is one noise level, one noise draw and one pooling among others: rows of several are never drawn as one.
+Imported features know none of the three, so they belong to every setting.
 """
 
 import re
@@ -46,15 +47,18 @@ class Model:
     backbones
         Names in the frame.
     shape
-        Blocks, width and parameters.
+        Blocks, width and parameters (None if unknown).
     images
         Training images, where known.
+    imported
+        Whether its features were computed elsewhere: set beside the backbones, and never one end of an effect of size.
     """
 
     label: str
     backbones: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int | None]
     images: int | None
+    imported: bool = False
 
     @property
     def name(self) -> str:
@@ -63,12 +67,12 @@ class Model:
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of the transformer."""
+        """Blocks of the transformer; 0 for one imported layer without a depth."""
         return self.shape[0]
 
     @property
-    def parameters(self) -> int:
-        """Parameters of the transformer."""
+    def parameters(self) -> int | None:
+        """Parameters of the transformer, or of the network whose features were imported where they are known."""
         return self.shape[2]
 
 
@@ -82,6 +86,7 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     found = []
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
+        rows = rows if rows["imported"].all() else rows[~rows["imported"]]
         unresolved = rows["sigma_ratio"] < RESOLVED_RATIO
         rows = rows if unresolved.all() else rows[~unresolved]  # a noise level that is resolved leads
         single, linear = rows["combination"] == "single", rows["head_kind"] == "linear"
@@ -101,12 +106,16 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
 
 
 def narrow(frame: pd.DataFrame, setting: Setting | None = None, *, any_head: bool = False) -> pd.DataFrame:
-    """Keep the rows of one setting (default: the first); with `any_head`, of every head and seed in it."""
+    """Keep the rows of one setting (default: the first); with `any_head`, of every head and seed in it.
+
+    Imported features are kept whatever the noise level, draw and pooling of the setting.
+    """
     wanted = asdict(setting or settings(frame)[0])
     if any_head:
         del wanted["head"], wanted["seed"]
     for column, value in wanted.items():
-        frame = frame[frame[column] == value]
+        same = frame[column] == value
+        frame = frame[same | frame["imported"]] if column in ("sigma", "draw", "pooling") else frame[same]
     return frame
 
 
@@ -132,9 +141,18 @@ def output_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame["combination"] == "single") & (frame["layer"] > frame["n_blocks"])]
 
 
+def only_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of imported features that have a single layer: none was chosen, and it is all layers together."""
+    return single_layers(frame[frame["imported"] & (frame["pooling_layers"] == 1)])
+
+
 def layer_rows(frame: pd.DataFrame, layers: str) -> pd.DataFrame:
-    """Keep the rows of the validation-chosen single layer (`CHOSEN`) or of all layers together (`ALL_LAYERS`)."""
-    return frame[frame["chosen"]] if layers == CHOSEN else all_layers(frame)
+    """Keep the rows of the validation-chosen single layer (`CHOSEN`) or of all layers together (`ALL_LAYERS`).
+
+    The only layer of imported features stands for both.
+    """
+    rows = frame[frame["chosen"]] if layers == CHOSEN else all_layers(frame)
+    return frame[frame.index.isin(rows.index.union(only_layers(frame).index))]
 
 
 def sources(frame: pd.DataFrame) -> list[str]:
@@ -143,22 +161,26 @@ def sources(frame: pd.DataFrame) -> list[str]:
 
 
 def trained_models(frame: pd.DataFrame, *, every_length: bool = False) -> list[Model]:
-    """Trained backbones from small to large; of a training series (see `training_series`) only the longest.
+    """List imported features, then trained backbones, each from small to large (unknown sizes first).
+
+    Of a training series (see `training_series`) only the longest is there.
 
     Training seeds (equal names but for a final ``seed0`` or ``run0``, equal shape and training length) are one model.
     """
     trained = frame[frame["control"] == "trained"].drop_duplicates("backbone")
-    groups: dict[tuple[str, tuple[int, int, int], int | None], list[str]] = {}
+    groups: dict[tuple[str, tuple[int, int, int | None], int | None, bool], list[str]] = {}
     for row in trained.to_dict("records"):
         images = None if pd.isna(row["training_images"]) else int(row["training_images"])
-        shape = (int(row["n_blocks"]), int(row["width"]), int(row["backbone_parameters"]))
-        groups.setdefault((_TRAINING_SEED.sub("", row["backbone"]), shape, images), []).append(row["backbone"])
+        parameters = None if pd.isna(row["backbone_parameters"]) else int(row["backbone_parameters"])
+        shape = (int(row["n_blocks"]), int(row["width"]), parameters)
+        key = (_TRAINING_SEED.sub("", row["backbone"]), shape, images, bool(row["imported"]))
+        groups.setdefault(key, []).append(row["backbone"])
     models = []
-    for (stem, shape, images), names in groups.items():
+    for (stem, shape, images, imported), names in groups.items():
         label = names[0] if len(names) == 1 else f"{stem} ({len(names)} seeds)"
         if not trained.loc[trained["backbone"].isin(names), "family_tested"].all():
             label += " (untested)"
-        models.append(Model(label=label, backbones=tuple(names), shape=shape, images=images))
+        models.append(Model(label=label, backbones=tuple(names), shape=shape, images=images, imported=imported))
     if not every_length:
         shorter = [model for series in _series(models) for model in series if model.images != series[-1].images]
         models = [model for model in models if model not in shorter]
@@ -172,6 +194,11 @@ def training_series(frame: pd.DataFrame) -> list[list[Model]]:
     ``3x96-at3``, ``3x96-at10`` and ``3x96`` are a series, ``sd3-anime`` and ``sd3-photo`` are two backbones.
     """
     return _series(trained_models(frame, every_length=True))
+
+
+def dumped_models(frame: pd.DataFrame) -> list[Model]:
+    """Trained backbones from small to large, without imported features: what an effect of size is about."""
+    return [model for model in trained_models(frame) if not model.imported]
 
 
 def trained_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
@@ -188,7 +215,7 @@ def control_rows(frame: pd.DataFrame, model: Model) -> pd.DataFrame:
     """
     control = frame["control"] != "trained"
     own = frame[control & frame["backbone"].isin(model.backbones)]
-    if of_kind(own, "init").empty:
+    if of_kind(own, "init").empty and not model.imported:
         n_blocks, width, parameters = model.shape
         same = (frame["n_blocks"] == n_blocks) & (frame["width"] == width)
         same &= frame["backbone_parameters"] == parameters
@@ -209,8 +236,8 @@ def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     return frame[frame["control"].str.replace(_CONTROL_SEED, "", regex=True) == kind]
 
 
-def _by_size(model: Model) -> tuple[int, int, str]:
-    return model.parameters, model.images or 0, model.label
+def _by_size(model: Model) -> tuple[bool, int, int, str]:
+    return not model.imported, model.parameters or 0, model.images or 0, model.label
 
 
 def _series(models: list[Model]) -> list[list[Model]]:

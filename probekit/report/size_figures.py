@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from probekit._types import FloatArray
-from probekit.report.marks import DASHES, MARKERS, control_handles, figure_legend, in_percent, short_name
+from probekit.report import style
+from probekit.report.marks import (
+    DASHES,
+    IMPORTED_MARKER,
+    MARKERS,
+    control_handles,
+    figure_legend,
+    in_percent,
+    short_name,
+)
 from probekit.report.points import ONE_HEAD, SEED_RANGE, scaling_points, training_points
 from probekit.report.select import ALL_LAYERS, CHOSEN, Setting
 from probekit.report.style import (
@@ -45,7 +54,7 @@ def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level
     """
     points = in_percent(scaling_points(frame, setting=setting), "scaling")
     models = points.drop_duplicates("model")
-    palette = dict(zip(models["model"], colours(len(models)), strict=True))
+    palette = style.palette(models)
     sizes = sorted({float(size) for size in models["parameters"]})
     margin = max((sizes[-1] / sizes[0]) ** 0.11, 1.3)
     shown = _apart(sizes, sizes[-1] / sizes[0] * margin**2)
@@ -60,7 +69,8 @@ def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level
         percent_axis(panels[0][0], pd.concat([points["low"], points["high"]]), headroom=headroom)
         for axes, _ in panels[1:]:
             axes.axhline(CHANCE, color=FAINT, linewidth=0.9, zorder=1)
-        figure.supxlabel("Parameters of the transformer", fontsize=8)
+        of = "network" if models["imported"].any() else "transformer"
+        figure.supxlabel(f"Parameters of the {of}", fontsize=8)
         figure.supylabel("Test accuracy (%)", fontsize=8)
         figure_legend(figure, _handles(points, level), columns=3)
     return figure
@@ -144,16 +154,18 @@ def _scaling_panel(axes: Axes, points: pd.DataFrame, palette: dict[str, str]) ->
             (rows["interval"] == SEED_RANGE)
             | (trained & ~rows["model"].isin(rows[rows["interval"] == SEED_RANGE]["model"]))
         ]
-        style = "-" if trained else DASHES[str(weights)]
+        means = means[~means["imported"]]  # a line says that only size changes
+        dashes = "-" if trained else DASHES[str(weights)]
         axes.plot(
-            means["parameters"].astype(float), means["accuracy"], color=_LINE, linewidth=1.3, linestyle=style, zorder=2
+            means["parameters"].astype(float), means["accuracy"], color=_LINE, linewidth=1.3, linestyle=dashes, zorder=2
         )
         for model, mine in rows.groupby("model", sort=False):
             colour = palette[str(model)]
             if trained:
                 heads = mine[mine["interval"] == ONE_HEAD]
                 x = _dodged(heads["parameters"].astype(float).to_numpy())
-                _bars(axes, x, heads, colour, fmt="o", markersize=5.0 if len(heads) == 1 else 4.0)
+                mark = IMPORTED_MARKER if heads["imported"].all() else "o"
+                _bars(axes, x, heads, colour, fmt=mark, markersize=5.0 if len(heads) == 1 else 4.0)
             else:
                 mean = mine[mine["interval"] == SEED_RANGE]
                 _bars(
@@ -259,4 +271,8 @@ def _count(images: float) -> str:
 
 def _handles(points: pd.DataFrame, level: float) -> list[Line2D]:
     text = f"trained, {100 * level:g} % interval"
-    return [Line2D([], [], color=MUTED, marker="o", markersize=5, label=text), *control_handles(points, marker=True)]
+    handles = [Line2D([], [], color=MUTED, marker="o", markersize=5, label=text)]
+    if points["imported"].any():
+        mark = {"marker": IMPORTED_MARKER, "markersize": 5, "linestyle": ""}
+        handles.append(Line2D([], [], color=MUTED, label="imported features", **mark))  # type: ignore[arg-type]
+    return [*handles, *control_handles(points, marker=True)]

@@ -70,6 +70,15 @@ def colours(n: int) -> list[str]:
     return [mpl.colors.to_hex(mpl.colormaps["viridis"](place)) for place in places]
 
 
+def palette(models: pd.DataFrame) -> dict[str, str]:
+    """Colour of each model (columns ``model``, ``imported``): imported features stand apart, in orange."""
+    models = models.drop_duplicates("model")
+    dumped, imported = models[~models["imported"]]["model"], models[models["imported"]]["model"]
+    places = [0.8 - 0.3 * i / max(1, len(imported) - 1) for i in range(len(imported))]
+    oranges = [mpl.colors.to_hex(mpl.colormaps["Oranges"](place)) for place in places]
+    return dict(zip(dumped, colours(len(dumped)), strict=True)) | dict(zip(imported, oranges, strict=True))
+
+
 def readable(colour: str) -> str:
     """Darken a line's colour until text in it reads on white (contrast of 4.5)."""
     rgb = mpl.colors.to_rgb(colour)

@@ -12,6 +12,7 @@ from probekit.report.select import (
     ALL_LAYERS,
     CHOSEN,
     RANDOM,
+    Model,
     Setting,
     all_layers,
     control_kinds,
@@ -77,11 +78,9 @@ def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[s
     for model in trained_models(rows):
         chosen, joined = (trained_rows(layer_rows(rows, layers), model) for layers in (CHOSEN, ALL_LAYERS))
         entry = {
-            "Backbone": model.label,
-            "Parameters": in_millions(model.parameters),
-            "Layer": ", ".join(str(layer) for layer in chosen["layer"]) + f"\nof {model.n_blocks}"
-            if len(chosen)
-            else NONE,
+            "Backbone": model.label + "\nimported" * model.imported,
+            "Parameters": NONE if model.parameters is None else in_millions(model.parameters),
+            "Layer": _layer(chosen, model),
             "Test accuracy": _accuracy(chosen),
         }
         if rows["sigma_ratio"].notna().any():
@@ -98,6 +97,15 @@ def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[s
         entry["All layers over the chosen one"] = effect_text(joins.get(model.label))
         table.append(entry)
     return pd.DataFrame(table)
+
+
+def _layer(chosen: pd.DataFrame, model: Model) -> str:
+    """Say which layer was chosen, or that there is one only."""
+    if chosen.empty:
+        return NONE
+    if not chosen["chosen"].any():
+        return "its only one"
+    return ", ".join(str(layer) for layer in chosen["layer"]) + f"\nof {model.n_blocks}"
 
 
 def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -172,6 +172,15 @@ class StoreWriter:
         """What `record_resolution` recorded, by noise level."""
         found: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
         return found
+
+    def missing(self, row_ids: Sequence[str], *, sigma: str, draw: int = 0) -> list[str]:
+        """Row keys without a committed shard at this noise level and draw, in the given order."""
+        place = (canonical_sigma(sigma), draw)
+        done: set[bytes] = set()
+        for shard in scan(self.path, fingerprint=self.fingerprint)[0]:
+            if (shard.sidecar.sigma, shard.sidecar.draw) == place:
+                done.update(shard.row_keys())
+        return [row for row in row_ids if bytes.fromhex(row) not in done]
 
     def plan(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
         """Cut the rows that are missing into blocks: those of `blocks` that are not done."""
