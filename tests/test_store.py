@@ -415,16 +415,17 @@ def test_judgements_are_never_lost(tmp_path):
             f"use a preference file of another name, or delete {path} to replace it"
         )
         assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["votes.parquet"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["votes.json", "votes.parquet"]
     writer.write_judgements("other", other)
     path.unlink()
     writer.write_judgements("votes", whole[:1])
     assert len(FeatureStore(tmp_path).pairs(judgements="votes").label) == 1
     whole.drop(columns="pair_id").to_parquet(path)
+    path.with_suffix(".json").unlink()
     with pytest.raises(StoreError, match="4 of its 4 pairs are not in the new set"):
         writer.write_judgements("votes", whole)
     path.write_bytes(b"damaged")
-    with pytest.raises(StoreError, match=r"votes.parquet: cannot be read as Parquet \(.*\); delete it"):
+    with pytest.raises(StoreError, match=r"votes.parquet: cannot be read as judgements \(.*\); delete it"):
         writer.write_judgements("votes", whole)
 
 

@@ -52,7 +52,7 @@ def unsealed(file: Path) -> dict:
 
 
 def test_every_version_has_an_archive():
-    assert VERSIONS == [f"1.{minor}" for minor in range(len(VERSIONS))]
+    assert all(version == f"1.{minor}" for minor, version in enumerate(VERSIONS))
     assert VERSIONS[-1] == FORMAT_VERSION, "run tests/data/archives/make.py"
 
 

@@ -25,14 +25,22 @@ def write_hdf5(
     rows: pd.DataFrame,
     features: Mapping[tuple[str, int], NDArray[np.float32]],
     config: Mapping[str, Any],
+    identity: Mapping[str, Any],
     attributes: Mapping[str, Any],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Fill an HDF5 file with the rows and features (m, d) of a shard; d may differ between poolings.
+
+    Parameters
+    ----------
+    identity
+        Members of the sidecar that say which shard it is; attributes of the file as well.
+    attributes
+        Further attributes of the file.
 
     Returns
     -------
     dict
-        Dataset name -> the sidecar's record of it.
+        The sidecar, but for the size and digests of the file.
 
     Raises
     ------
@@ -48,7 +56,7 @@ def write_hdf5(
     records: dict[str, dict[str, Any]] = {}
     # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
     with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
-        _set_attributes(file, attributes)
+        _set_attributes(file, {**identity, **attributes})
         for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
             records[name] = _write_dataset(file, name, table, fmt.TABLES[name][0], {})
         kept = fmt.feature_keys(config)
@@ -71,7 +79,15 @@ def write_hdf5(
                     "units": "as the backbone computes them",
                 } | {key: value for key, value in recorded.items() if value is not None}
                 records[name] = recorded | _write_dataset(file, name, values, dtype, described)
-    return records
+        sidecar = {
+            **identity,
+            "n_rows": len(rows),
+            "n_prompts": len(prompts),
+            "rows_sha256": hashlib.sha256(bytes.fromhex("".join(rows["row_id"]))).hexdigest(),
+            "datasets": records,
+        }
+        _set_attributes(file, {fmt.RECORD: fmt.record_digest(sidecar)})
+    return sidecar
 
 
 def provenance() -> dict[str, str]:

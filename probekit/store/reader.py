@@ -4,6 +4,7 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
+from probekit.store.files import refuse_link
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, read_store_file, scan
 
@@ -66,9 +68,10 @@ class FeatureStore:
         self.describe: dict[str, Any] = content["describe"]
         self.fingerprint: str = content["fingerprint"]
         self.format_version: str = content["format_version"]
-        self.layers = [LayerPoint(**layer) for layer in self.config["layers"]]
+        self.layers = _points(self.config["layers"])
         self.poolings: list[str] = list(self.config["poolings"])
         self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
+        refuse_link(self.path / "judgements")
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -87,13 +90,14 @@ class FeatureStore:
         StoreError
             If the store does not hold the pooling.
         """
-        layers = fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings))
-        return [LayerPoint(**layer) for layer in layers]
+        return _points(fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings)))
 
     @property
     def judgements(self) -> list[str]:
         """Names of the sets of pairs that lie beside the shards."""
-        return sorted(path.stem for path in (self.path / "judgements").glob("[!.]*.parquet"))
+        folder = self.path / "judgements"
+        # A set whose sidecar alone is there is missing, not absent.
+        return sorted({path.stem for ending in ("parquet", "json") for path in folder.glob(f"[!.]*.{ending}")})
 
     @property
     def n_shards(self) -> int:
@@ -257,16 +261,25 @@ class FeatureStore:
                 tables.append(_row_table(shard, ids)[fresh])
         frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
         status = np.zeros(len(frame), np.uint8)
+        held = {coordinates: np.zeros(len(frame), bool) for coordinates in self.coordinates}
         for shard in self._shards:
-            place = places[shard.sidecar.block]
+            place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
+            if seen[place].any():
+                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND}"
+                raise StoreError(msg)
+            seen[place] = True
             status[place] = np.maximum(status[place], shard.table("rows/status"))
         return frame.assign(status=status), places
+
+
+def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:
+    return [LayerPoint(layer["index"], layer["name"], layer["stream"]) for layer in layers]
 
 
 def _feature(shard: Shard, name: str) -> list[int]:
     """Shape of a feature dataset; an error if the shard lacks it."""
     record = shard.sidecar.datasets.get(name)
-    if record is None or len(record.shape) != 2 or record.shape[0] != shard.sidecar.n_rows or not record.nbytes:
+    if record is None or not record.nbytes:
         msg = f"{shard.path}: no dataset {name} of {shard.sidecar.n_rows} rows; {MEND}"
         raise StoreError(msg)
     return record.shape

@@ -20,6 +20,7 @@ from probekit._types import canonical_sigma
 from probekit.errors import ConfigError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
+from probekit.store.records import Sidecar, parse_sidecar, parse_store_file
 
 CHUNK_BYTES = 8 * 2**20
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
@@ -46,26 +47,32 @@ def read_store_file(path: Path) -> dict[str, Any]:
         msg = f"{path}: {error}; allowed: the file as the dump wrote it"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
-    if not {"config", "describe", "fingerprint"} <= content.keys() or content["fingerprint"] != fmt.fingerprint(
-        content["config"]
-    ):
-        msg = f"{path}: the fingerprint is not that of the configuration beside it"
-        raise StoreError(msg)
+    try:
+        parse_store_file(content)
+    except ValueError as error:
+        msg = f"{path}: {error}; allowed: the file as the dump wrote it"
+        raise StoreError(msg) from None
     return content
 
 
 def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
     """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
-    digest, position = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    for part in _bytes_outside(descriptor, size, without=without):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _bytes_outside(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    position = 0
     for offset, length in [*sorted(without), (size, 0)]:
         while position < offset:
             part = os.pread(descriptor, min(CHUNK_BYTES, offset - position), position)
             if not part:
                 break
-            digest.update(part)
+            yield part
             position += len(part)
         position = offset + length
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Shard:
     """
 
     path: Path
-    sidecar: fmt.Sidecar
+    sidecar: Sidecar
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def _refuse(self, what: str) -> NoReturn:
@@ -154,6 +161,8 @@ class Shard:
         ids = [joined[i : i + 64] for i in range(0, len(joined), 64)]
         if fmt.block_name(ids) != self.sidecar.block:
             self._refuse("the rows are not those of the block it is named after")
+        if len(set(ids)) != len(ids):
+            self._refuse("holds a row twice")
         return ids
 
 
@@ -169,7 +178,7 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
     if not sidecar_path.exists() and not sidecar_path.is_symlink():
         return None
     try:
-        sidecar = fmt.parse_sidecar(read_small(sidecar_path, limit=2**24))
+        sidecar = parse_sidecar(read_small(sidecar_path, limit=2**24))
         descriptor, size = open_regular(path)
     except ValueError as error:
         return f"{sidecar_path}: {error}"
@@ -184,8 +193,13 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if sidecar.bytes != size:
             return f"{path}: {size} bytes instead of {sidecar.bytes}"
         ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
-        if file_digest(descriptor, size, without=ranges) != sidecar.meta_sha256:
+        metadata = b"".join(_bytes_outside(descriptor, size, without=ranges))
+        if hashlib.sha256(metadata).hexdigest() != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
+        # A sidecar can be edited and sealed again; the file still holds the digest of what was written beside it.
+        bound = sidecar.format_version not in ("1.0", "1.1") or fmt.RECORD.encode() in metadata
+        if bound and sidecar.record_sha256.encode() not in metadata:
+            return f"{sidecar_path}: is not the record that was written with its .h5 file"
     finally:
         os.close(descriptor)
     return Shard(path, sidecar)
@@ -217,15 +231,25 @@ def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
 def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:
     """Yield (folder, sigma, draw); a link in place of a folder is a problem, other names are not ours."""
     for folder in [root, *(sorted(root.iterdir()) if root.is_dir() else [])]:
-        if folder.is_symlink():
-            problems.append(f"{folder}: is a symbolic link; allowed: a folder")
-        elif folder != root and folder.is_dir() and _is_sigma(folder.name):
+        if folder.is_symlink() or ((folder == root or _is_sigma(folder.name)) and _is_other(folder)):
+            problems.append(_no_folder(folder))
+        elif folder != root and _is_sigma(folder.name):
             yield folder, folder.name, 0
             for inner in sorted(folder.iterdir()):
-                if _DRAW.fullmatch(inner.name) and inner.is_symlink():
-                    problems.append(f"{inner}: is a symbolic link; allowed: a folder")
-                elif _DRAW.fullmatch(inner.name) and inner.is_dir():
-                    yield inner, folder.name, int(inner.name)
+                if _DRAW.fullmatch(inner.name):
+                    if _is_other(inner):
+                        problems.append(_no_folder(inner))
+                    else:
+                        yield inner, folder.name, int(inner.name)
+
+
+def _is_other(path: Path) -> bool:
+    """Whether something other than a folder has this name."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
+
+
+def _no_folder(path: Path) -> str:
+    return f"{path}: {'is a symbolic link' if path.is_symlink() else 'not a folder'}; allowed: a folder"
 
 
 def _is_sigma(name: str) -> bool:

@@ -3,7 +3,6 @@
 m = rows of a shard, d = channels of a feature vector.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from probekit.store.files import (
 )
 from probekit.store.hdf5 import provenance, write_hdf5, writer_name
 from probekit.store.pairs import read_judgements
+from probekit.store.records import parse_plan
 from probekit.store.shards import Shard, check_shard, file_digest, read_store_file, scan, shard_path
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
     remove_dead_files(root)
     file = root / "store.json"
     with locked(file):
-        if not file.exists():
+        if not os.path.lexists(file):  # a link is refused below
             content = {
                 "format": fmt.FORMAT,
                 "format_version": fmt.FORMAT_VERSION,
@@ -257,26 +257,22 @@ class StoreWriter:
         }
         attributes = {"timestep": timestep, "config_json": fmt.canonical_json(self.config), "writer": writer_name()}
         with temporary(path) as (temp, descriptor):
-            datasets = write_hdf5(
-                temp, rows=rows, features=features, config=self.config, attributes=identity | attributes
+            sidecar = write_hdf5(
+                temp, rows=rows, features=features, config=self.config, identity=identity, attributes=attributes
             )
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
-            ranges = [(r["offset"], r["nbytes"]) for r in datasets.values() if r["offset"] is not None]
-            sidecar = {
-                "n_rows": len(rows),
-                "n_prompts": datasets["prompts/sha256"]["shape"][0],
-                "rows_sha256": hashlib.sha256(bytes.fromhex("".join(block.row_ids))).hexdigest(),
+            ranges = [(r["offset"], r["nbytes"]) for r in sidecar["datasets"].values() if r["offset"] is not None]
+            sidecar |= {
                 "bytes": size,
                 "sha256": file_digest(descriptor, size),
                 "meta_sha256": file_digest(descriptor, size, without=ranges),
-                "datasets": datasets,
             }
             # An old sidecar must never vouch for the new file, so it goes first.
             path.with_suffix(".json").unlink(missing_ok=True)
             sync_folder(path.parent)
             publish(temp, descriptor, path)
-        write_atomically(path.with_suffix(".json"), fmt.seal(identity | sidecar))
+        write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def record_resolution(self, sigma: str, *, ratio: float | None, rows: int, note: str = "") -> None:
@@ -321,7 +317,7 @@ class StoreWriter:
             raise StoreError(msg)
         path = self.path / "judgements" / f"{name}.parquet"
         with locked(path):
-            if path.exists():
+            if os.path.lexists(path):
                 old = read_judgements(path).reindex(columns=["pair_id"])
                 lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
                 if lost:
@@ -332,7 +328,20 @@ class StoreWriter:
                     raise StoreError(msg)
             with temporary(path) as (temp, descriptor):
                 frame.to_parquet(temp, index=False)
+                os.fsync(descriptor)
+                size = os.fstat(descriptor).st_size
+                sidecar = {
+                    "format": fmt.FORMAT,
+                    "format_version": fmt.FORMAT_VERSION,
+                    "name": name,
+                    "bytes": size,
+                    "sha256": file_digest(descriptor, size),
+                }
+                # As with shards: an old sidecar must never vouch for the new file.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                sync_folder(path.parent)
                 publish(temp, descriptor, path)
+            write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def _known_blocks(self) -> Iterator[list[str]]:
@@ -341,15 +350,14 @@ class StoreWriter:
             yield shard.row_ids()
         for path in sorted((self.path / "plans").glob("[!.]*.json")):
             try:
-                yield from fmt.unseal(read_small(path, limit=2**32))["blocks"]
-            except (ValueError, KeyError):
-                msg = f"{path}: damaged; delete it and run the same dump command again"
+                yield from parse_plan(read_small(path, limit=2**30), name=path.stem)
+            except ValueError as error:
+                msg = f"{path}: {error}; delete it and run the same dump command again"
                 raise StoreError(msg) from None
 
     def _write_plan(self, blocks: list[Block]) -> None:
         content = [list(block.row_ids) for block in blocks]
-        digest = hashlib.sha256(fmt.canonical_json(content).encode()).hexdigest()[:32]
-        path = self.path / "plans" / f"{digest}.json"
+        path = self.path / "plans" / f"{fmt.plan_name(content)}.json"
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
