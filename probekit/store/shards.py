@@ -44,13 +44,13 @@ def read_store_file(path: Path) -> dict[str, Any]:
     try:
         content = fmt.unseal(read_small(path, limit=2**24))
     except ValueError as error:
-        msg = f"{path}: {error}; allowed: the file as the dump wrote it"
+        msg = f"{path}: {error}; delete it and run the same dump command again"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
     try:
         parse_store_file(content)
     except ValueError as error:
-        msg = f"{path}: {error}; allowed: the file as the dump wrote it"
+        msg = f"{path}: {error}; delete it and run the same dump command again"
         raise StoreError(msg) from None
     return content
 

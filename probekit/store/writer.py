@@ -39,6 +39,7 @@ from probekit.store.shards import Shard, check_shard, file_digest, read_store_fi
 
 logger = logging.getLogger(__name__)
 
+DIGESTS = "image_digests.parquet"  # a dump's cache beside the shards, no part of the format
 MARGIN_BYTES = 16 * 2**20  # tables and metadata of a shard, sidecar, judgements
 
 
@@ -86,7 +87,7 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
         raise StoreError(msg)
     names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
     foreign = [name for name in names if not name.startswith((TEMP, LOCK))]
-    if foreign and "store.json" not in foreign:
+    if foreign and "store.json" not in foreign and not _lacks_only_its_head(root, foreign, fmt.fingerprint(full)):
         msg = f"{root}: holds {foreign[0]!r} and no store.json; allowed: a new or empty folder, or a feature store"
         raise StoreError(msg)
     remove_dead_files(root)
@@ -118,6 +119,15 @@ def open_store(path: str | Path, *, config: dict[str, Any], describe: dict[str, 
             stored["describe"] = facts
             write_atomically(file, fmt.seal(stored))
     return StoreWriter(root, stored)
+
+
+def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool:
+    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``."""
+    shards, problems = scan(root, fingerprint=fingerprint)
+    if not shards or problems or not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
+        return False
+    logger.warning("%s: store.json is missing and is written again; what was recorded in it is lost", root)
+    return True
 
 
 class StoreWriter:
