@@ -153,14 +153,19 @@ class BoundJudgements:
         label = pd.to_numeric(self.frame["label"], errors="coerce")
         wrong = self.frame["label"][~label.between(0, 1) & self.frame["label"].notna()]
         if len(wrong):
-            msg = f"{self.path}: a judgement has the label {wrong.iloc[0]!r}; allowed: a number from 0 to 1, or none"
+            msg = f"{self.path}: a judgement has the label {wrong.tolist()[0]!r}; allowed: a number from 0 to 1, or none"
             raise StoreError(msg)
         other = sorted(set(self.frame["split"]) - set(SPLITS))
         if other:
             msg = f"{self.path}: a judgement has the split {other[0]!r}; allowed: {', '.join(SPLITS)}"
             raise StoreError(msg)
         filled = {name: self.frame[name].fillna(value) for name, value in DEFAULTS.items() if name in self.frame}
-        object.__setattr__(self, "frame", self.frame.assign(**(DEFAULTS | filled)))
+        frame = self.frame.assign(**(DEFAULTS | filled))
+        light = frame["weight"][~(pd.to_numeric(frame["weight"], errors="coerce") > 0)]
+        if len(light):
+            msg = f"{self.path}: a judgement has the weight {light.tolist()[0]!r}; allowed: a number above 0"
+            raise StoreError(msg)
+        object.__setattr__(self, "frame", frame)
 
     def pairs(self, *, split: str | None = None) -> Pairs:
         """Pairs with features; the others are named in ``excluded``.
