@@ -22,9 +22,8 @@ import pytest
 from campaigns.damaged_copies import run
 
 from probekit.errors import StoreError
-from probekit.store import Block, FeatureStore, open_store
+from probekit.store import Block, FeatureStore, open_store, records
 from probekit.store import format as fmt
-from probekit.store import records
 from probekit.store.pairs import read_judgements
 
 SECRET = b"root:x:0:0:a file that belongs to somebody else" * 50
@@ -66,7 +65,7 @@ def test_damaged_copies_are_refused_or_read_as_if_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # nobody pulls the plug here, and it takes most of the time
     names = sample()
     assert len(names) >= 50
-    found = run(tmp_path, len(names), seed=1, names=names)
+    found = run(tmp_path, len(names), seed=1, names=names, redo=3)
     assert [fault for _, _, fault in found if fault] == []
     assert {outcome for _, outcome, _ in found} == {"refused", "refused, redone", "equal"}
 
@@ -167,16 +166,15 @@ def test_nothing_in_an_hdf5_file_leads_a_reader_away(whole, store, tmp_path, mon
         content |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         content["meta_sha256"] = damages.meta_sha256(path, content)
         path.with_suffix(".json").write_bytes(fmt.seal(content))
-    opened = []
+    opened, message, found = [], "", None
     genuine = os.open
     monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: opened.append(Path(path)) or genuine(path, *args))
     monkeypatch.setattr(h5py, "File", None)
     try:
         found = damages.everything(store)
     except StoreError as error:
-        assert str(path.with_suffix("")) in str(error)
-        assert "\n" not in str(error)
-        found = None
+        message = str(error)
+    assert found or (str(path.with_suffix("")) in message and "\n" not in message)
     assert opened
     assert all(path.is_relative_to(store) for path in opened)
     monkeypatch.undo()
@@ -228,7 +226,10 @@ def record_changed(**members):
         (changed(sha256="x"), "sha256: String should match"),
         (changed(draw=True), "draw: Input should be a valid integer"),
         (lambda record, content: content.update(bytes=content["bytes"] + 2**27), "more than 67108864 bytes outside"),
-        (lambda record, content: content["datasets"]["rows/image_id_utf8"].update(shape=[2, 54]), "should be .u1 with any"),
+        (
+            lambda record, content: content["datasets"]["rows/image_id_utf8"].update(shape=[2, 54]),
+            "should be .u1 with any",
+        ),
     ],
 )
 def test_sidecars_that_claim_too_much(store, change, what):

@@ -68,8 +68,23 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def seal(content: Mapping[str, Any]) -> bytes:
     """Encode a record as canonical JSON that carries its own SHA-256."""
-    body = {key: value for key, value in content.items() if key != SEAL}
-    return canonical_json(body | {SEAL: hashlib.sha256(canonical_json(body).encode()).hexdigest()}).encode()
+    return _sealed(_members(content))
+
+
+def _members(content: Mapping[str, Any]) -> dict[str, str]:
+    """Canonical JSON of each member: a sidecar is long, and one encoding serves its seal and its record digest."""
+    return {key: canonical_json(value) for key, value in content.items()}
+
+
+def _object(members: Mapping[str, str], *, without: tuple[str, ...] = ()) -> bytes:
+    """Put members together to the canonical JSON of their object."""
+    parts = [f"{canonical_json(key)}:{members[key]}" for key in sorted(members) if key not in without]
+    return ("{" + ",".join(parts) + "}").encode()
+
+
+def _sealed(members: Mapping[str, str]) -> bytes:
+    digest = hashlib.sha256(_object(members, without=(SEAL,))).hexdigest()
+    return _object({**members, SEAL: canonical_json(digest)})
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -80,21 +95,41 @@ def unseal(data: bytes) -> dict[str, Any]:
     ValueError
         If a single byte differs from what ``seal`` wrote.
     """
+    return _unsealed(data)[0]
+
+
+def unseal_sidecar(data: bytes) -> dict[str, Any]:
+    """Decode a sealed sidecar; its `record_digest` stands beside its members under ``record_sha256``.
+
+    Raises
+    ------
+    ValueError
+        If a single byte differs from what ``seal`` wrote.
+    """
+    content, members = _unsealed(data)
+    return content | {RECORD: _record_digest(members)}
+
+
+def _unsealed(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = json.loads(data)
-        intact = isinstance(content, dict) and seal(content) == data
+        members = _members(content) if isinstance(content, dict) else {}
+        intact = _sealed(members) == data
     except (ValueError, RecursionError):
         intact = False
     if not intact:
         msg = "not a record that carries its own SHA-256"
         raise ValueError(msg)
-    return dict(content)
+    return content, members
 
 
 def record_digest(sidecar: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what a sidecar says of its shard, but for the size and digests of the file."""
-    said = {key: value for key, value in sidecar.items() if key not in (*_OF_THE_FILE, SEAL)}
-    return hashlib.sha256(canonical_json(said).encode()).hexdigest()
+    return _record_digest(_members(sidecar))
+
+
+def _record_digest(members: Mapping[str, str]) -> str:
+    return hashlib.sha256(_object(members, without=(*_OF_THE_FILE, SEAL))).hexdigest()
 
 
 def check_version(where: str, content: Mapping[str, Any]) -> None:

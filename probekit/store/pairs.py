@@ -153,7 +153,9 @@ class BoundJudgements:
         label = pd.to_numeric(self.frame["label"], errors="coerce")
         wrong = self.frame["label"][~label.between(0, 1) & self.frame["label"].notna()]
         if len(wrong):
-            msg = f"{self.path}: a judgement has the label {wrong.tolist()[0]!r}; allowed: a number from 0 to 1, or none"
+            msg = (
+                f"{self.path}: a judgement has the label {wrong.tolist()[0]!r}; allowed: a number from 0 to 1, or none"
+            )
             raise StoreError(msg)
         other = sorted(set(self.frame["split"]) - set(SPLITS))
         if other:

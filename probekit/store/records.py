@@ -168,8 +168,7 @@ def parse_sidecar(data: bytes) -> Sidecar:
     ValueError
         In one line, if it is not intact or does not fit the format.
     """
-    content = fmt.unseal(data)
-    return _checked(Sidecar, content | {fmt.RECORD: fmt.record_digest(content)})
+    return _checked(Sidecar, fmt.unseal_sidecar(data))
 
 
 def parse_judgements_sidecar(data: bytes) -> JudgementsSidecar:
