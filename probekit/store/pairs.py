@@ -161,6 +161,10 @@ class BoundJudgements:
         if other:
             msg = f"{self.path}: a judgement has the split {other[0]!r}; allowed: {', '.join(SPLITS)}"
             raise StoreError(msg)
+        splits = self.frame.groupby("group")["split"].nunique()
+        if (splits > 1).any():
+            msg = f"{self.path}: group {splits.idxmax()!r} is in {splits.max()} splits; allowed: one, else a test leaks"
+            raise StoreError(msg)
         filled = {name: self.frame[name].fillna(value) for name, value in DEFAULTS.items() if name in self.frame}
         frame = self.frame.assign(**(DEFAULTS | filled))
         light = frame["weight"][~(pd.to_numeric(frame["weight"], errors="coerce") > 0)]

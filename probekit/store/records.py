@@ -7,9 +7,9 @@ import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from probekit._types import RESOLVED_RATIO
+from probekit._types import RESOLVED_RATIO, canonical_sigma
 from probekit.store import format as fmt
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -58,8 +58,15 @@ class _Resolution(_Record):
         return self
 
 
+def _noise_level(text: str) -> str:
+    if text == "0" or canonical_sigma(text) != text:
+        msg = f"{text!r} is no noise level above 0 in its one form"
+        raise ValueError(msg)
+    return text
+
+
 class _Describe(_Record):
-    sigma_resolution: dict[str, _Resolution] = {}
+    sigma_resolution: dict[Annotated[str, AfterValidator(_noise_level)], _Resolution] = {}
 
 
 class StoreFile(_Record):
