@@ -11,6 +11,7 @@ import pickle
 import shutil
 import zlib
 from pathlib import Path
+from random import Random
 
 import damages
 import h5py
@@ -51,23 +52,37 @@ def refused(path: Path, *, by=damages.everything, what: str | None = None, name:
     return message
 
 
+IN_PLACE = ("symbolic link", "pipe", "folder in its place", "linked folder", "file in place of folder")
+ALWAYS = ("flip: features", "flip: tables", "JSON laid out anew: sidecar", "JSON laid out anew: store")
+
+
 def sample() -> list[str]:
-    """One kind of each group, in turn with what it is about."""
+    """One kind of each group, in turn with what it is about, and all that put something in the place of a file."""
     groups: dict[str, list[str]] = {}
     for name in damages.KINDS:
         groups.setdefault(name.partition(":")[0], []).append(name)
     few = [names[number % len(names)] for number, names in enumerate(groups.values())]
-    rest = [name for name in damages.KINDS if name not in few]
-    return few + rest[:: len(rest) // (52 - len(few))]
+    return list(dict.fromkeys([*few, *ALWAYS, *(name for group in IN_PLACE for name in groups[group])]))
 
 
 def test_damaged_copies_are_refused_or_read_as_if_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # nobody pulls the plug here, and it takes most of the time
     names = sample()
     assert len(names) >= 50
-    found = run(tmp_path, len(names), seed=1, names=names, redo=3)
+    found = run(tmp_path, len(names), seed=1, names=names, redo=5)
     assert [fault for _, _, fault in found if fault] == []
     assert {outcome for _, outcome, _ in found} == {"refused", "refused, redone", "equal"}
+
+
+PLANS = [name for name in damages.KINDS if name.endswith(": plan") or name.startswith("plan edited")]
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name not in ("missing: plan", "JSON huge: plan")])
+def test_a_damaged_plan_stops_a_dump(store, tmp_path, name):
+    copy = damages.Copy(store, tmp_path, Random(0))
+    path = copy.file("plan")
+    damages.KINDS[name](copy)
+    refused(store, by=damages.planned, name=path)
 
 
 def external_link(file, secret):

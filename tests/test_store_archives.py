@@ -94,6 +94,11 @@ def test_checksums_of_an_archive(version):
     for plan in root.glob("plans/*.json"):
         digest = hashlib.sha256(canonical(unsealed(plan)["blocks"])).hexdigest()
         assert plan.stem == digest[:32]
+    if version in ("1.0", "1.1"):
+        assert not list(root.glob("judgements/*.json"))
+    else:
+        said, data = unsealed(root / "judgements" / "votes.json"), (root / "judgements" / "votes.parquet").read_bytes()
+        assert (said["name"], said["bytes"], said["sha256"]) == ("votes", len(data), hashlib.sha256(data).hexdigest())
     sidecars = sorted(root.glob("shards/**/*.json"))
     assert len(sidecars) == 6
     for file in sidecars:
@@ -108,6 +113,8 @@ def test_checksums_of_an_archive(version):
             metadata += data[position:offset]
             position = offset + length
         assert sidecar["meta_sha256"] == hashlib.sha256(metadata).hexdigest()
+        said = {key: value for key, value in sidecar.items() if key not in ("bytes", "sha256", "meta_sha256")}
+        assert (hashlib.sha256(canonical(said)).hexdigest().encode() in metadata) == (version not in ("1.0", "1.1"))
         with h5py.File(file.with_suffix(".h5")) as hdf5:
             for name, record in sidecar["datasets"].items():
                 assert record["crc32"] == zlib.crc32(hdf5[name][:].tobytes())
