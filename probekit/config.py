@@ -5,6 +5,7 @@ no aliases (they can expand without bound), no duplicate keys (the last one woul
 """
 
 import re
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -259,14 +260,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If the file is missing, is no YAML mapping, or has aliases or duplicate keys.
+        If the file is missing, is no YAML mapping, has aliases or duplicate keys, or is nested too deeply.
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         message = f"{path}: {error.strerror or error}"
         raise ConfigError(message) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        message = f"{path}: nested too deeply"
+        raise ConfigError(message) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a number or date that cannot be
         message = f"{path}: {' '.join(str(error).split())}"
         raise ConfigError(message) from None
     if not isinstance(data, dict):
@@ -284,9 +288,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     # the signature is PyYAML's
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, times in keys.items():
+            if times > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 

@@ -1,11 +1,15 @@
 """Tests of the way from image files to pixels: what a picture becomes, and decoding ahead in other processes."""
 
 import hashlib
+import io
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -201,6 +205,57 @@ def test_bad_images_are_one_clear_line(tmp_path: Path, monkeypatch: Any) -> None
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr("probekit.backbones.images.MAX_PIXELS", 1000)
     fails("whole.png", "the image has 64 x 64 pixels")
+
+
+def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Encode a black PNG that claims a size, with further chunks."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    parts = [header, *chunks, (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def _saved(format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(_random(64, 64)).save(file, format, **options)
+    return file.getvalue()
+
+
+def _moving(format: str) -> bytes:
+    return _saved(format, save_all=True, append_images=[Image.fromarray(_random(64, 64, seed=1))])
+
+
+_BOMB = b"x\0\0" + zlib.compress(bytes(10**7))
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "not an image of an allowed format"),
+    "bomb": (lambda: _png(60_000, 60_000), "decompression bomb"),
+    "smaller bomb": (lambda: _png(12_000, 9_000), "decompression bomb"),
+    "text bomb": (lambda: _png(4, 4, (b"zTXt", _BOMB)), "Decompressed data too large"),
+    "profile bomb": (lambda: _png(4, 4, (b"iCCP", _BOMB)), "Decompressed data too large"),
+    "EPS": (
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+        "not an image of an allowed",
+    ),
+    "GIF": (lambda: _saved("GIF"), "not an image of an allowed format"),
+    "TIFF": (lambda: _saved("TIFF"), "not an image of an allowed format"),
+    "moving GIF": (lambda: _moving("GIF"), "not an image of an allowed format"),
+    "moving PNG": (lambda: _moving("PNG"), "the image has 2 frames"),
+    "moving WebP": (lambda: _moving("WEBP"), "the image has 2 frames"),
+    "MPO": (lambda: _moving("MPO"), "the image has 2 frames"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_images_are_refused(name: str, tmp_path: Path) -> None:
+    build, pattern = HOSTILE[name]
+    path = tmp_path / "picture.png"
+    path.write_bytes(build())
+    with pytest.raises(ImageError, match=pattern) as caught:
+        _read(path, 16)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import defaultdict
 from hashlib import sha256
 
@@ -390,6 +391,12 @@ def test_bad_values(tmp_path, change, message):
         ("p.jsonl", "\n\n", "holds no pairs"),
         ("p.jsonl", '{"prompt"\n', "line 1: not JSON"),
         ("p.jsonl", "[" * 100000, "line 1: not JSON"),
+        (
+            "p.jsonl",
+            '{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}',
+            "line 1: .*key 'chosen' stands twice",
+        ),
+        ("p.json", '[{"prompt": "p", "prompt": "q"}]', "key 'prompt' stands twice"),
         ("p.jsonl", "[1]\n", "line 1: is .1.; allowed: a record"),
         ("p.json", "{}", "holds {}; allowed: a list"),
         ("p.json", "", "holds no pairs"),
@@ -417,3 +424,28 @@ def test_bad_calls(tmp_path):
     pd.DataFrame([GOOD | {"image_a": b"\x89PNG"}]).to_parquet(tmp_path / "bytes.parquet")
     with pytest.raises(PreferenceError, match=r"row 1: image_a is b'.x89PNG'; allowed: a text"):
         load_preferences(tmp_path / "bytes.parquet")
+
+
+def test_damaged_caches_of_digests_are_made_anew(tmp_path):
+    """A flipped bit never gives another digest: that would be a row of its own."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    prefs = load_preferences(write(tmp_path / "p.jsonl", [GOOD]))
+    cache, right = tmp_path / "cache.parquet", prefs.image_digests()
+    assert prefs.image_digests(cache) == right
+    intact = cache.read_bytes()
+    for position in range(0, len(intact), 13):
+        cache.write_bytes(intact[:position] + bytes([intact[position] ^ 2]) + intact[position + 1 :])
+        assert prefs.image_digests(cache) == right
+    cache.unlink()
+    os.mkfifo(cache)
+    assert prefs.image_digests(cache) == right
+    assert prefs.image_digests(cache) == right
+
+
+def test_only_regular_files_are_images(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    prefs = load_preferences(write(tmp_path / "p.jsonl", [GOOD]))
+    with pytest.raises(ImageError, match=r"2 image files are missing: \S*a.png, \S*b.png$"):
+        prefs.image_digests()

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -416,16 +415,17 @@ def test_judgements_are_never_lost(tmp_path):
             f"use a preference file of another name, or delete {path} to replace it"
         )
         assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["votes.parquet"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["votes.json", "votes.parquet"]
     writer.write_judgements("other", other)
     path.unlink()
     writer.write_judgements("votes", whole[:1])
     assert len(FeatureStore(tmp_path).pairs(judgements="votes").label) == 1
     whole.drop(columns="pair_id").to_parquet(path)
+    path.with_suffix(".json").unlink()
     with pytest.raises(StoreError, match="4 of its 4 pairs are not in the new set"):
         writer.write_judgements("votes", whole)
     path.write_bytes(b"damaged")
-    with pytest.raises(StoreError, match=r"votes.parquet: cannot be read as Parquet \(.*\); delete it"):
+    with pytest.raises(StoreError, match=r"votes.parquet: cannot be read as judgements \(.*\); delete it"):
         writer.write_judgements("votes", whole)
 
 
@@ -779,35 +779,6 @@ def test_resolution_of_noise_levels_is_recorded_beside_the_facts(tmp_path):
     assert store.summary()["backbone"] == {"name": "tinier"}
     assert shard_bytes(tmp_path) == shards
     assert not left_overs(tmp_path)
-
-
-def test_a_store_of_format_1_0_is_read_and_added_to(tmp_path):
-    """The golden store was written by the release that introduced format 1.0."""
-    path = tmp_path / "store"
-    shutil.copytree(Path(__file__).parent / "golden" / "store-1.0", path)
-    store = FeatureStore(path)
-    assert (store.format_version, store.summary()["format_version"]) == ("1.0", "1.0")
-    assert store.coordinates == [("0.005", 0), ("0.1", 0), ("0.1", 1)]
-    assert store.layers_of("mean") == store.layers
-    assert store.sigma_resolution == {}
-    images = ["a cat-0.png", "a cat-1.png", "zwei Hunde, ü-0.png", "zwei Hunde, ü-1.png"]
-    place = np.array([images.index(image) for image in store.rows["image_id"]])
-    for sigma, draw in store.coordinates:
-        values = np.arange(3)[None] + 10.0 * place[:, None] + 100 * draw + 1000 * float(sigma)
-        for layer, wanted in ((0, values), (1, values + 0.1 + 50000)):
-            np.testing.assert_allclose(store.read(layer=layer, sigma=sigma, draw=draw), wanted, rtol=1e-6)
-    assert store.pairs().label.tolist() == [1.0, 0.0]
-    config = {key: value for key, value in store.config.items() if key not in ("format", "dtype_policy")}
-    before = shard_bytes(path)
-    writer = open_store(path, config=config, describe=store.describe)
-    rows = store.rows.assign(image_sha256=[bytes(32)] * 4, status=0)
-    for block in writer.plan(rows, sigma="0.5", rows_per_shard=2):
-        part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
-        features = {("mean", layer): np.ones((2, 3), np.float32) for layer in (0, 1)}
-        writer.write_shard(block, sigma="0.5", timestep=5.0, rows=part, features=features)
-    writer.record_resolution("0.5", ratio=9.0, rows=4)
-    assert before.items() <= shard_bytes(path).items()
-    assert (FeatureStore(path).read(layer=1, sigma="0.5") == 1).all()
 
 
 LIMITED = """

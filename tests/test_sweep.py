@@ -50,6 +50,7 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path):
     path = planted_store(tmp_path / "store", signal={}, seed=1, pairs=240)
     (file,) = (path / "judgements").glob("*.parquet")
     judgements = pd.read_parquet(file)
+    file.with_suffix(".json").unlink()  # it vouches for the labels that were written with it
     covered = 0
     for draw in range(200):
         labels = np.random.default_rng(draw).integers(0, 2, len(judgements)).astype(float)
@@ -126,6 +127,7 @@ def test_changed_labels_are_another_record_and_another_file_binds_to_the_same_ro
     frame = pd.read_parquet(path)
     frame["label"] = 1 - frame["label"]
     frame.to_parquet(path, index=False)
+    path.with_suffix(".json").unlink()
     probekit.run_sweep(config(), stores=[store], out=run)
     after = probekit.load_results(run).query("split == 'test' and source == 'all'")
     assert not set(before["record_id"]) & set(after["record_id"])
@@ -160,6 +162,7 @@ def test_a_store_without_test_pairs_is_refused(tmp_path):
     store = planted_store(tmp_path / "store", signal={}, seed=0)
     path = next((store / "judgements").glob("*.parquet"))
     pd.read_parquet(path).assign(split="train").to_parquet(path, index=False)
+    path.with_suffix(".json").unlink()
     with pytest.raises(StoreError, match="has no validation pairs with features, only train"):
         probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from pyarrow.lib import ArrowException
+from pyarrow.parquet import read_table
 
 from probekit._types import row_id
 from probekit.errors import ImageError, PreferenceError
@@ -325,20 +326,21 @@ def _file_digest(path: str) -> bytes:
 
 
 def _read_cache(cache: Path | None) -> dict[tuple[str, int, int], bytes]:
-    if cache is None or not cache.exists():
+    if cache is None or not cache.is_file():
         return {}
     try:
-        frame = pd.read_parquet(cache, columns=CACHE_COLUMNS)
-    except (OSError, ValueError, ArrowException) as error:
+        table = read_table(cache, page_checksum_verification=True)
+        rows = zip(*(table.column(name).to_pylist() for name in CACHE_COLUMNS), strict=True)
+        return {(path, size, changed): bytes.fromhex(digest) for path, size, changed, digest in rows}
+    except (OSError, ValueError, TypeError, KeyError, ArrowException) as error:
         logger.warning("%s: not a cache of digests, made anew (%s)", cache, error)
         return {}
-    rows = zip(*(frame[name].tolist() for name in CACHE_COLUMNS), strict=True)
-    return {(path, size, changed): bytes.fromhex(digest) for path, size, changed, digest in rows}
 
 
 def _write_cache(cache: Path, digests: Mapping[tuple[str, int, int], bytes]) -> None:
     rows = [(*key, digest.hex()) for key, digest in digests.items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
     temp = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    pd.DataFrame(rows, columns=CACHE_COLUMNS).to_parquet(temp, index=False)
+    # A flipped bit in a digest would make a row of its own: checksums of pages show it.
+    pd.DataFrame(rows, columns=CACHE_COLUMNS).to_parquet(temp, index=False, write_page_checksum=True)
     temp.replace(cache)

@@ -198,10 +198,19 @@ def _json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(path: Path, place: str, text: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_keys_once)
     except (ValueError, RecursionError) as error:
         msg = f"{path}, {place}: not JSON ({error}); allowed: a list of records in .json, a record a line in .jsonl"
         raise PreferenceError(msg) from None
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):  # the last one would win silently
+        names = [name for name, _ in pairs]
+        msg = f"key {next(name for name in names if names.count(name) > 1)!r} stands twice"
+        raise ValueError(msg)
+    return record
 
 
 def _json_record(path: Path, place: str, record: object) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def locked(target: Path) -> Iterator[None]:
 def _create_lock(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         held = _flock(descriptor, fcntl.LOCK_EX)
         # The holder before us may have removed the lock file while we waited for it: then the lock is worth nothing.
         if not held or os.fstat(descriptor).st_nlink:
@@ -121,11 +121,20 @@ def write_atomically(target: Path, data: bytes) -> None:
 
 
 def dead_files(root: Path) -> Iterator[Path]:
-    """Yield temporary and lock files whose writers are gone; those of living writers are locked."""
-    for folder, _, names in os.walk(root):
+    """Yield temporary and lock files whose writers are gone; those of living writers are locked.
+
+    Raises
+    ------
+    StoreError
+        If a folder of the store is a symbolic link, or such a file is one.
+    """
+    for folder, inner, names in os.walk(root):
+        for name in inner:
+            refuse_link(Path(folder, name))
         for name in names:
             if name.startswith((TEMP, LOCK)):
                 path = Path(folder, name)
+                refuse_link(path)
                 try:
                     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 except OSError:  # gone meanwhile, or not ours to lock
@@ -151,6 +160,19 @@ def is_locked(target: Path) -> bool:
         return not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
+
+
+def refuse_link(path: Path) -> None:
+    """Keep readers and writers inside the store.
+
+    Raises
+    ------
+    StoreError
+        If the file or folder is a symbolic link.
+    """
+    if path.is_symlink():
+        msg = f"{path}: is a symbolic link; allowed: a file or folder of its own"
+        raise StoreError(msg)
 
 
 def open_regular(path: Path) -> tuple[int, int]:

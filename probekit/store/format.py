@@ -1,24 +1,22 @@
-"""The format of a feature store: names, canonical JSON, fingerprint, sidecar records and the dtype rule.
+"""The format of a feature store: names, canonical JSON, fingerprint and the dtype rule.
 
-``FORMAT.md`` beside this file is the specification; this module is its only home in code.
+``FORMAT.md`` beside this file is the specification; this module and ``records.py`` are its only home in code.
 m = rows of a shard, d = channels of a feature vector.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from probekit.errors import StoreError, VersionError
 from probekit.store.half import convert
 
 FORMAT = "probekit-features"
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 FORMAT_MAJOR = 1
 DEFAULT_SHARD_BYTES = 512 * 2**20
 STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
@@ -30,6 +28,9 @@ _CHOICE_VALUES = 2**16  # looked at together: few enough to stay in the cache
 DTYPE_POLICY = f"float16 if absmax < {FP16_LIMIT:.0f} and p99 pair noise ratio <= {FP16_NOISE_RATIO}, else float32"
 
 SEAL = "self_sha256"
+RECORD = "record_sha256"  # attribute of a shard's root: what its sidecar says, so that the two cannot be parted
+_OF_THE_FILE = ("bytes", "sha256", "meta_sha256")  # not in that digest, since they depend on it
+MAX_METADATA_BYTES = 2**26  # of a shard, outside its datasets: more would only keep a reader busy
 SIGMA_RESOLUTION = "sigma_resolution"  # member of ``describe``
 
 # The tables of a shard: dataset -> (dtype, length in terms of (rows, prompts), further dimension or none).
@@ -67,8 +68,23 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def seal(content: Mapping[str, Any]) -> bytes:
     """Encode a record as canonical JSON that carries its own SHA-256."""
-    body = {key: value for key, value in content.items() if key != SEAL}
-    return canonical_json(body | {SEAL: hashlib.sha256(canonical_json(body).encode()).hexdigest()}).encode()
+    return _sealed(_members(content))
+
+
+def _members(content: Mapping[str, Any]) -> dict[str, str]:
+    """Canonical JSON of each member: a sidecar is long, and one encoding serves its seal and its record digest."""
+    return {key: canonical_json(value) for key, value in content.items()}
+
+
+def _object(members: Mapping[str, str], *, without: tuple[str, ...] = ()) -> bytes:
+    """Put members together to the canonical JSON of their object."""
+    parts = [f"{canonical_json(key)}:{members[key]}" for key in sorted(members) if key not in without]
+    return ("{" + ",".join(parts) + "}").encode()
+
+
+def _sealed(members: Mapping[str, str]) -> bytes:
+    digest = hashlib.sha256(_object(members, without=(SEAL,))).hexdigest()
+    return _object({**members, SEAL: canonical_json(digest)})
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -79,15 +95,41 @@ def unseal(data: bytes) -> dict[str, Any]:
     ValueError
         If a single byte differs from what ``seal`` wrote.
     """
+    return _unsealed(data)[0]
+
+
+def unseal_sidecar(data: bytes) -> dict[str, Any]:
+    """Decode a sealed sidecar; its `record_digest` stands beside its members under ``record_sha256``.
+
+    Raises
+    ------
+    ValueError
+        If a single byte differs from what ``seal`` wrote.
+    """
+    content, members = _unsealed(data)
+    return content | {RECORD: _record_digest(members)}
+
+
+def _unsealed(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = json.loads(data)
-        intact = isinstance(content, dict) and seal(content) == data
+        members = _members(content) if isinstance(content, dict) else {}
+        intact = _sealed(members) == data
     except (ValueError, RecursionError):
         intact = False
     if not intact:
         msg = "not a record that carries its own SHA-256"
         raise ValueError(msg)
-    return dict(content)
+    return content, members
+
+
+def record_digest(sidecar: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of what a sidecar says of its shard, but for the size and digests of the file."""
+    return _record_digest(_members(sidecar))
+
+
+def _record_digest(members: Mapping[str, str]) -> str:
+    return hashlib.sha256(_object(members, without=(*_OF_THE_FILE, SEAL))).hexdigest()
 
 
 def check_version(where: str, content: Mapping[str, Any]) -> None:
@@ -119,24 +161,22 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         If ``layers`` or ``poolings``, which the format needs, are absent, or ``pooling_layers`` does not fit them.
     """
-    check_config(config)
+    if not config.get("layers") or not config.get("poolings"):
+        msg = "config needs 'layers': [{'index', 'name', 'stream'}, ...] and 'poolings': {name: definition}"
+        raise ValueError(msg)
+    check_pooling_layers(config)
     own = {"format": f"{FORMAT}/{FORMAT_MAJOR}", "dtype_policy": DTYPE_POLICY}
     return dict(json.loads(canonical_json(dict(config) | own)))
 
 
-def check_config(config: Any) -> None:
-    """Check the members of a configuration that the format itself needs.
+def check_pooling_layers(config: Mapping[str, Any]) -> None:
+    """Check which poolings a configuration has at which layers.
 
     Raises
     ------
     ValueError
-        If ``layers`` or ``poolings`` are absent or of another form, or ``pooling_layers`` does not fit them.
+        If ``pooling_layers`` names an unknown pooling, or not some of the layers in their order.
     """
-    try:
-        _Config.model_validate(config)
-    except ValidationError:
-        msg = "config needs 'layers': [{'index', 'name', 'stream'}, ...] and 'poolings': {name: definition}"
-        raise ValueError(msg) from None
     layers = [layer["index"] for layer in config["layers"]]
     for pooling, some in config.get("pooling_layers", {}).items():
         in_order = [layer for layer in layers if layer in some]
@@ -177,6 +217,11 @@ def block_name(row_ids: list[str] | tuple[str, ...]) -> str:
     return hashlib.sha256(bytes.fromhex("".join(row_ids))).hexdigest()[:32]
 
 
+def plan_name(blocks: list[list[str]]) -> str:
+    """Name of the plan of these blocks: 32 hex digits of the SHA-256 of their canonical JSON."""
+    return hashlib.sha256(canonical_json(blocks).encode()).hexdigest()[:32]
+
+
 def dataset_name(pooling: str, layer: int) -> str:
     """HDF5 path of one layer's features, without the leading slash."""
     return f"features/{pooling}/{layer:03d}"
@@ -192,110 +237,6 @@ def layers_of(config: Mapping[str, Any], pooling: str) -> list[dict[str, Any]]:
 def feature_keys(config: Mapping[str, Any]) -> set[tuple[str, int]]:
     """(pooling, layer) of every feature dataset that a shard of this configuration holds."""
     return {(pooling, layer["index"]) for pooling in config["poolings"] for layer in layers_of(config, pooling)}
-
-
-class _Layer(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    index: NonNegativeInt
-    name: str
-    stream: str
-
-
-class _Config(BaseModel):
-    """What the format itself needs of a configuration; everything else there is the caller's."""
-
-    model_config = ConfigDict(strict=True)
-
-    layers: list[_Layer] = Field(min_length=1)
-    poolings: dict[str, str] = Field(min_length=1)
-    pooling_layers: dict[str, list[NonNegativeInt]] = {}
-
-
-class DatasetRecord(BaseModel):
-    """What a sidecar says of one dataset; the last four fields are given for features only."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    dtype: Literal["<f2", "<f4", "<i8", "|u1"]
-    shape: list[NonNegativeInt]
-    offset: NonNegativeInt | None  # none where the dataset is empty
-    nbytes: NonNegativeInt
-    crc32: NonNegativeInt
-    absmax: float | None = None
-    noise_ratio: float | None = None
-    quantisation_noise: float | None = None
-    nonfinite_rows: int | None = None
-
-    @model_validator(mode="after")
-    def _bytes_follow_from_shape(self) -> "DatasetRecord":
-        if self.nbytes != math.prod(self.shape) * np.dtype(self.dtype).itemsize:
-            msg = f"{self.nbytes} bytes do not hold {self.shape} of {self.dtype}"
-            raise ValueError(msg)
-        if (self.offset is None) != (self.nbytes == 0):
-            msg = "an offset is given if and only if the dataset holds bytes"
-            raise ValueError(msg)
-        return self
-
-
-class Sidecar(BaseModel):
-    """Commit record of a shard; see FORMAT.md for the meaning of each field."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    format: str
-    format_version: str
-    fingerprint: str
-    block: str
-    sigma: str
-    draw: NonNegativeInt
-    n_rows: NonNegativeInt
-    n_prompts: NonNegativeInt
-    rows_sha256: str
-    bytes: NonNegativeInt
-    sha256: str
-    meta_sha256: str
-    datasets: dict[str, DatasetRecord]
-
-    @model_validator(mode="after")
-    def _tables_fit(self) -> "Sidecar":
-        rows, prompts = self.n_rows, self.n_prompts
-        lengths = {
-            "rows": [rows],
-            "rows + 1": [rows + 1],
-            "rows x 32": [rows, 32],
-            "prompts + 1": [prompts + 1],
-            "prompts x 32": [prompts, 32],
-        }
-        for name, (dtype, length) in TABLES.items():
-            record = self.datasets.get(name)
-            if record is None or record.dtype != dtype or record.shape != lengths.get(length, [record.nbytes]):
-                msg = f"dataset {name} should be {dtype} with {length} entries"
-                raise ValueError(msg)
-        ranges = sorted((r.offset, r.nbytes) for r in self.datasets.values() if r.offset is not None)
-        ends = [offset + nbytes for offset, nbytes in ranges]
-        starts = [offset for offset, _ in ranges[1:]] + [self.bytes]
-        if any(end > start for end, start in zip(ends, starts, strict=True)):
-            msg = "datasets overlap or pass the end of the file"
-            raise ValueError(msg)
-        return self
-
-
-def parse_sidecar(data: bytes) -> Sidecar:
-    """Decode a sidecar.
-
-    Raises
-    ------
-    ValueError
-        In one line, if it is not intact or does not fit the format.
-    """
-    content = unseal(data)
-    try:
-        return Sidecar.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"{'.'.join(str(part) for part in first['loc']) or 'record'}: {first['msg']}"
-        raise ValueError(msg) from None
 
 
 class Figures(NamedTuple):

@@ -32,17 +32,25 @@ def write_hdf5(
     rows: pd.DataFrame,
     features: Mapping[tuple[str, int], NDArray[np.float32]],
     config: Mapping[str, Any],
+    identity: Mapping[str, Any],
     attributes: Mapping[str, Any],
     accept: Callable[[NDArray[np.uint8]], None] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Fill an HDF5 file with the rows and features (m, d) of a shard; d may differ between poolings.
 
-    `accept` is called with the status (m,) of the rows first; what it raises is passed on.
+    Parameters
+    ----------
+    identity
+        Members of the sidecar that say which shard it is; attributes of the file as well.
+    attributes
+        Further attributes of the file.
+    accept
+        Called with the status (m,) of the rows first; what it raises is passed on.
 
     Returns
     -------
     dict
-        Dataset name -> the sidecar's record of it.
+        The sidecar, but for the size and digests of the file.
 
     Raises
     ------
@@ -64,7 +72,7 @@ def write_hdf5(
         chosen = {key: threads.submit(_choose, features[key], ok, prompt_index) for key in _ordered(config)}
         # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
         with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
-            _set_attributes(file, attributes)
+            _set_attributes(file, {**identity, **attributes})
             for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
                 dtype, all_rows = fmt.TABLES[name][0], np.ones(len(table), bool)
                 records[name] = _write_dataset(file, name, table, all_rows, dtype, _checksum(table, all_rows, dtype))
@@ -83,9 +91,17 @@ def write_hdf5(
                 } | {figure: value for figure, value in recorded.items() if value is not None}
                 _set_attributes(file[name], described)
                 records[name] = recorded | written
+            sidecar = {
+                **identity,
+                "n_rows": len(rows),
+                "n_prompts": len(prompts),
+                "rows_sha256": hashlib.sha256(bytes.fromhex("".join(rows["row_id"]))).hexdigest(),
+                "datasets": records,
+            }
+            _set_attributes(file, {fmt.RECORD: fmt.record_digest(sidecar)})
     finally:
         threads.shutdown(cancel_futures=True)
-    return records
+    return sidecar
 
 
 def _ordered(config: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:

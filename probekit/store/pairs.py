@@ -13,16 +13,31 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow.parquet import ParquetFile
 
 from probekit.errors import StoreError
 from probekit.store import format as fmt
-from probekit.store.files import open_regular
+from probekit.store.files import open_regular, read_small
+from probekit.store.records import parse_judgements_sidecar
+from probekit.store.shards import file_digest
 
 logger = logging.getLogger(__name__)
 
 JUDGEMENT_COLUMNS = ("pair_id", "row_a", "row_b", "label", "group", "split")
+SPLITS = ("train", "validation", "test")
 DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
 REASONS = ("missing_rows", "bad_status", "no_label")
+_BATCH = 4096  # pairs that are unpacked before their size is looked at
+_UNPACKED = 256  # bytes of a table for each byte of its file; real ones take up to 10
+_PLAIN = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_null,
+)
+MEND = "delete it and its .json companion, and run the same dump command again"
 
 
 # What pyarrow and pandas raise on bytes that are not what they say.
@@ -35,22 +50,49 @@ def read_judgements(path: Path) -> pd.DataFrame:
     Raises
     ------
     StoreError
-        If it is missing, a link or not Parquet.
+        If it is missing, a link, not what its sidecar says or not Parquet.
     """
-    descriptor, _ = open_regular(path)
+    descriptor, size = open_regular(path)
     try:
-        with open(descriptor, "rb", closefd=False) as file:
-            frame = pd.read_parquet(file, page_checksum_verification=True)
+        sidecar = path.with_suffix(".json")
+        if os.path.lexists(sidecar):  # formats 1.0 and 1.1 have none
+            said = parse_judgements_sidecar(read_small(sidecar, limit=2**16))
+            if (said.name, said.bytes, said.sha256) != (path.stem, size, file_digest(descriptor, size)):
+                msg = f"not the file of {sidecar}"
+                raise ValueError(msg)
+        with open(descriptor, "rb", closefd=False) as file, ParquetFile(file) as parquet:
+            frame: pd.DataFrame = _plain_table(parquet, size).to_pandas()
         if not frame.columns.is_unique:
             msg = "a column stands there twice"
             raise ValueError(msg)
         return frame
     except _DAMAGE as error:
         reason = " ".join(str(error).split())
-        msg = f"{path}: cannot be read as Parquet ({reason}); delete it and run the same dump command again"
+        msg = f"{path}: cannot be read as judgements ({reason}); {MEND}"
         raise StoreError(msg) from None
     finally:
         os.close(descriptor)
+
+
+def _plain_table(parquet: ParquetFile, size: int) -> pa.Table:
+    """Read a Parquet file of ``size`` bytes that holds texts and numbers only and does not unpack without bound."""
+    for column in parquet.schema_arrow:
+        if not any(fits(column.type) for fits in _PLAIN):
+            msg = f"column {column.name!r} is {column.type}; allowed: texts and numbers"
+            raise ValueError(msg)
+    if parquet.metadata.num_rows > size:  # each has a name of its own, which takes a byte at least
+        msg = f"says that its {size} bytes hold {parquet.metadata.num_rows} pairs"
+        raise ValueError(msg)
+    batches, unpacked = [], 0
+    for batch in parquet.iter_batches(_BATCH):
+        batches.append(batch)
+        unpacked += batch.nbytes
+        if unpacked > _UNPACKED * size:
+            msg = f"unpacks to more than {_UNPACKED} times its {size} bytes"
+            raise ValueError(msg)
+    # The metadata of the schema is advice of whoever wrote it on which Python types to make: it is not followed.
+    schema = parquet.schema_arrow.remove_metadata()
+    return pa.Table.from_batches([batch.cast(schema) for batch in batches], schema)
 
 
 @dataclass(frozen=True)
@@ -111,8 +153,31 @@ class BoundJudgements:
             if empty and column != "label":
                 msg = f"{self.path}: {empty} judgements have no {column!r}; allowed: a value in each"
                 raise StoreError(msg)
+            if column != "label" and pd.api.types.infer_dtype(self.frame[column]) not in ("string", "empty"):
+                msg = f"{self.path}: not all judgements have a text as {column!r}; allowed: texts"
+                raise StoreError(msg)
+        label = pd.to_numeric(self.frame["label"], errors="coerce")
+        wrong = self.frame["label"][~label.between(0, 1) & self.frame["label"].notna()]
+        if len(wrong):
+            msg = (
+                f"{self.path}: a judgement has the label {wrong.tolist()[0]!r}; allowed: a number from 0 to 1, or none"
+            )
+            raise StoreError(msg)
+        other = sorted(set(self.frame["split"]) - set(SPLITS))
+        if other:
+            msg = f"{self.path}: a judgement has the split {other[0]!r}; allowed: {', '.join(SPLITS)}"
+            raise StoreError(msg)
+        splits = self.frame.groupby("group")["split"].nunique()
+        if (splits > 1).any():
+            msg = f"{self.path}: group {splits.idxmax()!r} is in {splits.max()} splits; allowed: one, else a test leaks"
+            raise StoreError(msg)
         filled = {name: self.frame[name].fillna(value) for name, value in DEFAULTS.items() if name in self.frame}
-        object.__setattr__(self, "frame", self.frame.assign(**(DEFAULTS | filled)))
+        frame = self.frame.assign(**(DEFAULTS | filled))
+        light = frame["weight"][~(pd.to_numeric(frame["weight"], errors="coerce") > 0)]
+        if len(light):
+            msg = f"{self.path}: a judgement has the weight {light.tolist()[0]!r}; allowed: a number above 0"
+            raise StoreError(msg)
+        object.__setattr__(self, "frame", frame)
 
     def pairs(self, *, split: str | None = None) -> Pairs:
         """Pairs with features; the others are named in ``excluded``.

@@ -4,7 +4,7 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -18,6 +18,7 @@ from probekit.errors import StoreError
 from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
+from probekit.store.files import refuse_link
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, read_store_file, scan
 
@@ -84,6 +85,7 @@ class FeatureStore:
         self.layers = _points(self.config["layers"])
         self.poolings: list[str] = list(self.config["poolings"])
         self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
+        refuse_link(self.path / "judgements")
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -107,7 +109,9 @@ class FeatureStore:
     @property
     def judgements(self) -> list[str]:
         """Names of the sets of pairs that lie beside the shards."""
-        return sorted(path.stem for path in (self.path / "judgements").glob("[!.]*.parquet"))
+        folder = self.path / "judgements"
+        # A set whose sidecar alone is there is missing, not absent.
+        return sorted({path.stem for ending in ("parquet", "json") for path in folder.glob(f"[!.]*.{ending}")})
 
     @property
     def n_shards(self) -> int:
@@ -425,13 +429,18 @@ class FeatureStore:
                 tables.append(_row_table(shard, ids)[fresh])
         frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
         status = np.zeros(len(frame), np.uint8)
+        held = {coordinates: np.zeros(len(frame), bool) for coordinates in self.coordinates}
         for shard in self._shards:
-            place = places[shard.sidecar.block]
+            place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
+            if seen[place].any():
+                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND}"
+                raise StoreError(msg)
+            seen[place] = True
             status[place] = np.maximum(status[place], shard.table("rows/status"))
         return frame.assign(status=status), places
 
 
-def _points(layers: list[dict[str, Any]]) -> list[LayerPoint]:
+def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:
     return [LayerPoint(layer["index"], layer["name"], layer["stream"]) for layer in layers]
 
 

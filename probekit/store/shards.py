@@ -12,22 +12,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import StringConstraints, TypeAdapter
 
 from probekit._types import canonical_sigma
 from probekit.errors import ConfigError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 from probekit.store.half import convert
+from probekit.store.records import Sidecar, parse_plan, parse_sidecar, parse_store_file
 
 CHUNK_BYTES = 2**18  # read at once: still in the cache when it is summed and converted
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 _SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
-_BLOCKS = TypeAdapter(list[list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]])
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
 
@@ -48,20 +47,14 @@ def read_store_file(path: Path) -> dict[str, Any]:
     try:
         content = fmt.unseal(read_small(path, limit=2**24))
     except ValueError as error:
-        msg = f"{path}: {error}; allowed: the file as the dump wrote it"
+        msg = f"{path}: {error}; delete it and run the same dump command again"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
     try:
-        fmt.check_config(content.get("config"))
+        parse_store_file(content)
     except ValueError as error:
-        msg = f"{path}: {error}"
+        msg = f"{path}: {error}; delete it and run the same dump command again"
         raise StoreError(msg) from None
-    if content.get("fingerprint") != fmt.fingerprint(content["config"]):
-        msg = f"{path}: the fingerprint is not that of the configuration beside it"
-        raise StoreError(msg)
-    if not isinstance(content.get("describe"), dict):
-        msg = f"{path}: describe is {content.get('describe')!r}; allowed: an object"
-        raise StoreError(msg)
     return content
 
 
@@ -69,11 +62,6 @@ def stored_config(root: Path) -> dict[str, Any] | None:
     """Return the configuration of a store; None where there is no store yet."""
     file = root / "store.json"
     return dict(read_store_file(file)["config"]) if file.exists() else None
-
-
-def plan_name(blocks: list[list[str]]) -> str:
-    """Name of a plan: 32 hex digits of the SHA-256 of its content."""
-    return hashlib.sha256(fmt.canonical_json(blocks).encode()).hexdigest()[:32]
 
 
 def plan_files(root: Path) -> list[Path]:
@@ -87,12 +75,12 @@ def read_plan(path: Path) -> list[list[str]]:
     Raises
     ------
     StoreError
-        If it is missing or damaged.
+        If it is missing, damaged or not named after its content.
     """
     try:
-        return _BLOCKS.validate_python(fmt.unseal(read_small(path, limit=2**32)).get("blocks"))
-    except ValueError:  # pydantic's too
-        msg = f"{path}: damaged; delete it and run the same dump command again"
+        return parse_plan(read_small(path, limit=2**30), name=path.stem)
+    except ValueError as error:
+        msg = f"{path}: {error}; delete it and run the same dump command again"
         raise StoreError(msg) from None
 
 
@@ -111,13 +99,18 @@ def file_digests(descriptor: int, size: int, *, without: Iterable[tuple[int, int
 
 
 def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
-    """SHA-256 of an open file outside the given (offset, length) ranges."""
-    digest, position = hashlib.sha256(), 0
-    for offset, length in [*sorted(without), (size, 0)]:
-        for part in _parts(descriptor, position, offset):
-            digest.update(part)
-        position = offset + length
+    """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
+    digest = hashlib.sha256()
+    for part in _bytes_outside(descriptor, size, without=without):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes_outside(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> Iterator[memoryview]:
+    position = 0
+    for offset, length in [*sorted(without), (size, 0)]:
+        yield from _parts(descriptor, position, offset)
+        position = offset + length
 
 
 def _parts(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
@@ -141,7 +134,7 @@ class Shard:
     """
 
     path: Path
-    sidecar: fmt.Sidecar
+    sidecar: Sidecar
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def _refuse(self, what: str) -> NoReturn:
@@ -280,7 +273,7 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
     if not sidecar_path.exists() and not sidecar_path.is_symlink():
         return None
     try:
-        sidecar = fmt.parse_sidecar(read_small(sidecar_path, limit=2**24))
+        sidecar = parse_sidecar(read_small(sidecar_path, limit=2**24))
         descriptor, size = open_regular(path)
     except ValueError as error:
         return f"{sidecar_path}: {error}"
@@ -295,8 +288,13 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if sidecar.bytes != size:
             return f"{path}: {size} bytes instead of {sidecar.bytes}"
         ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
-        if file_digest(descriptor, size, without=ranges) != sidecar.meta_sha256:
+        metadata = b"".join(map(bytes, _bytes_outside(descriptor, size, without=ranges)))  # each piece before the next
+        if hashlib.sha256(metadata).hexdigest() != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
+        # A sidecar can be edited and sealed again; the file still holds the digest of what was written beside it.
+        bound = sidecar.format_version not in ("1.0", "1.1") or fmt.RECORD.encode() in metadata
+        if bound and sidecar.record_sha256.encode() not in metadata:
+            return f"{sidecar_path}: is not the record that was written with its .h5 file"
     finally:
         os.close(descriptor)
     return Shard(path, sidecar)
@@ -334,15 +332,25 @@ def shard_files(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, in
 def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:
     """Yield (folder, sigma, draw); a link in place of a folder is a problem, other names are not ours."""
     for folder in [root, *(sorted(root.iterdir()) if root.is_dir() else [])]:
-        if folder.is_symlink():
-            problems.append(f"{folder}: is a symbolic link; allowed: a folder")
-        elif folder != root and folder.is_dir() and _is_sigma(folder.name):
+        if folder.is_symlink() or ((folder == root or _is_sigma(folder.name)) and _is_other(folder)):
+            problems.append(_no_folder(folder))
+        elif folder != root and _is_sigma(folder.name):
             yield folder, folder.name, 0
             for inner in sorted(folder.iterdir()):
-                if _DRAW.fullmatch(inner.name) and inner.is_symlink():
-                    problems.append(f"{inner}: is a symbolic link; allowed: a folder")
-                elif _DRAW.fullmatch(inner.name) and inner.is_dir():
-                    yield inner, folder.name, int(inner.name)
+                if _DRAW.fullmatch(inner.name):
+                    if _is_other(inner):
+                        problems.append(_no_folder(inner))
+                    else:
+                        yield inner, folder.name, int(inner.name)
+
+
+def _is_other(path: Path) -> bool:
+    """Whether something other than a folder has this name."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
+
+
+def _no_folder(path: Path) -> str:
+    return f"{path}: {'is a symbolic link' if path.is_symlink() else 'not a folder'}; allowed: a folder"
 
 
 def _is_sigma(name: str) -> bool:

@@ -3,7 +3,6 @@
 m = rows of a shard, d = channels of a feature vector.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -38,9 +37,9 @@ from probekit.store.pairs import read_judgements
 from probekit.store.shards import (
     Shard,
     check_shard,
+    file_digest,
     file_digests,
     plan_files,
-    plan_name,
     read_plan,
     read_store_file,
     scan,
@@ -49,6 +48,7 @@ from probekit.store.shards import (
 
 logger = logging.getLogger(__name__)
 
+DIGESTS = "image_digests.parquet"  # a dump's cache beside the shards, no part of the format
 MARGIN_BYTES = 16 * 2**20  # tables and metadata of a shard, sidecar, judgements
 
 
@@ -107,7 +107,7 @@ def open_store(
         raise StoreError(msg)
     names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
     foreign = [name for name in names if not name.startswith((TEMP, LOCK))]
-    if foreign and "store.json" not in foreign:
+    if foreign and "store.json" not in foreign and not _lacks_only_its_head(root, foreign, fmt.fingerprint(full)):
         msg = f"{root}: holds {foreign[0]!r} and no store.json; allowed: a new or empty folder, or a feature store"
         raise StoreError(msg)
     content = {
@@ -125,7 +125,7 @@ def open_store(
         return StoreWriter(root, content, dry_run=True)
     remove_dead_files(root)
     with locked(file):
-        if not file.exists():
+        if not os.path.lexists(file):  # a link is refused below
             write_atomically(file, fmt.seal(content))
         stored = _refuse_other_settings(file, full)
         recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
@@ -149,6 +149,15 @@ def _refuse_other_settings(file: Path, config: Mapping[str, Any]) -> dict[str, A
         )
         raise FingerprintError(msg)
     return stored
+
+
+def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool:
+    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``."""
+    shards, problems = scan(root, fingerprint=fingerprint)
+    if not shards or problems or not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
+        return False
+    logger.warning("%s: store.json is missing and is written again; what was recorded in it is lost", root)
+    return True
 
 
 class StoreWriter:
@@ -318,32 +327,29 @@ class StoreWriter:
         }
         attributes = {"timestep": timestep, "config_json": fmt.canonical_json(self.config), "writer": writer_name()}
         with temporary(path) as (temp, descriptor):
-            datasets = write_hdf5(
+            sidecar = write_hdf5(
                 temp,
                 rows=rows,
                 features=features,
                 config=self.config,
-                attributes=identity | attributes,
+                identity=identity,
+                attributes=attributes,
                 accept=accept,
             )
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
-            ranges = [(r["offset"], r["nbytes"]) for r in datasets.values() if r["offset"] is not None]
+            ranges = [(r["offset"], r["nbytes"]) for r in sidecar["datasets"].values() if r["offset"] is not None]
             whole, outside = file_digests(descriptor, size, without=ranges)
-            sidecar = {
-                "n_rows": len(rows),
-                "n_prompts": datasets["prompts/sha256"]["shape"][0],
-                "rows_sha256": hashlib.sha256(bytes.fromhex("".join(block.row_ids))).hexdigest(),
+            sidecar |= {
                 "bytes": size,
                 "sha256": whole,
                 "meta_sha256": outside,
-                "datasets": datasets,
             }
             # An old sidecar must never vouch for the new file, so it goes first.
             path.with_suffix(".json").unlink(missing_ok=True)
             sync_folder(path.parent)
             publish(temp, descriptor, path)
-        write_atomically(path.with_suffix(".json"), fmt.seal(identity | sidecar))
+        write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def bad_rows(self) -> dict[str, int]:
@@ -404,7 +410,7 @@ class StoreWriter:
             raise StoreError(msg)
         path = self.path / "judgements" / f"{name}.parquet"
         with locked(path):
-            if path.exists():
+            if os.path.lexists(path):
                 old = read_judgements(path).reindex(columns=["pair_id"])
                 lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
                 if lost:
@@ -414,8 +420,21 @@ class StoreWriter:
                     )
                     raise StoreError(msg)
             with temporary(path) as (temp, descriptor):
-                frame.to_parquet(temp, index=False, write_page_checksum=True)
+                frame.to_parquet(temp, index=False)
+                os.fsync(descriptor)
+                size = os.fstat(descriptor).st_size
+                sidecar = {
+                    "format": fmt.FORMAT,
+                    "format_version": fmt.FORMAT_VERSION,
+                    "name": name,
+                    "bytes": size,
+                    "sha256": file_digest(descriptor, size),
+                }
+                # As with shards: an old sidecar must never vouch for the new file.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                sync_folder(path.parent)
                 publish(temp, descriptor, path)
+            write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def _planned(self) -> Iterator[tuple[str, ...]]:
@@ -425,7 +444,7 @@ class StoreWriter:
 
     def _write_plan(self, blocks: list[tuple[str, ...]]) -> None:
         content = [list(row_ids) for row_ids in blocks]
-        path = self.path / "plans" / f"{plan_name(content)}.json"
+        path = self.path / "plans" / f"{fmt.plan_name(content)}.json"
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
