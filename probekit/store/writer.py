@@ -177,16 +177,18 @@ class StoreWriter:
         blocks = []
         with locked(self.path / "plans" / "all"):  # so that two commands do not cut the same rows in two ways
             shards, _ = scan(self.path, fingerprint=self.fingerprint)
-            missing = dict.fromkeys(self._missing(ordered["row_id"].tolist(), shards, sigma, draw))
+            missing = dict.fromkeys(self._missing(ordered["row_id"].tolist(), shards, sigma, draw), True)
             position = {row: i for i, row in enumerate(missing)}
             for row_ids in self._known_blocks(shards) if missing else ():
                 if len(row_ids) <= rows_per_shard and all(row in missing for row in row_ids):
                     blocks.append(Block(fmt.block_name(row_ids), tuple(row_ids)))
                     for row in row_ids:
                         del missing[row]
-            rest = ordered[ordered["row_id"].isin(missing)].drop_duplicates("row_id")
-            prompts = rest.groupby("_prompt", sort=True)["row_id"].agg(list)
-            new = [Block(fmt.block_name(ids), tuple(ids)) for ids in _pack(prompts.tolist(), rows_per_shard)]
+            prompts: dict[int, list[str]] = {}
+            for row, prompt in zip(ordered["row_id"], ordered["_prompt"], strict=True):
+                if missing.pop(row, False):  # a row that is given twice is stored once
+                    prompts.setdefault(prompt, []).append(row)
+            new = [Block(fmt.block_name(ids), tuple(ids)) for ids in _pack(list(prompts.values()), rows_per_shard)]
             if new:
                 self._write_plan(new)
         return sorted(blocks + new, key=lambda block: position[block.row_ids[0]])
