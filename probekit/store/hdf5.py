@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def provenance() -> dict[str, str]:
     return found
 
 
+@cache
 def writer_name() -> str:
     """Name and version of this program, for the provenance of files."""
     try:

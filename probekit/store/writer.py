@@ -234,9 +234,12 @@ class StoreWriter:
                     states[row_ids] = "new"
                     for row in row_ids:
                         del missing[row]
-            rest = ordered[ordered["row_id"].isin(missing)].drop_duplicates("row_id")
-            prompts = rest.groupby("_prompt", sort=True)["row_id"].agg(list)
-            new = [tuple(ids) for ids in _pack(prompts.tolist(), rows_per_shard)]
+            prompts: dict[int, list[str]] = {}
+            for row, prompt in zip(ordered["row_id"], ordered["_prompt"], strict=True):
+                if row in missing:  # a row that is given twice is stored once
+                    del missing[row]
+                    prompts.setdefault(prompt, []).append(row)
+            new = [tuple(ids) for ids in _pack(list(prompts.values()), rows_per_shard)]
             if new and not self._dry_run:
                 self._write_plan(new)
             states |= dict.fromkeys(new, "new")
