@@ -341,6 +341,11 @@ def _write_cache(cache: Path, digests: Mapping[tuple[str, int, int], bytes]) -> 
     rows = [(*key, digest.hex()) for key, digest in digests.items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
     temp = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    # A flipped bit in a digest would make a row of its own: checksums of pages show it.
-    pd.DataFrame(rows, columns=CACHE_COLUMNS).to_parquet(temp, index=False, write_page_checksum=True)
-    temp.replace(cache)
+    try:
+        # A flipped bit in a digest would make a row of its own: checksums of pages show it.
+        pd.DataFrame(rows, columns=CACHE_COLUMNS).to_parquet(temp, index=False, write_page_checksum=True)
+        temp.replace(cache)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        msg = f"{cache}: cannot be written ({error.strerror or error}); mend that and run the same command again"
+        raise ImageError(msg) from error

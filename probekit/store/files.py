@@ -15,6 +15,7 @@ from probekit.errors import StoreError
 logger = logging.getLogger(__name__)
 
 TEMP, LOCK = ".tmp-", ".lock-"
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _REFUSED = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
 
@@ -95,6 +96,21 @@ def _create_temporary(target: Path) -> tuple[Path, int]:
         if os.fstat(descriptor).st_nlink:  # else a cleaner was quicker than our lock
             return path, descriptor
         os.close(descriptor)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Have space set aside for an open file, so that a full disk is an error here and not a crash inside HDF5.
+
+    Raises
+    ------
+    OSError
+        If there is no space, or the file may not be so large; file systems that cannot reserve are trusted.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit.store import format as fmt
+from probekit.store.files import reserve
 from probekit.store.half import convert
 
 _THREADS = 4
+_OVERHEAD_BYTES = 2**13  # of a dataset: its header, attributes and links
 _PIECE_BYTES = 2**21  # converted and written at once
 
 
 def write_hdf5(
     path: Path,
+    descriptor: int,
     *,
     rows: pd.DataFrame,
     features: Mapping[tuple[str, int], NDArray[np.float32]],
@@ -41,6 +45,8 @@ def write_hdf5(
 
     Parameters
     ----------
+    path, descriptor
+        The file, open.
     identity
         Members of the sidecar that say which shard it is; attributes of the file as well.
     attributes
@@ -56,7 +62,7 @@ def write_hdf5(
     Raises
     ------
     OSError
-        If the file cannot be written.
+        If the file cannot be written, as on a full disk.
     """
     prompt_index, prompts = pd.factorize(rows["prompt"])
     given = rows["status"].to_numpy(np.uint8)
@@ -69,12 +75,17 @@ def write_hdf5(
         status = np.where(readable & ~ok, np.uint8(fmt.STATUS_NON_FINITE), given)
         if accept is not None:
             accept(status)
+        tables = _tables(rows, status, prompt_index, prompts.tolist())
+        needed = sum(array.nbytes + _OVERHEAD_BYTES for array in chain(tables.values(), features.values()))
+        needed += len(fmt.canonical_json(dict(attributes)).encode()) + _OVERHEAD_BYTES
+        reserve(descriptor, needed)
         # While one dataset is written, the threads look at the next ones.
         chosen = {key: threads.submit(_choose, features[key], ok, prompt_index) for key in _ordered(config)}
         # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
         with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
+            reserve(descriptor, needed)  # again: HDF5 began by emptying the file
             _set_attributes(file, {**identity, **attributes})
-            for name, table in _tables(rows, status, prompt_index, prompts.tolist()).items():
+            for name, table in tables.items():
                 dtype, all_rows = fmt.TABLES[name][0], np.ones(len(table), bool)
                 records[name] = _write_dataset(file, name, table, all_rows, dtype, _checksum(table, all_rows, dtype))
             for key, layer in _ordered(config).items():
@@ -100,6 +111,9 @@ def write_hdf5(
                 "datasets": records,
             }
             _set_attributes(file, {fmt.RECORD: fmt.record_digest(sidecar)})
+            file.flush()
+            size = file.id.get_filesize()
+        os.ftruncate(descriptor, size)  # what was reserved and not used
     finally:
         threads.shutdown(cancel_futures=True)
     return sidecar

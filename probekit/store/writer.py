@@ -332,6 +332,7 @@ class StoreWriter:
         with temporary(path) as (temp, descriptor):
             sidecar = write_hdf5(
                 temp,
+                descriptor,
                 rows=rows,
                 features=features,
                 config=self.config,
