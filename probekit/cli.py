@@ -385,6 +385,8 @@ def _show(facts: dict[str, Any], lines: list[tuple[str, str]], *, as_json: bool)
 
 def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is shown whole
     for heading, text in lines:
         table.add_row(heading, text)
     out_console.print(table)

@@ -16,6 +16,7 @@ from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
 from probekit.bench import dump as bench
 from probekit.bench import store as store_bench
+from probekit.bench import store_runs
 
 IMAGES, ROUNDS = 10, 2
 
@@ -119,7 +120,12 @@ def test_wrong_options_are_one_line(pipeline, temporary, given, code, message):
 SMALL_STORE = ["bench", "store", "--rows", 12, "--layers", 4, "--width", 8, "--shard-size", 1, "--rounds", 2]
 
 
-def test_the_store_beside_the_bare_disk_as_json(temporary):
+@pytest.fixture
+def few_shards(monkeypatch):
+    monkeypatch.setattr(store_runs, "SCANNED_SHARDS", 3)
+
+
+def test_the_store_beside_the_bare_disk_as_json(temporary, few_shards):
     done = probekit(*SMALL_STORE, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -138,7 +144,7 @@ def test_the_store_beside_the_bare_disk_as_json(temporary):
     assert not list(temporary.iterdir())
 
 
-def test_the_store_is_measured_where_the_user_says(temporary, tmp_path):
+def test_the_store_is_measured_where_the_user_says(temporary, tmp_path, few_shards):
     disk = tmp_path / "disk"
     disk.mkdir()
     done = probekit(*SMALL_STORE, "--folder", disk)
