@@ -70,6 +70,7 @@ RESULT_COLUMNS: dict[str, str] = {
     "edge_of_grid": "bool",
     "converged": "bool",
     "train_accuracy": "float64",
+    "train_left_out": "int64",  # training pairs that could not be fitted on
     "head_parameters": "int64",
     "backbone_parameters": "Int64",  # unknown for some imported features
     "width": "int64",

@@ -329,6 +329,7 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     head, fitted = _fit(record, features, pairs["train"])
     margins = {split: _margins(head, features, pairs[split].rows) for split in _SPLITS}
     trained = PROTOCOLS[record.protocol](margins["train"], pairs["train"].label)
+    fitted["train_left_out"] = len(pairs["train"].excluded)
     fitted["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
     rows = [
         _facts(record, store) | fitted | row

@@ -212,6 +212,7 @@ def _write_record(
         "strength": strength,
         "edge_of_grid": strength in (STRENGTHS[0], STRENGTHS[-1]),
         "converged": bool(rng.random() > 0.02),
+        "train_left_out": 0,
         "train_accuracy": min(1.0, float(chance.mean()) + 0.04),
         "head_parameters": net.width * len(layers),
         "backbone_parameters": net.parameters,

@@ -331,3 +331,15 @@ def test_where_no_pair_differs_there_is_no_accuracy_and_the_rest_goes_on(tmp_pat
     assert "exactly equal scores" not in text
     assert "nan" not in (tmp_path / "report_figures" / "depth.svg").read_text().lower()
     assert list(pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layers"]) == ["single"] * 3 + ["all layers"]
+
+
+def test_left_out_pairs_of_every_split_reach_the_report(tmp_path):
+    path = planted_store(tmp_path / "store", signal={1: 2.0}, seed=0, broken=60)
+    run = probekit.run_sweep(config(), stores=[path], out=tmp_path / "run")
+    store = probekit.FeatureStore(path)
+    lost = {split: len(store.pairs(split=split).excluded) for split in ("train", "validation", "test")}
+    assert sum(lost.values()) == 60
+    assert all(lost.values())
+    text = probekit.build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    counted = f"{lost['train']} training, {lost['test']} test, {lost['validation']} validation pairs are left out"
+    assert f"Up to {counted}" in " ".join(text.split())

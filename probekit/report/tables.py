@@ -255,11 +255,16 @@ def warnings_list(
             "have no validation rows, so no layer is chosen there",
         ),
     ]
-    left_out, ties = int(test["left_out"].max()), int(test["true_ties"].max())
-    if left_out:
+    ties = int(test["true_ties"].max())
+    everything = frame[frame["source"] == ALL_SOURCES]
+    left_out = {"training": int(records["train_left_out"].max())} | {
+        split: int(rows["left_out"].max()) for split, rows in everything.groupby("split")
+    }
+    if any(left_out.values()):
+        counted = ", ".join(f"{count:,} {split}" for split, count in left_out.items() if count)
         found.append(
-            f"Up to {left_out:,} test pairs are left out: rows missing from the store, unreadable or non-finite"
-            " pictures, or no label."
+            f"Up to {counted} pairs are left out: rows missing from the store, unreadable or non-finite pictures, or no"
+            " label."
         )
     if ties:
         found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
