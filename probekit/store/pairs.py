@@ -60,7 +60,10 @@ def read_judgements(path: Path) -> pd.DataFrame:
             if (said.name, said.bytes, said.sha256) != (path.stem, size, file_digest(descriptor, size)):
                 msg = f"not the file of {sidecar}"
                 raise ValueError(msg)
-        with open(descriptor, "rb", closefd=False) as file, ParquetFile(file) as parquet:
+        with (
+            open(descriptor, "rb", closefd=False) as file,
+            ParquetFile(file, page_checksum_verification=True) as parquet,
+        ):
             frame: pd.DataFrame = _plain_table(parquet, size).to_pandas()
         if not frame.columns.is_unique:
             msg = "a column stands there twice"
