@@ -93,6 +93,10 @@ def _plain_table(parquet: ParquetFile, size: int) -> pa.Table:
         if unpacked > _UNPACKED * size:
             msg = f"unpacks to more than {_UNPACKED} times its {size} bytes"
             raise ValueError(msg)
+    count = sum(batch.num_rows for batch in batches)
+    if count != parquet.metadata.num_rows:  # at some damage pyarrow ends without an error
+        msg = f"{count} of its {parquet.metadata.num_rows} pairs can be read"
+        raise ValueError(msg)
     # The metadata of the schema is advice of whoever wrote it on which Python types to make: it is not followed.
     schema = parquet.schema_arrow.remove_metadata()
     return pa.Table.from_batches([batch.cast(schema) for batch in batches], schema)
