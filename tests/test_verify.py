@@ -509,7 +509,8 @@ def test_judgements_and_plans(tmp_path):
         assert f"(not the file of {sidecar})" in problem.problem
         assert problem.mend == f"delete it and votes.json, and {AGAIN}"
         votes.write_bytes(intact)
-    for damaged in (vouched[:-1], fmt.seal(json.loads(vouched) | {"name": "good"})):
+    edits = [{"name": "good"}, {"format": "other"}, {"format_version": "2.0"}, {"bytes": -1}]
+    for damaged in (vouched[:-1], *(fmt.seal(json.loads(vouched) | edit) for edit in edits)):
         sidecar.write_bytes(damaged)
         ((of, problem),) = found(tmp_path, repair=True)
         assert of == "judgements/votes.parquet"
@@ -684,7 +685,7 @@ def test_folders_outside_a_store_are_not_looked_into(tmp_path, name):
     assert place.is_file()
 
 
-# A store without judgements is whole, whoever took them away.
+# Nothing in a store says that there were judgements, or which noise levels: their whole folder leaves no trace.
 @pytest.mark.parametrize("name", [name for name in sample() if name != "missing folder: judgements"])
 def test_every_damage_is_a_line(tmp_path, name, whole):
     """Where a reader refuses a damaged copy, `verify_store` says so; it raises at none."""
