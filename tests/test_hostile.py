@@ -81,6 +81,7 @@ PLANS = [name for name in damages.KINDS if name.endswith(": plan") or name.start
 def test_a_damaged_plan_stops_a_dump(store, tmp_path, name):
     copy = damages.Copy(store, tmp_path, Random(0))
     path = copy.file("plan")
+    copy.shard().with_suffix(".json").unlink()  # plans are read where rows are missing
     damages.KINDS[name](copy)
     refused(store, by=damages.planned, name=path)
 

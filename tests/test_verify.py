@@ -8,16 +8,19 @@ import sys
 import zlib
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
+import damages
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from planted_store import planted_store
 from test_cli import probekit
+from test_hostile import sample
 from test_store import CONFIG, WIDTH, dump, judged, shard_bytes, table
 
-from probekit.errors import ConfigError
+from probekit.errors import ConfigError, StoreError
 from probekit.store import Block, FeatureStore, open_store, verify_store
 from probekit.store import format as fmt
 from probekit.store.files import LOCK, TEMP, locked, temporary
@@ -38,12 +41,19 @@ def found(path: Path, **options) -> list[tuple[str, str]]:
     return [(os.path.relpath(line.path, path), line.problem) for line in lines]
 
 
-def commit(h5: Path, **changes: dict) -> None:
-    """Make a sidecar for a file as it is now, as somebody would who wants it to be accepted."""
-    sidecar = json.loads(h5.with_suffix(".json").read_bytes())
-    data = h5.read_bytes()
-    for name, change in changes.items():
+def commit(h5: Path, changes: dict[str, dict] | None = None, **members) -> None:
+    """Make a sidecar for a file as it is now, as somebody would who wants it to be accepted.
+
+    Changes of its members, and by name of its datasets, get into the digest that the file holds of its record.
+    """
+    sidecar = json.loads(h5.with_suffix(".json").read_bytes()) | members
+    for name, change in (changes or {}).items():
         sidecar["datasets"][name] |= change
+    digest = fmt.record_digest(sidecar).encode()
+    if digest not in h5.read_bytes():
+        with h5py.File(h5, "r+") as file:
+            file.attrs.modify(fmt.RECORD, np.bytes_(digest))
+    data = h5.read_bytes()
     outside, position = sha256(), 0
     records = [r for r in sidecar["datasets"].values() if r["offset"] is not None]
     for record in sorted(records, key=lambda record: record["offset"]):
@@ -59,7 +69,7 @@ def overwrite(h5: Path, name: str, values: np.ndarray) -> None:
     with h5py.File(h5, "r+") as file:
         file[name][...] = values
         crc32 = zlib.crc32(file[name][...].tobytes())
-    commit(h5, **{name: {"crc32": crc32}})
+    commit(h5, {name: {"crc32": crc32}})
 
 
 def flip(path: Path, position: int) -> None:
@@ -99,11 +109,16 @@ SHARD_DAMAGE = {
         "the rows are not those of the block",
     ),
     "other digest": (
+        lambda h5: commit(h5, rows_sha256=h5.stem * 2),
+        "h5",
+        "the rows are not those of the block",
+    ),
+    "edited sidecar": (
         lambda h5: h5.with_suffix(".json").write_bytes(
             fmt.seal(json.loads(h5.with_suffix(".json").read_bytes()) | {"rows_sha256": h5.stem * 2})
         ),
-        "h5",
-        "the rows are not those of the block",
+        "json",
+        "is not the record that was written with its .h5 file",
     ),
     "features": (lambda h5: flip(h5, offset(h5, "features/mean/001")), "h5", "its SHA-256 is not that of its sidecar"),
     "prompts": (lambda h5: flip(h5, offset(h5, "prompts/text_utf8")), "h5", "its SHA-256 is not that of its sidecar"),
@@ -191,7 +206,10 @@ def test_exit_codes_and_output(tmp_path):
 
 
 def test_stores_of_all_kinds_are_clean(tmp_path):
-    assert found(Path(__file__).parent / "golden" / "store-1.0", deep=True) == []
+    versions = sorted(path.parent for path in (Path(__file__).parent / "data" / "archives").glob("*/store.json"))
+    assert len(versions) >= 3
+    for path in versions:
+        assert found(path, deep=True) == []
     coordinates = [("0.005", 0), ("0.1", 0), ("0.1", 1)]
     planted_store(tmp_path, signal={1: 1.0}, seed=0, broken=3, ties=0.1, coordinates=coordinates, further=True)
     assert found(tmp_path, deep=True) == []
@@ -227,6 +245,9 @@ def hostile(file: h5py.File, kind: str) -> None:
     elif kind == "other sigma":
         file.attrs["timestep"] = 7.0
         file.attrs["draw"] = 1
+    elif kind == "other record":
+        file.attrs["note"] = file.attrs[fmt.RECORD]
+        file.attrs.modify(fmt.RECORD, np.bytes_(b"0" * 64))
     elif kind == "more":
         file["features/mean/009"] = values
     elif kind == "figure":
@@ -258,6 +279,7 @@ HOSTILE = {
     "text attribute": "attribute note of features/mean/001 is neither a number nor a text of fixed length",
     "object attribute": "attribute object of / is neither a number nor a text of fixed length",
     "other sigma": "attribute draw of / is not that of the store and the sidecar",
+    "other record": "attribute record_sha256 of / is not that of the store and the sidecar",
     "more": "dataset features/mean/009 is not in the sidecar",
     "figure": "attribute absmax of features/mean/001 is 7.0, in the sidecar 6",
     "chunked": "dataset features/mean/001 is chunked",
@@ -293,7 +315,7 @@ def test_what_hdf5_may_hold(tmp_path):
                 if kind == "lacking":
                     del file["rows/width"]
                 hostile(file, kind)
-        commit(h5, **changes)
+        commit(h5, changes)
     assert found(path) == []
     problems = dict(found(path, deep=True))
     said = [problems.get(os.path.relpath(h5, path), "nothing") for h5 in sorted(path.rglob("*.h5"))]
@@ -306,7 +328,7 @@ def test_what_hdf5_may_hold(tmp_path):
 def refigure(h5: Path, **figures: float) -> None:
     with h5py.File(h5, "r+") as file:
         file["features/mean/001"].attrs.update(figures)
-    commit(h5, **{"features/mean/001": figures})
+    commit(h5, {"features/mean/001": figures})
 
 
 def some_nan(h5: Path) -> None:
@@ -343,7 +365,7 @@ CONTENT = {
         "features/mean/000: a row of a status other than 0 is not NaN",
     ),
     "text": (lambda h5: overwrite(h5, "prompts/text_utf8", np.uint8(255)), "text_utf8 is not UTF-8"),
-    "checksum": (lambda h5: commit(h5, **{"rows/width": {"crc32": 5}}), "rows/width does not have the checksum"),
+    "checksum": (lambda h5: commit(h5, {"rows/width": {"crc32": 5}}), "rows/width does not have the checksum"),
 }
 
 
@@ -479,17 +501,30 @@ def test_judgements_and_plans(tmp_path):
     votes = writer.write_judgements("votes", judged(rows, 4))
     writer.write_judgements("good", judged(rows, 2))
     assert found(tmp_path) == []
-    intact, shards = votes.read_bytes(), shard_bytes(tmp_path)
-    for position in range(4, len(intact) // 4, 5):  # pages have checksums, their headers do not
+    intact, shards, sidecar = votes.read_bytes(), shard_bytes(tmp_path), votes.with_suffix(".json")
+    vouched = sidecar.read_bytes()
+    for position in range(4, len(intact), 97):
         flip(votes, position)
-        if not found(tmp_path):
-            pd.testing.assert_frame_equal(read_judgements(votes), judged(rows, 4))
+        (problem,) = verify_store(tmp_path).problems
+        assert f"(not the file of {sidecar})" in problem.problem
+        assert problem.mend == f"delete it and votes.json, and {AGAIN}"
         votes.write_bytes(intact)
+    edits = [{"name": "good"}, {"format": "other"}, {"format_version": "2.0"}, {"bytes": -1}]
+    for damaged in (vouched[:-1], *(fmt.seal(json.loads(vouched) | edit) for edit in edits)):
+        sidecar.write_bytes(damaged)
+        ((of, problem),) = found(tmp_path, repair=True)
+        assert of == "judgements/votes.parquet"
+        assert sidecar.read_bytes() == damaged
+    votes.unlink()
+    assert found(tmp_path, repair=True) == [("judgements/votes.json", "its set votes.parquet is not there")]
+    sidecar.unlink()
+    assert found(tmp_path) == []  # no trace of a set: nothing says that there should be one
     for bad, message in [
-        (b"PAR1 no", "cannot be read as Parquet"),
+        (b"PAR1 no", "cannot be read as judgements"),
         (judged(rows, 4).drop(columns="label"), "the judgements have no column 'label'"),
-        (judged(rows, 4).assign(label="yes"), "could not convert string to float"),
+        (judged(rows, 4).assign(label="yes"), "a judgement has the label 'yes'"),
         (judged(rows, 4).assign(group=None), "4 judgements have no 'group'"),
+        (judged(rows, 4).assign(group="one", split=["train", "train", "test", "test"]), "group 'one' is in 2 splits"),
     ]:
         votes.write_bytes(bad) if isinstance(bad, bytes) else bad.to_parquet(votes)
         hurt = votes.read_bytes()
@@ -498,14 +533,39 @@ def test_judgements_and_plans(tmp_path):
         assert message in problem
         assert votes.read_bytes() == hurt  # judgements are never touched
     votes.write_bytes(intact)
+    (problem,) = verify_store(tmp_path, repair=True).problems
+    assert (problem.path, problem.problem) == (str(votes), "has no sidecar votes.json that vouches for it")
+    assert problem.mend == f"{AGAIN}: it writes it"
+    for position in range(4, len(intact) // 4, 5):  # pages have checksums, their headers do not
+        flip(votes, position)
+        ((_, problem),) = found(tmp_path)
+        if problem.startswith("has no sidecar"):
+            pd.testing.assert_frame_equal(read_judgements(votes), judged(rows, 4))
+        votes.write_bytes(intact)
+    writer.write_judgements("votes", judged(rows, 4))
+    assert found(tmp_path) == []
+    head = fmt.unseal((tmp_path / "store.json").read_bytes())
+    for version, lines in (("1.1", 0), ("1.2", 1), ("1.10", 1)):  # older versions wrote none
+        sidecar.unlink(missing_ok=True)
+        (tmp_path / "store.json").write_bytes(fmt.seal(head | {"format_version": version}))
+        assert len(found(tmp_path)) == lines
+    writer.write_judgements("votes", judged(rows, 4))
     (plan,) = (tmp_path / "plans").glob("*.json")
     good = plan.read_bytes()
-    for content in (b"{}", fmt.seal({"blocks": [["x"]]}), fmt.seal({"blocks": 3})):
+    twice = fmt.unseal(good)["blocks"][0][:1] * 2
+    for content, message in [
+        (b"{}", "not a record that carries its own SHA-256"),
+        (fmt.seal({"blocks": [["x"]]}), "blocks.0.0: String should match"),
+        (fmt.seal({"blocks": 3}), "blocks: Input should be a valid list"),
+        (fmt.seal({"blocks": [twice]}), "blocks.0: Value error, a row stands there twice"),
+    ]:
         plan.write_bytes(content)
-        assert found(tmp_path, repair=True) == [(f"plans/{plan.name}", "damaged")]
+        (problem,) = verify_store(tmp_path, repair=True).problems
+        assert (problem.path, problem.mend) == (str(plan), f"delete it and {AGAIN}")
+        assert problem.problem.startswith(message)
     plan.write_bytes(good)
     plan.rename(plan.with_stem("0" * 32))
-    assert found(tmp_path) == [(f"plans/{'0' * 32}.json", "is not named after its content")]
+    assert found(tmp_path) == [(f"plans/{'0' * 32}.json", "not the plan of this name")]
     assert shard_bytes(tmp_path) == shards
 
 
@@ -549,15 +609,14 @@ def test_shards_that_do_not_agree(tmp_path):
     assert problems
     assert all("of its rows are in" in problem for problem in problems)
     of = plant(table(7)[18:].iloc[[0, 1, 1]], WIDTH)
-    assert found(path, repair=True)[0] == (of, "a row stands there twice")
+    assert found(path, repair=True)[0] == (of, "holds a row twice")
     dump(path, rows)
     assert found(path, deep=True) == []
     assert len(FeatureStore(path).rows) == 18
     (h5, *_) = sorted(path.rglob("*.h5"))
-    sidecar = fmt.unseal(h5.with_suffix(".json").read_bytes())
-    del sidecar["datasets"]["features/mean/001"]
-    h5.with_suffix(".json").write_bytes(fmt.seal(sidecar))
-    commit(h5)
+    datasets = fmt.unseal(h5.with_suffix(".json").read_bytes())["datasets"]
+    del datasets["features/mean/001"]
+    commit(h5, datasets=datasets)
     lacks = "lacks dataset features/mean/001, which the store's config names"
     assert found(path) == [(os.path.relpath(h5, path), lacks)]
 
@@ -588,11 +647,66 @@ def test_links_and_odd_names(tmp_path):
     (path / "shards" / "0.005").rename(tmp_path / "elsewhere")
     (path / "shards" / "0.005").symlink_to(tmp_path / "elsewhere")
     (path / "judgements").symlink_to(tmp_path)
+    (path / "notes").symlink_to(tmp_path)
+    (path / f"{TEMP}x").symlink_to(tmp_path / "nothing")
     (path / "plans" / os.fsdecode(b"a\n\xff.json")).mkdir()
+    own = "is a symbolic link; allowed: a file or folder of its own"
     assert sorted(found(path, repair=True)) == [
+        (f"{TEMP}x", own),
         ("judgements", "is a symbolic link; allowed: a folder"),
+        ("notes", own),
         ("plans/a\\n\\udcff.json", "not a regular file"),
         ("shards", "6 rows are planned and none is there: no shard"),
         ("shards/0.005", "is a symbolic link; allowed: a folder"),
     ]
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+    with pytest.raises(StoreError, match=r"shards/0.005: is a symbolic link; allowed: a folder \(and 1 more\)$"):
+        FeatureStore(path)
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/0.1/1", "judgements", "plans"])
+def test_folders_outside_a_store_are_not_looked_into(tmp_path, name):
+    """Nothing behind a link is read or forgotten, however bad it is; a file in place of a folder is a line too."""
+    path, outside = tmp_path / "s", tmp_path / "outside"
+    damages.fill(path)
+    place = path / name
+    place.rename(outside)
+    for file in outside.rglob("*.*"):
+        if file.is_file():
+            os.truncate(file, 10)
+    before = tree(outside)
+    place.symlink_to(outside)
+    lines = [line for line in found(path, deep=True, repair=True) if line[1].startswith(("is a", "not a"))]
+    assert lines == [(name, "is a symbolic link; allowed: a folder")]
+    assert tree(outside) == before
+    place.unlink()
+    place.touch()
+    assert (name, "not a folder; allowed: a folder") in found(path, repair=True)
+    assert place.is_file()
+
+
+# Nothing in a store says that there were judgements, or which noise levels: their whole folder leaves no trace.
+@pytest.mark.parametrize("name", [name for name in sample() if name != "missing folder: judgements"])
+def test_every_damage_is_a_line(tmp_path, name, whole):
+    """Where a reader refuses a damaged copy, `verify_store` says so; it raises at none."""
+    copy = damages.Copy(Path(shutil.copytree(whole[0], tmp_path / "s")), whole[1], Random(0))
+    damages.KINDS[name](copy)
+    problems = found(copy.root) or found(copy.root, deep=True)
+    assert problems or damages.expected(name) != "refused"
+    found(copy.root, repair=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stores")
+    damages.fill(root / "whole")
+    damages.fill(root / "other", seed=1)
+    return root / "whole", root / "other"
+
+
+def test_a_shard_that_changes_while_it_is_checked(tmp_path):
+    dump(tmp_path, table(2))
+    (h5,) = tmp_path.rglob("*.h5")
+    (problem,) = verify_store(tmp_path, progress=lambda *_: os.truncate(h5, 100)).problems
+    assert "100 bytes instead of" in problem.problem
+    assert problem.mend == "check again when nothing writes into the store"

@@ -116,7 +116,10 @@ def _close(a: float | None, b: float | None) -> bool:
 def hdf5_request(shard: Shard, config_json: str) -> dict[str, Any]:
     """Collect what `Hdf5Checker.check` needs to know of a shard."""
     identity = ("format", "format_version", "fingerprint", "block", "sigma", "draw")
+    attributes = {key: getattr(shard.sidecar, key) for key in identity} | {"config_json": config_json}
+    if shard.sidecar.format_version not in fmt.UNBOUND:
+        attributes[fmt.RECORD] = shard.sidecar.record_sha256
     return {
         "datasets": {name: record.model_dump() for name, record in shard.sidecar.datasets.items()},
-        "attributes": {key: getattr(shard.sidecar, key) for key in identity} | {"config_json": config_json},
+        "attributes": attributes,
     }

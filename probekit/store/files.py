@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 TEMP, LOCK = ".tmp-", ".lock-"
 _NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+LINK = "is a symbolic link; allowed: a file or folder of its own"
 _REFUSED = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
 
@@ -136,32 +137,49 @@ def write_atomically(target: Path, data: bytes) -> None:
         publish(temp, descriptor, target)
 
 
-def dead_files(root: Path) -> Iterator[Path]:
-    """Yield temporary and lock files whose writers are gone; those of living writers are locked.
+def refuse_link(path: Path) -> None:
+    """Keep readers and writers inside the store.
 
     Raises
     ------
     StoreError
-        If a folder of the store is a symbolic link, or such a file is one.
+        If the file or folder is a symbolic link.
+    """
+    if path.is_symlink():
+        msg = f"{path}: {LINK}"
+        raise StoreError(msg)
+
+
+def dead_files(root: Path, *, on_link: Callable[[Path], None] = refuse_link) -> Iterator[Path]:
+    """Yield temporary and lock files whose writers are gone; those of living writers are locked.
+
+    Parameters
+    ----------
+    on_link
+        Called with every symbolic link in the place of a folder or of such a file; links are never followed.
+
+    Raises
+    ------
+    StoreError
+        From `refuse_link`, unless another function is given.
     """
     for folder, inner, names in os.walk(root):
-        for name in inner:
-            refuse_link(Path(folder, name))
-        for name in names:
-            if name.startswith((TEMP, LOCK)):
-                path = Path(folder, name)
-                refuse_link(path)
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                except OSError:  # gone meanwhile, or not ours to lock
-                    continue
-                if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    yield path
-                os.close(descriptor)
+        ours = [Path(folder, name) for name in names if name.startswith((TEMP, LOCK))]
+        for path in [*(Path(folder, name) for name in inner), *ours]:
+            if path.is_symlink():
+                on_link(path)
+        for path in ours:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError:  # a link, gone meanwhile, or not ours to lock
+                continue
+            if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield path
+            os.close(descriptor)
 
 
 def remove_dead_files(root: Path) -> None:
-    """Remove temporary and lock files whose writers are gone."""
+    """Remove temporary and lock files whose writers are gone; `dead_files` says what it refuses."""
     for path in dead_files(root):
         path.unlink(missing_ok=True)
 
@@ -176,19 +194,6 @@ def is_locked(target: Path) -> bool:
         return not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
-
-
-def refuse_link(path: Path) -> None:
-    """Keep readers and writers inside the store.
-
-    Raises
-    ------
-    StoreError
-        If the file or folder is a symbolic link.
-    """
-    if path.is_symlink():
-        msg = f"{path}: is a symbolic link; allowed: a file or folder of its own"
-        raise StoreError(msg)
 
 
 def open_regular(path: Path) -> tuple[int, int]:

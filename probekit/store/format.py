@@ -28,6 +28,7 @@ _CHOICE_VALUES = 2**16  # looked at together: few enough to stay in the cache
 DTYPE_POLICY = f"float16 if absmax < {FP16_LIMIT:.0f} and p99 pair noise ratio <= {FP16_NOISE_RATIO}, else float32"
 
 SEAL = "self_sha256"
+UNBOUND = ("1.0", "1.1")  # versions whose shards do not hold the digest of their record, nor judgements a sidecar
 RECORD = "record_sha256"  # attribute of a shard's root: what its sidecar says, so that the two cannot be parted
 _OF_THE_FILE = ("bytes", "sha256", "meta_sha256")  # not in that digest, since they depend on it
 MAX_METADATA_BYTES = 2**26  # of a shard, outside its datasets: more would only keep a reader busy

@@ -60,7 +60,10 @@ def read_judgements(path: Path) -> pd.DataFrame:
             if (said.name, said.bytes, said.sha256) != (path.stem, size, file_digest(descriptor, size)):
                 msg = f"not the file of {sidecar}"
                 raise ValueError(msg)
-        with open(descriptor, "rb", closefd=False) as file, ParquetFile(file) as parquet:
+        with (
+            open(descriptor, "rb", closefd=False) as file,
+            ParquetFile(file, page_checksum_verification=True) as parquet,
+        ):
             frame: pd.DataFrame = _plain_table(parquet, size).to_pandas()
         if not frame.columns.is_unique:
             msg = "a column stands there twice"
@@ -90,6 +93,10 @@ def _plain_table(parquet: ParquetFile, size: int) -> pa.Table:
         if unpacked > _UNPACKED * size:
             msg = f"unpacks to more than {_UNPACKED} times its {size} bytes"
             raise ValueError(msg)
+    count = sum(batch.num_rows for batch in batches)
+    if count != parquet.metadata.num_rows:  # at some damage pyarrow ends without an error
+        msg = f"{count} of its {parquet.metadata.num_rows} pairs can be read"
+        raise ValueError(msg)
     # The metadata of the schema is advice of whoever wrote it on which Python types to make: it is not followed.
     schema = parquet.schema_arrow.remove_metadata()
     return pa.Table.from_batches([batch.cast(schema) for batch in batches], schema)

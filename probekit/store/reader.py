@@ -18,9 +18,8 @@ from probekit.errors import StoreError
 from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
-from probekit.store.files import refuse_link
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
-from probekit.store.shards import MEND, Shard, read_store_file, scan
+from probekit.store.shards import MEND, Shard, no_folder, read_store_file, scan
 
 ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
 T = TypeVar("T")
@@ -85,11 +84,12 @@ class FeatureStore:
         self.layers = _points(self.config["layers"])
         self.poolings: list[str] = list(self.config["poolings"])
         self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
-        refuse_link(self.path / "judgements")
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
+        if problem := no_folder(self.path / "judgements"):
+            problems.append(problem)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            msg = f"{problems[0]}{more}; {MEND}"
+            msg = f"{problems[0]}{more}"
             raise StoreError(msg)
         held = {(shard.sidecar.sigma, shard.sidecar.draw) for shard in self._shards}
         self.coordinates = sorted(held, key=lambda place: (float(place[0]), place[1]))

@@ -77,13 +77,22 @@ class StoreFile(_Record):
     describe: _Describe
 
 
+def _distinct(rows: list[str]) -> list[str]:
+    if len(set(rows)) != len(rows):
+        msg = "a row stands there twice"
+        raise ValueError(msg)
+    return rows
+
+
 class _Plan(_Record):
-    blocks: list[Annotated[list[Hex64], Field(min_length=1)]]
+    blocks: list[Annotated[list[Hex64], Field(min_length=1), AfterValidator(_distinct)]]
 
 
 class JudgementsSidecar(_Record):
     """What is said of a set of judgements."""
 
+    format: Literal["probekit-features"]
+    format_version: str = Field(pattern=rf"^{fmt.FORMAT_MAJOR}\.")
     name: str
     bytes: Count
     sha256: Hex64

@@ -209,7 +209,10 @@ class Shard:
         digest = hashlib.sha256(joined).hexdigest()
         if digest != self.sidecar.rows_sha256 or not digest.startswith(self.sidecar.block):
             self._refuse("the rows are not those of the block it is named after")
-        return struct.unpack("32s" * self.sidecar.n_rows, joined)
+        keys = struct.unpack("32s" * self.sidecar.n_rows, joined)
+        if len(set(keys)) != len(keys):
+            self._refuse("holds a row twice")
+        return keys
 
     def row_ids(self) -> list[str]:
         """Keys of the m rows, hex, in the order of the shard."""
@@ -292,7 +295,7 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if hashlib.sha256(metadata).hexdigest() != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
         # A sidecar can be edited and sealed again; the file still holds the digest of what was written beside it.
-        bound = sidecar.format_version not in ("1.0", "1.1") or fmt.RECORD.encode() in metadata
+        bound = sidecar.format_version not in fmt.UNBOUND or fmt.RECORD.encode() in metadata
         if bound and sidecar.record_sha256.encode() not in metadata:
             return f"{sidecar_path}: is not the record that was written with its .h5 file"
     finally:
@@ -308,7 +311,7 @@ def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
     shards
         Those that are done, sorted by (sigma, draw, block).
     problems
-        One line for each damaged one.
+        One line for each damaged one, with what mends it.
     """
     shards: list[Shard] = []
     problems: list[str] = []
@@ -317,7 +320,7 @@ def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
         if isinstance(found, Shard):
             shards.append(found)
         elif found:
-            problems.append(found)
+            problems.append(f"{found}; {MEND}")
     return shards, problems
 
 
@@ -331,26 +334,28 @@ def shard_files(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, in
 
 def _shard_folders(root: Path, problems: list[str]) -> Iterator[tuple[Path, str, int]]:
     """Yield (folder, sigma, draw); a link in place of a folder is a problem, other names are not ours."""
-    for folder in [root, *(sorted(root.iterdir()) if root.is_dir() else [])]:
-        if folder.is_symlink() or ((folder == root or _is_sigma(folder.name)) and _is_other(folder)):
-            problems.append(_no_folder(folder))
-        elif folder != root and _is_sigma(folder.name):
+    if problem := no_folder(root):
+        problems.append(problem)
+        return
+    for folder in sorted(root.iterdir()) if root.exists() else []:
+        ours, problem = _is_sigma(folder.name), no_folder(folder)
+        if problem and (ours or folder.is_symlink()):
+            problems.append(problem)
+        elif ours:
             yield folder, folder.name, 0
             for inner in sorted(folder.iterdir()):
                 if _DRAW.fullmatch(inner.name):
-                    if _is_other(inner):
-                        problems.append(_no_folder(inner))
+                    if problem := no_folder(inner):
+                        problems.append(problem)
                     else:
                         yield inner, folder.name, int(inner.name)
 
 
-def _is_other(path: Path) -> bool:
-    """Whether something other than a folder has this name."""
-    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
-
-
-def _no_folder(path: Path) -> str:
-    return f"{path}: {'is a symbolic link' if path.is_symlink() else 'not a folder'}; allowed: a folder"
+def no_folder(path: Path) -> str | None:
+    """Say what stands in the place of a folder, if it is something else; there may be nothing."""
+    if path.is_symlink():
+        return f"{path}: is a symbolic link; allowed: a folder"
+    return f"{path}: not a folder; allowed: a folder" if path.exists() and not path.is_dir() else None
 
 
 def _is_sigma(name: str) -> bool:

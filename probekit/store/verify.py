@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from probekit._types import Progress
 from probekit.errors import ConfigError, StoreError, VersionError
 from probekit.store import format as fmt
 from probekit.store.deep import content_problems, hdf5_request, matches_digest
-from probekit.store.files import dead_files, is_locked, locked, remove_dead_files, sync_folder
+from probekit.store.files import LINK, dead_files, is_locked, locked, sync_folder
 from probekit.store.hdf5_check import Hdf5Checker
 from probekit.store.pairs import BoundJudgements, read_judgements
 from probekit.store.shards import (
     MEND,
     Shard,
     check_shard,
+    no_folder,
     plan_files,
     read_plan,
     read_store_file,
@@ -32,7 +34,8 @@ from probekit.store.shards import (
 )
 
 DUMP = "run the same probekit dump command again"
-FOLDERS = ("shards", "plans", "judgements")
+DELETE = f"delete it and {DUMP}"
+FOLDER = "put the folder in its place"
 
 
 @dataclass
@@ -119,6 +122,8 @@ def verify_store(
         check.run(progress)
     except OSError as error:  # a folder that may not be listed
         check.add(Path(error.filename or root), f"{error.strerror}; nothing after it was checked", "make it readable")
+    except StoreError as error:  # a shard that was whole a moment ago
+        check.add(root, f"{error}; nothing after it was checked", "check again when nothing writes into the store")
     if repair:
         check.repair()
     return check.found
@@ -155,23 +160,44 @@ class _Check:
             )
             self.add(file, _without_path(str(error), file), mend)
             return
-        for folder in FOLDERS:
-            if (self.root / folder).is_symlink():
-                self.add(self.root / folder, "is a symbolic link; allowed: a folder", "put the folder in its place")
-        self._judgements()
-        plans = self._plans()
+        if self._is_folder("judgements"):
+            self._judgements(sidecars=stored["format_version"] not in fmt.UNBOUND)
+        plans = self._plans() if self._is_folder("plans") else []
         self._missing(self._shards(stored, progress), plans)
-        for path in dead_files(self.root):
+        for path in dead_files(self.root, on_link=self._link):
             entry = self.add(path, "was left by a process that is gone", f"{DUMP}: it removes it")
             self._dead.append((path, entry))
 
-    def _judgements(self) -> None:
-        for path in sorted((self.root / "judgements").glob("[!.]*.parquet")):
+    def _is_folder(self, name: str) -> bool:
+        """Whether a folder may be looked into: what stands in its place is a problem and never followed."""
+        path = self.root / name
+        problem = no_folder(path)
+        if problem is not None:
+            self.add(path, _without_path(problem, path), FOLDER)
+        return problem is None
+
+    def _link(self, path: Path) -> None:
+        if _line(str(path)) not in {problem.path for problem in self.found.problems}:
+            self.add(path, LINK, "delete it, or put in its place what it points to")
+
+    def _judgements(self, *, sidecars: bool) -> None:
+        """Check every set of judgements; `sidecars`: whether each must have one."""
+        folder = self.root / "judgements"
+        files = [path for ending in ("parquet", "json") for path in folder.glob(f"[!.]*.{ending}")]
+        for path in sorted({path.with_suffix(".parquet") for path in files}):
+            sidecar = path.with_suffix(".json")
+            if not os.path.lexists(path):
+                self.add(sidecar, f"its set {path.name} is not there", f"{DUMP}, or delete it")
+                continue
             try:
                 bound = BoundJudgements(path, pd.DataFrame(), read_judgements(path))
                 bound.frame["label"].to_numpy(np.float64)
             except (StoreError, TypeError, ValueError) as error:
-                self.add(path, _without_path(str(error), path).partition("; delete")[0], f"delete it and {DUMP}")
+                mend = f"delete it and {sidecar.name}, and {DUMP}" if os.path.lexists(sidecar) else DELETE
+                self.add(path, _without_path(str(error), path).partition("; delete")[0], mend)
+                continue
+            if sidecars and not os.path.lexists(sidecar):
+                self.add(path, f"has no sidecar {sidecar.name} that vouches for it", f"{DUMP}: it writes it")
 
     def _plans(self) -> list[list[str]]:
         blocks = []
@@ -179,7 +205,7 @@ class _Check:
             try:
                 blocks += read_plan(path)
             except StoreError as error:
-                self.add(path, _without_path(str(error), path).partition("; delete")[0], f"delete it and {DUMP}")
+                self.add(path, _without_path(str(error), path).partition("; delete")[0], DELETE)
         return blocks
 
     def _shards(self, stored: dict[str, Any], progress: Progress | None) -> list[Shard]:
@@ -187,8 +213,8 @@ class _Check:
         links: list[str] = []
         files = list(shard_files(self.root, links))
         for link in links:
-            path = Path(link.partition(": is a symbolic link")[0])
-            self.add(path, _without_path(link, path), "put the folder in its place")
+            path = Path(link.rsplit(": ", 2)[0])  # before the reason and what is allowed
+            self.add(path, _without_path(link, path), FOLDER)
         good: list[Shard] = []
         with Hdf5Checker() as checker:
             for done, (path, sigma, draw) in enumerate(files, start=1):
@@ -216,9 +242,9 @@ class _Check:
                 problems = [] if is_locked(path) else ["was never committed: it has no sidecar"]
         except StoreError as error:
             problems = [str(error)]
-        except OSError as error:  # a bad disk, or a file of somebody else: no reason to forget it
+        except (OSError, MemoryError) as error:  # a bad disk, or a file of somebody else: no reason to forget it
             self._said.add(path)
-            reason = f"cannot be read ({error.strerror or error})"
+            reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
             self.add(path, reason, f"make it readable, or delete it and its .json and {DUMP}")
             return None
         for problem in problems:
@@ -235,9 +261,7 @@ class _Check:
             yield f"has dataset {name}, which the store's config does not name"
         for name in wanted & stored:
             shard.width(name)
-        rows = shard.row_ids()
-        if len(set(rows)) != len(rows):
-            yield "a row stands there twice"
+        shard.row_keys()
         if not self.found.deep or wanted != stored:
             return
         if not matches_digest(shard):
@@ -320,7 +344,9 @@ class _Check:
             for problem in problems:
                 problem.repaired = not kept
                 problem.mend = f"{_line(kept)}; {problem.mend}" if kept else f"forgotten, file and sidecar; {DUMP}"
-        remove_dead_files(self.root)
+        for path in dead_files(self.root, on_link=lambda _: None):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         for path, problem in self._dead:
             if not path.exists():
                 problem.repaired, problem.mend = True, "removed"

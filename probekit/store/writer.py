@@ -424,7 +424,7 @@ class StoreWriter:
                     )
                     raise StoreError(msg)
             with temporary(path) as (temp, descriptor):
-                frame.to_parquet(temp, index=False)
+                frame.to_parquet(temp, index=False, write_page_checksum=True)
                 os.fsync(descriptor)
                 size = os.fstat(descriptor).st_size
                 sidecar = {
