@@ -103,10 +103,9 @@ def dump(
         _print_lines(probekit.dump.dry_run(settings))
         return
     with _progress() as progress:
-        store = probekit.dump.run_dump(settings, progress=progress)
-    out_console.print(
-        f"{settings.out}: {len(store.rows):,} rows, {len(store.layers)} layers, sigma {', '.join(store.sigmas)}"
-    )
+        rows = probekit.dump.run_dump(settings, progress=progress)
+    levels = f"sigma {', '.join(settings.sigma)}" + (f", {settings.draws} draws" if settings.draws > 1 else "")
+    out_console.print(f"{settings.out}: {rows:,} rows are stored, {levels}")
 
 
 def _import_help(field: str) -> str:

@@ -1,5 +1,6 @@
 """Dumps with bad rows, of several workers, and said beforehand: nothing is lost, and everything is counted."""
 
+import json
 import logging
 import shutil
 from itertools import pairwise
@@ -72,7 +73,7 @@ def test_bad_rows_get_a_status_and_their_pairs_are_counted(backbone, damaged, sm
     said = [record.getMessage() for record in caplog.records if "rows have no features" in record.getMessage()]
     assert said == [
         f"{len(bad)} of {len(whole.rows)} rows have no features ({len(bad)} missing or unreadable, 0 not finite); "
-        f"{lost.sum()} of {len(prefs.pairs)} pairs are left out: {', '.join(sorted(bad['image_id']))}"
+        f"{lost.sum()} of {len(prefs.pairs)} pairs are left out: {', '.join(sorted(set(bad['image_id'])))}"
     ]
     before = tree(tmp_path / "store")
     dump_features(backbone, prefs, tmp_path / "store", max_bad=0.05, batch_size=8)
@@ -128,6 +129,66 @@ def test_features_that_are_not_finite_are_refused_or_marked(backbone, pairs, mon
     assert FeatureStore(tmp_path / "store").sigmas == ["0"]
     store = dump_features(backbone, prefs, tmp_path / "store", sigmas=["0", "0.1"], max_bad=0.2)
     assert (store.rows["status"] == 2).sum() == 1
+
+
+def test_the_share_of_bad_rows_is_that_of_the_whole_store(backbone, damaged, small_shards, tmp_path):
+    prefs = pk.load_preferences(damaged[0])
+    bad = 5
+    share = (bad - 1) / len(prefs.items)
+    with pytest.raises(ImageError, match="5 of 224 rows have no features .* allowed: a share of"):
+        for rank in range(8):
+            dump_features(backbone, prefs, tmp_path / "store", worker=(rank, 8), max_bad=share)
+
+
+def test_many_bad_rows_are_named_once_and_few(backbone, pairs, tmp_path, caplog):
+    folder = tmp_path / "pairs"
+    shutil.copytree(pairs.parent, folder)
+    prefs = pk.load_preferences(folder / pairs.name)
+    for path in prefs.items["path"].unique()[:60]:
+        Path(path).unlink()
+    dump_features(backbone, prefs, tmp_path / "store", max_bad=0.9)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(message.startswith("left out: ") for message in said) == 10
+    (summary,) = [message for message in said if "pairs are left out: " in message]
+    named = summary.partition("left out: ")[2].partition(" and ")[0].split(", ")
+    assert len(named) == len(set(named)) == 10
+
+
+def test_resolution_is_not_measured_on_a_picture_that_is_not_there(backbone, damaged, monkeypatch, tmp_path):
+    monkeypatch.setattr("probekit.dump.plan.rows_per_shard", lambda **_: 2)
+    prefs = pk.load_preferences(damaged[0]).limit(20)
+    prompt = prefs.items["prompt"][0]
+    for name in prefs.items.loc[prefs.items["prompt"] == prompt, "path"]:
+        Path(name).write_bytes(b"no picture")
+    store = dump_features(backbone, pk.load_preferences(damaged[0]).limit(20), tmp_path / "store", max_bad=0.9)
+    whole = dump_features(backbone, pk.load_preferences(damaged[0]).limit(20), tmp_path / "again", max_bad=0.9)
+    assert store.sigma_resolution == whole.sigma_resolution
+    assert store.rows["status"][store.rows["prompt"] == prompt].all()
+    assert store.sigma_resolution["0.005"]["rows"] == 2
+
+
+def test_one_missing_picture_under_two_spellings_is_one_picture(tmp_path):
+    lines = [
+        {"prompt": "p", "image_a": "x.png", "image_b": "y.png", "label": 1},
+        {"prompt": "q", "image_a": "./x.png", "image_b": "y.png", "label": 1},
+    ]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "y.png").write_bytes(b"")
+    prefs = pk.load_preferences(tmp_path / "prefs.jsonl")
+    rows = prefs.rows(prefs.image_digests(max_bad=0.5))
+    assert rows["status"].tolist() == [1, 0, 1, 0]
+    assert rows["image_sha256"].nunique() == 2
+
+
+def test_a_dry_run_refuses_what_the_dump_refuses(dump, damaged, tmp_path):
+    out = tmp_path / "store"
+    assert probekit(*dump, "--out", out).returncode == 0
+    before = tree(out)
+    refused(probekit(*dump, "--out", out, "--limit", 20, "--dry-run"), 1, "pairs are not in the new set of this name")
+    again = [*dump[:-1], damaged[0]]
+    assert probekit(*again, "--out", tmp_path / "bad", "--max-bad", 0.2).returncode == 0
+    refused(probekit(*again, "--out", tmp_path / "bad", "--max-bad", 0.01, "--dry-run"), 1, "found by an earlier dump")
+    assert tree(out) == before
 
 
 def test_workers_together_write_what_one_writes(backbone, pairs, small_shards, tmp_path):

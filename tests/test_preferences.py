@@ -331,7 +331,8 @@ def test_all_missing_images_are_named(tmp_path):
     prefs = load_preferences(write(tmp_path / "p.json", records))
     (tmp_path / "00a").touch()
     with pytest.raises(
-        ImageError, match=r"p.json: 13 image files are missing: \S*00b, \S*01a.*05a and 3 more; 13 of 14 rows need them"
+        ImageError,
+        match=r"p.json: 13 image files are missing: \S*00b, \S*01a.*05a and 3 more; 13 of 14 rows need them",
     ) as info:
         prefs.image_digests()
     assert "\n" not in str(info.value)
@@ -447,5 +448,5 @@ def test_only_regular_files_are_images(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
     prefs = load_preferences(write(tmp_path / "p.jsonl", [GOOD]))
-    with pytest.raises(ImageError, match=r"2 image files are missing: \S*a.png, \S*b.png$"):
+    with pytest.raises(ImageError, match=r"2 image files are missing: \S*a.png, \S*b.png; 2 of 2 rows"):
         prefs.image_digests()

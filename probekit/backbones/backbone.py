@@ -469,7 +469,7 @@ class Backbone:
             "n_parameters": self.n_parameters,
             "resolution": self.size.resolution,
             "dtype": _text(self.dtype),
-            "device": str(self.device),
+            "device": self.device.type,
             "random_weights": self.random_weights,
         }
 

@@ -47,6 +47,8 @@ class PixelStream:
     ------
     ImageError
         When the turn of a bad image comes; the stream can be continued after it.
+    ImageChangedError
+        When the turn of an image comes that has other bytes than it was listed with.
     ProbekitError
         If a worker ended unexpectedly, such as killed for want of memory.
     """

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit.errors import ImageError
-from probekit.store import STATUS_NON_FINITE, STATUS_OK, STATUS_UNREADABLE, BoundJudgements
+from probekit.store import STATUS_NON_FINITE, STATUS_OK, STATUS_UNREADABLE
 
 _NAMED = 10
 
@@ -40,8 +40,20 @@ class BadRows:
         self._prefs = prefs
         self._image = rows.set_index("row_id")["image_id"]
         self._share = share
-        self._status = {row: status for row, status in known.items() if row in self._image.index}
-        self._check("found by an earlier dump into this store")
+        self._status: dict[str, int] = {}
+        self._left = _NAMED  # warnings of single rows
+        self.settle(known)
+
+    def settle(self, known: Mapping[str, int]) -> None:
+        """Count the rows without features that the store holds, those of other workers too; `known` as above.
+
+        Raises
+        ------
+        ImageError
+            If there are too many now.
+        """
+        self._status |= {row: status for row, status in known.items() if row in self._image.index}
+        self._check("found by an earlier dump into this store or by another worker")
 
     def unreadable(self, part: pd.DataFrame, errors: Mapping[int, ImageError]) -> None:
         """Count the rows of a block whose images are missing (status 1) or cannot be read; `errors` is by position.
@@ -73,20 +85,15 @@ class BadRows:
         self._add(part["row_id"], status)
         self._check(f"{', '.join(images[:1])}: the features are not finite ({setting}); another --dtype may help")
 
-    def report(self, bound: BoundJudgements) -> None:
-        """Say how many rows have no features, and how many pairs that costs."""
+    def report(self, judgements: pd.DataFrame) -> None:
+        """Say how many rows have no features, and how many of the pairs that costs."""
         if not self._status:
             return
-        images = sorted(self._image[list(self._status)])
+        images = sorted(set(self._image[list(self._status)]))
         more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-        logger.warning(
-            "%s; %d of %d pairs are left out: %s%s",
-            self._counted(),
-            bound.pairs().left_out["bad_status"],
-            len(bound.frame),
-            ", ".join(images[:_NAMED]),
-            more,
-        )
+        lost = judgements["row_a"].isin(list(self._status)) | judgements["row_b"].isin(list(self._status))
+        counted = (self._counted(), lost.sum(), len(judgements), ", ".join(images[:_NAMED]), more)
+        logger.warning("%s; %d of %d pairs are left out: %s%s", *counted)
 
     def _add(self, row_ids: pd.Series, status: NDArray[np.uint8]) -> None:
         for row, value in zip(row_ids[status != STATUS_OK], status[status != STATUS_OK], strict=True):
@@ -105,5 +112,6 @@ class BadRows:
         )
 
     def _name(self, what: str) -> None:
-        if len(self._status) < _NAMED:
+        if self._left:
+            self._left -= 1
             logger.warning("left out: %s", what)

@@ -14,8 +14,9 @@ from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.plan import scaled
 from probekit.config import DumpConfig
+from probekit.dump.bad_rows import BadRows
 from probekit.dump.plan import DumpPlan, Work, work
-from probekit.dump.run import backbone, decode_workers, files_of, noise_of, preferences
+from probekit.dump.run import decode_workers, files_of, find_backbone, noise_of, read_preferences
 from probekit.dump.workers import worker_of
 from probekit.errors import ImageError
 from probekit.preferences import PreferenceSet
@@ -60,12 +61,12 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
         Whatever the dump itself would refuse before it computes.
     """
     worker = settings.worker or worker_of()
-    prefs = preferences(settings)
+    prefs = read_preferences(settings)
     apart = settings.model_copy(update={"cache": None})  # what is cached costs nothing, and would be timed as that
-    model = backbone(apart, weights=False)
+    model = find_backbone(apart, weights=False)
     known = model.has_weights
     if known:
-        model = backbone(apart)
+        model = find_backbone(apart)
     plan = DumpPlan.of(model, prefs, settings)
     config = plan.config
     if not known and (stored := stored_config(settings.out)) is not None:  # all other settings are compared
@@ -73,6 +74,8 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
     writer = open_store(settings.out, config=config, describe=plan.describe, dry_run=True)
     digests = _digests(prefs, settings)
     rows, judgements = prefs.rows(digests), prefs.judgements(digests)
+    writer.check_judgements(prefs.name, judgements)
+    BadRows(prefs.path, rows, writer.bad_rows(), share=settings.max_bad)
     blocks = plan.blocks(writer, rows)
     todo = work(blocks, worker)
     shards = [(place, block) for place, found in blocks.items() for block in found]

@@ -42,8 +42,13 @@ logger = logging.getLogger(__name__)
 Noise = Literal["shared", "independent", "none"]
 
 
-def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> FeatureStore:
+def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> int:
     """Do what ``probekit dump`` was asked: check the preference file, find the backbone, dump.
+
+    Returns
+    -------
+    int
+        Rows of this worker, each noise level and draw counted.
 
     Raises
     ------
@@ -51,11 +56,12 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> Featu
         Whatever is wrong with options, files or models, as one line; nothing is written over.
     """
     worker = settings.worker or worker_of()
-    prefs = preferences(settings)
-    return _dump(backbone(settings), prefs, settings, worker=worker, progress=progress)
+    prefs = read_preferences(settings)
+    backbone = find_backbone(settings)
+    return _dump(backbone, prefs, settings, worker=worker, progress=progress)
 
 
-def preferences(settings: DumpConfig) -> PreferenceSet:
+def read_preferences(settings: DumpConfig) -> PreferenceSet:
     """Read the preference file, and check what can be checked before a model is looked for."""
     prefs = load_preferences(settings.prefs)
     if settings.limit is not None:
@@ -65,7 +71,7 @@ def preferences(settings: DumpConfig) -> PreferenceSet:
     return prefs
 
 
-def backbone(settings: DumpConfig, *, weights: bool = True) -> Backbone:
+def find_backbone(settings: DumpConfig, *, weights: bool = True) -> Backbone:
     """Find the backbone that the settings name; see `Backbone.from_pretrained` for `weights`."""
     device = settings.device
     if device is None and torch.cuda.is_available():
@@ -189,7 +195,8 @@ def dump_features(
         },
         source="dump_features",
     )
-    return _dump(backbone, prefs, settings, worker=worker, progress=progress)
+    _dump(backbone, prefs, settings, worker=worker, progress=progress)
+    return FeatureStore(settings.out)
 
 
 def _dump(
@@ -199,7 +206,7 @@ def _dump(
     *,
     worker: tuple[int, int],
     progress: Progress | None,
-) -> FeatureStore:
+) -> int:
     plan = DumpPlan.of(backbone, prefs, settings)
     writer = open_store(settings.out, config=plan.config, describe=plan.describe)
     cache = settings.out / "image_digests.parquet"
@@ -226,9 +233,9 @@ def _dump(
         except BaseException:
             logger.warning("%s: %s of %s rows are stored", settings.out, f"{tally.stored:,}", f"{tally.total:,}")
             raise
-    store = FeatureStore(settings.out)
-    bad.report(store.bind(judgements))
-    return store
+    bad.settle(writer.bad_rows())
+    bad.report(judgements)
+    return mine
 
 
 def _fill(
@@ -245,7 +252,7 @@ def _fill(
     parts = [rows.loc[list(one.block.row_ids)].reset_index() for one in todo]
     told = [[plan.told[prompt] for prompt in part["prompt"]] for part in parts]
     files = [files_of(part) for part in parts]
-    started = False
+    measured = False
     with closing(backbone.latents(files, workers=decode_workers(backbone, settings))) as encoded:
         for number, (one, part, found) in enumerate(zip(todo, parts, encoded, strict=True)):
             present = part.index[part["status"] == STATUS_OK]
@@ -256,19 +263,20 @@ def _fill(
             good = part[part["status"] == STATUS_OK]
             latents = [item for item in found if isinstance(item, torch.Tensor)]
             prompts = [told[number][at] for at in good.index]
-            if not latents:  # one grey picture says how wide the features are
+            real = bool(latents)
+            if not real:  # one grey picture says how wide the features are
                 good, latents, prompts = part[:1], [torch.zeros(backbone.latent_shape)], told[number][:1]
-            if not started:  # a row of the table that does not fit is refused before all prompts are embedded
+            if number == 0:  # a row of the table that does not fit is refused before all prompts are embedded
                 backbone.load(prompts[0], tuple(latents[0].shape))
             backbone.prompts.embed(prompts, later=chain.from_iterable(told[number + 1 :]), on_prompts=tally.embedded)
             eps = {
                 draw: noise_of(good, latents, settings, draw=draw, canvas=backbone.canvas)
                 for draw in dict.fromkeys(draw for _, draw in one.missing)
             }
-            if not started:
+            if real and not measured:
                 few = eps[one.missing[0][1]]
                 _record_resolution(writer, backbone, latents, prompts, few, one.missing, settings.batch_size)
-                started = True
+                measured = True
             for sigma, draw in one.missing:
                 with writer.claim(one.block, sigma=sigma, draw=draw) as mine:
                     if not mine:  # another process finished it meanwhile
@@ -312,8 +320,12 @@ def files_of(part: pd.DataFrame) -> list[ImageFile]:
 def _size(row: Mapping[Hashable, Any]) -> tuple[int, int, int]:
     """Return the width and height of an image as its header states them, 0 if unknown, and the bytes of its file."""
     path = Path(row["path"])
-    width, height = header(path) if row["status"] == STATUS_OK else (0, 0)
-    return width, height, path.stat().st_size if path.exists() else 0
+    try:
+        size = path.stat().st_size
+        width, height = header(path) if row["status"] == STATUS_OK else (0, 0)
+    except OSError:
+        return 0, 0, 0
+    return width, height, size
 
 
 def _at_rows(

@@ -57,7 +57,8 @@ class Tally:
 
     def _text(self) -> str:
         seconds = time.perf_counter() - self._began
-        said = [f"{(self._done - self.skipped) / seconds:.3g} rows/s"] if self._done > self.skipped else []
+        rate = (self._done - self.skipped) / seconds
+        said = [f"{rate:,.0f} rows/s" if rate >= 10 else f"{rate:.2g} rows/s"] if rate else []
         shares = {
             name: (self._clock.seconds.get(part, 0.0) - self._before.get(part, 0.0)) / seconds
             for part, name in PARTS.items()

@@ -106,33 +106,43 @@ class PreferenceSet:
         """
         stamps = self._stamps(max_bad)
         keys = [(path, *found) for path, found in stamps.items() if found is not None]
-        if len(keys) < len(stamps):
-            logger.warning("%s: %d image files are missing", self.path, len(stamps) - len(keys))
         known = _read_cache(cache)
         with ThreadPoolExecutor() as pool:  # hashing and reading leave the interpreter's lock alone
             new = [key for key in keys if key not in known]
-            found = dict(zip(new, pool.map(_file_digest, [key[0] for key in new]), strict=True))
+            hashed = zip(new, pool.map(_file_digest, [key[0] for key in new]), strict=True)
+            found = {key: digest for key, digest in hashed if digest is not None}
         if cache is not None and found:
             # One entry per path: an old one of a changed file goes.
             entries = {key[0]: (key, value) for key, value in (known | found).items()}
             _write_cache(cache, dict(entries.values()))
-        named = self.items.drop_duplicates("path").set_index("path")["image"]
-        digests = {key[0]: found.get(key) or known[key] for key in keys}
-        return {path: digests.get(path) or _stand_in(named[path]) for path in stamps}
+        digests = {key[0]: found.get(key) or known[key] for key in keys if key in found or key in known}
+        absent = [path for path in stamps if path not in digests]
+        self._refuse_absent(absent, max_bad)
+        if absent:
+            logger.warning("%s: %d image files are missing or cannot be read", self.path, len(absent))
+        return {path: digests.get(path) or stand_in for path, stand_in in self._stand_ins().items()}
 
     def _stamps(self, max_bad: float) -> dict[str, tuple[int, int] | None]:
         """Size and time of change of each distinct image file, by path; None where there is no file."""
         stamps = {path: _file_status(path) for path in self.items["path"].unique().tolist()}
-        missing = [path for path, found in stamps.items() if found is None]
-        items = int(self.items["path"].isin(missing).sum())
+        self._refuse_absent([path for path, found in stamps.items() if found is None], max_bad)
+        return stamps
+
+    def _refuse_absent(self, paths: list[str], max_bad: float) -> None:
+        items = int(self.items["path"].isin(paths).sum())
         if items > max_bad * len(self.items):
-            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
             msg = (
-                f"{self.path}: {len(missing)} image files are missing: {', '.join(missing[:10])}{more}; "
+                f"{self.path}: {len(paths)} image files are missing: {', '.join(paths[:10])}{more}; "
                 f"{items} of {len(self.items)} rows need them, allowed: a share of {max_bad:g} (--max-bad)"
             )
             raise ImageError(msg)
-        return stamps
+
+    def _stand_ins(self) -> dict[str, bytes]:
+        """Give what stands for the digest of each image file, by path, where it is missing: no file has it."""
+        named = self.items.drop_duplicates("path")
+        digests = (hashlib.sha256(f"missing file: {image}".encode()).digest() for image in named["image"])
+        return dict(zip(named["path"], digests, strict=True))
 
     def rows(self, digests: Mapping[str, bytes]) -> pd.DataFrame:
         """Rows of a feature store that these preferences need, each once, in the order of the items.
@@ -144,6 +154,7 @@ class PreferenceSet:
             image file is missing).
         """
         found = pd.Series([digests[path] for path in self.items["path"]], dtype=object)
+        absent = {path for path, stand_in in self._stand_ins().items() if digests[path] == stand_in}
         return (
             pd.DataFrame(
                 {
@@ -152,7 +163,7 @@ class PreferenceSet:
                     "image_id": self.items["image"],
                     "path": self.items["path"],
                     "image_sha256": found,
-                    "status": (found == self.items["image"].map(_stand_in)).astype("uint8"),
+                    "status": self.items["path"].isin(absent).astype("uint8"),
                 }
             )
             .drop_duplicates("row_id")
@@ -311,18 +322,13 @@ def _file_status(path: str) -> tuple[int, int] | None:
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
-def _stand_in(image: str) -> bytes:
-    """Stand for the digest of an image file that is missing; other bytes would be another row."""
-    return hashlib.sha256(f"missing file: {image}".encode()).digest()
-
-
-def _file_digest(path: str) -> bytes:
+def _file_digest(path: str) -> bytes | None:
+    """SHA-256 of a file; None where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror})"
-        raise ImageError(msg) from None
+    except OSError:
+        return None
 
 
 def _read_cache(cache: Path | None) -> dict[tuple[str, int, int], bytes]:
@@ -340,6 +346,8 @@ def _read_cache(cache: Path | None) -> dict[tuple[str, int, int], bytes]:
 def _write_cache(cache: Path, digests: Mapping[tuple[str, int, int], bytes]) -> None:
     rows = [(*key, digest.hex()) for key, digest in digests.items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
+    for left in cache.parent.glob(f"{cache.name}.*.tmp"):  # by a process that was killed here
+        left.unlink(missing_ok=True)
     temp = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         # A flipped bit in a digest would make a row of its own: checksums of pages show it.
@@ -348,4 +356,4 @@ def _write_cache(cache: Path, digests: Mapping[tuple[str, int, int], bytes]) -> 
     except OSError as error:
         temp.unlink(missing_ok=True)
         msg = f"{cache}: cannot be written ({error.strerror or error}); mend that and run the same command again"
-        raise ImageError(msg) from error
+        raise PreferenceError(msg) from error

@@ -409,20 +409,9 @@ class StoreWriter:
         StoreError
             If the name cannot be a file name everywhere, or pairs of the older set would be lost.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
-            msg = f"judgements are named {name!r}; allowed: letters, digits, '.', '_' and '-'"
-            raise StoreError(msg)
         path = self.path / "judgements" / f"{name}.parquet"
         with locked(path):
-            if os.path.lexists(path):
-                old = read_judgements(path).reindex(columns=["pair_id"])
-                lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
-                if lost:
-                    msg = (
-                        f"{path}: {lost} of its {len(old)} pairs are not in the new set of this name; "
-                        f"use a preference file of another name, or delete {path} to replace it"
-                    )
-                    raise StoreError(msg)
+            self.check_judgements(name, frame)
             with temporary(path) as (temp, descriptor):
                 frame.to_parquet(temp, index=False, write_page_checksum=True)
                 os.fsync(descriptor)
@@ -440,6 +429,28 @@ class StoreWriter:
                 publish(temp, descriptor, path)
             write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
+
+    def check_judgements(self, name: str, frame: pd.DataFrame) -> None:
+        """Refuse a set of pairs that `write_judgements` would refuse; the store stays as it is.
+
+        Raises
+        ------
+        StoreError
+            If the name cannot be a file name everywhere, or pairs of the older set would be lost.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
+            msg = f"judgements are named {name!r}; allowed: letters, digits, '.', '_' and '-'"
+            raise StoreError(msg)
+        path = self.path / "judgements" / f"{name}.parquet"
+        if os.path.lexists(path):
+            old = read_judgements(path).reindex(columns=["pair_id"])
+            lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
+            if lost:
+                msg = (
+                    f"{path}: {lost} of its {len(old)} pairs are not in the new set of this name; "
+                    f"use a preference file of another name, or delete {path} to replace it"
+                )
+                raise StoreError(msg)
 
     def _planned(self) -> Iterator[tuple[str, ...]]:
         """Row keys of the blocks of earlier plans."""
