@@ -14,12 +14,13 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import DumpConfig, ImportConfig, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -42,8 +43,8 @@ out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
 
 
-def _help(field: str) -> str:
-    return DumpConfig.model_fields[field].description or ""
+def _help(field: str, of: type[BaseModel] = DumpConfig) -> str:
+    return of.model_fields[field].description or ""
 
 
 @app.command()
@@ -108,22 +109,18 @@ def dump(
     out_console.print(f"{settings.out}: {rows:,} rows are stored, {levels}")
 
 
-def _import_help(field: str) -> str:
-    return ImportConfig.model_fields[field].description or ""
-
-
 @app.command()
 def import_features(
     *,
-    file: Annotated[Path, typer.Argument(help=_import_help("file"), show_default=False)],
-    prefs: Annotated[Path, typer.Option(help=_import_help("prefs"))],
-    out: Annotated[Path, typer.Option(help=_import_help("out"))],
-    definition: Annotated[str, typer.Option(help=_import_help("definition"))],
-    name: Annotated[str | None, typer.Option(help=_import_help("name"))] = None,
-    blocks: Annotated[int | None, typer.Option(metavar="N", help=_import_help("blocks"))] = None,
-    parameters: Annotated[int | None, typer.Option(metavar="N", help=_import_help("parameters"))] = None,
-    max_bad: Annotated[float, typer.Option(metavar="SHARE", help=_import_help("max_bad"))] = 0.0,
-    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_import_help("shard_size"))] = 512,
+    file: Annotated[Path, typer.Argument(help=_help("file", ImportConfig), show_default=False)],
+    prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig))],
+    out: Annotated[Path, typer.Option(help=_help("out", ImportConfig))],
+    definition: Annotated[str, typer.Option(help=_help("definition", ImportConfig))],
+    name: Annotated[str | None, typer.Option(help=_help("name", ImportConfig))] = None,
+    blocks: Annotated[int | None, typer.Option(metavar="N", help=_help("blocks", ImportConfig))] = None,
+    parameters: Annotated[int | None, typer.Option(metavar="N", help=_help("parameters", ImportConfig))] = None,
+    max_bad: Annotated[float, typer.Option(metavar="SHARE", help=_help("max_bad", ImportConfig))] = 0.0,
+    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_help("shard_size", ImportConfig))] = SHARD_MIB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="read and check FILE, say what there is, write nothing")
     ] = False,
@@ -134,22 +131,18 @@ def import_features(
     image, vector, perhaps prompt and layer. npz: an array for each layer, and texts image, perhaps prompt. safetensors:
     the same, the texts as JSON lists in the metadata. Another FILE is another store; other PREFS add rows.
     """
-    from probekit import imports
-    from probekit.preferences import load_preferences
+    given = {key: value for key, value in locals().items() if key != "dry_run"}
+    settings = ImportConfig.checked(given, source="options")
 
-    options: dict[str, Any] = {"definition": definition, "name": name, "blocks": blocks, "parameters": parameters}
-    options |= {"max_bad": max_bad, "shard_size": shard_size}
+    from probekit.imports import plan_import, run_import
+
     with _progress() as progress:
-        judged = load_preferences(prefs)
         if dry_run:
-            planned = imports.plan_import(file, judged, out, **options, progress=progress)
+            planned = plan_import(settings, progress=progress)
         else:
-            store = imports.import_features(file, judged, out, **options, progress=progress)
+            store = run_import(settings, progress=progress)
     if dry_run:
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for heading, text in planned.lines():
-            table.add_row(heading, text)
-        out_console.print(table)
+        _print_lines(planned.lines())
     else:
         out_console.print(f"{out}: {len(store.rows):,} rows, {len(store.layers)} layers")
 
@@ -331,7 +324,7 @@ def bench_store(
     rows: Annotated[int, typer.Option(metavar="N", help="synthetic rows, two to a prompt")] = 8192,
     layers: Annotated[int, typer.Option(metavar="N", help="layers of a row")] = 25,
     width: Annotated[int, typer.Option(metavar="D", help="channels of a layer")] = 1536,
-    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_help("shard_size"))] = 512,
+    shard_size: Annotated[int, typer.Option(metavar="MIB", help=_help("shard_size"))] = SHARD_MIB,
     rounds: Annotated[int, typer.Option(metavar="K", help="how often everything is run, in alternating order")] = 5,
     folder: Annotated[Path | None, typer.Option(help="disk to measure; default: the temporary folder")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

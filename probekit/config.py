@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from probekit._types import canonical_sigma
 from probekit.errors import ConfigError
 
+SHARD_MIB = 512  # default of the largest shard
 STRENGTHS = (
     1e-5,
     1e-4,
@@ -62,6 +63,8 @@ def _allowed_worker(value: object) -> object:
 Sigma = Annotated[str, BeforeValidator(lambda value: canonical_sigma(str(value)))]
 LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 RelativeDepths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+BadShare = Annotated[float, Field(ge=0, lt=1)]  # with all rows bad there is nothing to probe
+ShardSize = Annotated[int, Field(ge=1, description="largest shard in MiB: what a kill can cost")]
 
 
 class _Strict(BaseModel):
@@ -151,11 +154,9 @@ class DumpConfig(_Strict):
     training_images: int | None = Field(
         None, ge=0, description="images the transformer was trained on, for the plot against training length"
     )
-    shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
-    max_bad: float = Field(
+    shard_size: ShardSize = SHARD_MIB
+    max_bad: BadShare = Field(
         0.0,
-        ge=0,
-        lt=1,
         description="largest share of rows that may have no features, since their image is missing or unreadable or "
         "the features are not finite; their pairs are left out and counted",
     )
@@ -177,8 +178,8 @@ class ImportConfig(_Strict):
         None, ge=1, description="blocks of the network, where layers are numbers (default: the largest)"
     )
     parameters: int | None = Field(None, ge=1, description="parameters of the network, for the plot against size")
-    max_bad: float = Field(0.0, ge=0, le=1, description="largest share of rows without features that is accepted")
-    shard_size: int = Field(512, ge=1, description="largest shard in MiB: what a kill can cost")
+    max_bad: BadShare = Field(0.0, description="largest share of rows without features that is accepted")
+    shard_size: ShardSize = SHARD_MIB
 
 
 def _allowed_layer_set(value: object) -> object:

@@ -23,6 +23,7 @@ from tiny_parts import RESOLUTION
 from probekit.backbones import Backbone, noise
 from probekit.backbones.catalogue import FAMILIES, family_of
 from probekit.backbones.latents import mix
+from probekit.backbones.plan import scaled
 from probekit.errors import BackboneError, ConfigError
 
 PROMPTS = ["a red dog", "a red dog", "a blue cat, left of 2 birds", "tree", "tree", "tree"]
@@ -206,6 +207,47 @@ def test_base_without_a_transformer(own_base: Path, tmp_path: Path) -> None:
     assert Backbone.from_pretrained(own_base, transformer=folder).name == "own"
     with pytest.raises(BackboneError, match="the backbone has no transformer"):
         Backbone.from_pretrained(own_base)
+
+
+def test_weights_are_here_if_all_files_of_all_models_are(own_base: Path) -> None:
+    def here(random_weights: str | None = None) -> bool:
+        return Backbone.from_pretrained(own_base, random_weights=random_weights, weights=False).has_weights
+
+    assert here()
+    whole = own_base / "transformer" / "diffusion_pytorch_model.safetensors"
+    shards = [whole.with_name(f"diffusion_pytorch_model-{part}-of-00002.safetensors") for part in ("00001", "00002")]
+    index = {"weight_map": {f"part {path.name}": path.name for path in shards}}
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps(index))
+    shutil.copy(whole, shards[0])
+    whole.rename(shards[1])
+    assert here()
+    shards[1].unlink()
+    assert not here()
+    assert not here("shuffled:0")
+    assert here("init:0")
+    for path in (shards[0], whole.with_name(f"{whole.name}.index.json")):
+        path.unlink()
+    assert not here()
+    assert here("init:0")
+    (own_base / "vae" / whole.name).unlink()
+    assert not here("init:0")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "unknown"),
+        (0, "0 kB"),
+        (12, "0.012 kB"),
+        (999_499, "999 kB"),
+        (999_999, "1 MB"),
+        (1_234_567, "1.23 MB"),
+        (20_000_000_000, "20 GB"),
+        (7_770_000_000_000, "7.77 TB"),
+    ],
+)
+def test_sizes_are_written_with_three_digits(value: int | None, text: str) -> None:
+    assert scaled(value, "B") == text
 
 
 def test_untrained_weights_are_seeded(backbone: Backbone) -> None:

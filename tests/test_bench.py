@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,30 @@ def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_pat
 def test_wrong_options_are_one_line(pipeline, temporary, given, code, message):
     refused(probekit(*options(pipeline), *given), code, message)
     assert not list(temporary.iterdir())
+
+
+def test_what_the_device_still_computes_counts_to_the_part_that_started_it(monkeypatch):
+    now, queued = [0.0], [0.0]
+
+    def synchronise(clock):
+        now[0], queued[0] = now[0] + queued[0], 0.0
+
+    def work(seconds, later=0.0, inside=None):
+        now[0] += seconds
+        queued[0] += later
+        if inside is not None:
+            inside()
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench._Clock, "_synchronise", synchronise)
+    clock = bench._Clock(torch.device("cpu"))
+    for _ in range(2):  # every start begins anew
+        clock.start()
+        clock.timed(work, "inputs")(1, later=2)  # the device is not waited for
+        clock.timed(work, "dit")(4, later=8, inside=partial(clock.timed(work, "write"), 16))
+        work(32, later=64)
+        found = {name: seconds for name, seconds in clock.stop().items() if seconds}
+    assert found == {"inputs": 1, "dit": 4 + 2 + 8, "write": 16, "other": 32 + 64}
 
 
 SMALL_STORE = ["bench", "store", "--rows", 12, "--layers", 4, "--width", 8, "--shard-size", 1, "--rounds", 2]

@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from test_cli import probekit, refused
 
 from probekit import FeatureStore, import_features, load_preferences, load_results, run_sweep
-from probekit.config import SweepConfig
+from probekit.config import ImportConfig, SweepConfig
 from probekit.errors import ConfigError, FeatureFileError, FingerprintError, ProbekitError
 from probekit.imports import plan_import
 from probekit.report import depth_points, scaling_points
 from probekit.report.effects import Verdicts, joining_effects
 from probekit.report.select import narrow, trained_models
 from probekit.report.select import settings as report_settings
+from probekit.store.files import LOCK
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"early": 3, "late": 5}
@@ -296,7 +297,8 @@ def test_rows_without_features_are_counted_and_named_unless_a_share_is_accepted(
     refused(probekit(*command), 1, *rows, "1 other keys, such as 'elsewhere.png'", "a share of 0 ")
     refused(probekit(*command, "--max-bad", 5.9 / 242), 1, *rows)
     assert not (tmp_path / "store").exists()
-    plan = plan_import(file, prefs, tmp_path / "store", **WORDS)
+    asked = {"file": file, "prefs": prefs.path, "out": tmp_path / "store", **WORDS}
+    plan = plan_import(ImportConfig.checked(asked, source="test"))
     assert (plan.rows, plan.absent, plan.not_finite, plan.unused) == (242, 5, 1, 1)
     assert (plan.pairs, plan.pairs_left_out) == (121, 6)
     assert probekit(*command, "--max-bad", 6 / 242).returncode == 0
@@ -325,7 +327,7 @@ def test_no_vector_for_any_row_is_an_error_whatever_is_accepted(prefs, tmp_path)
     keys = keys_of(prefs, prompts=False).assign(image=lambda keys: "./" + keys["image"])
     file = write(tmp_path / "f", keys, {"x": np.ones((len(keys), 2), np.float32)}, kind="npz")
     with pytest.raises(FeatureFileError, match=r"242 of 242 rows.* 240 other keys, such as './0-a.png'"):
-        import_features(file, prefs, tmp_path / "store", **WORDS, max_bad=1.0)
+        import_features(file, prefs, tmp_path / "store", **WORDS, max_bad=0.999)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -566,10 +568,64 @@ def test_a_dry_run_says_what_there_is_and_writes_nothing(prefs, tmp_path):
     assert "242 in the store" in probekit(*command, "--dry-run").stdout
 
 
+def test_a_damaged_store_is_planned_and_done_again_by_the_same_command(prefs, tmp_path):
+    keys = keys_of(prefs, prompts=False)
+    wide = {"x": np.random.default_rng(3).normal(size=(len(keys), 2000)).astype(np.float32)}  # more than one shard
+    command = ["import-features", write(tmp_path / "f", keys, wide, kind="npz"), "--prefs", prefs.path]
+    command += ["--out", tmp_path / "store", "--definition", "x", "--shard-size", 1]
+    assert probekit(*command).returncode == 0
+    shards = sorted((tmp_path / "store").rglob("*.h5"))
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[:-100])
+    done = probekit(*command, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    held = int(re.search(r"242; (\d+) in the store", done.stdout).group(1))
+    assert 0 < held < 242
+    assert len(shards[0].read_bytes()) < len(whole)
+    done = probekit(*command)
+    assert done.returncode == 0, done.stderr
+    assert len(shards[0].read_bytes()) == len(whole)
+    assert "242 in the store" in probekit(*command, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("other", ["file", "definition"])
+def test_a_dry_run_refuses_the_store_of_another_import(prefs, tmp_path, other):
+    keys = keys_of(prefs, prompts=False)
+    arrays = planted(prefs, keys)
+    file = write(tmp_path / "f", keys, arrays, kind="npz")
+    store = tmp_path / "store"
+    import_features(file, prefs, store, **WORDS)
+    if other == "file":
+        file = write(tmp_path / "g", keys, {name: some + 1 for name, some in arrays.items()}, kind="npz")
+    definition = "another" if other == "definition" else WORDS["definition"]
+    command = ["import-features", file, "--prefs", prefs.path, "--out", store, "--definition", definition]
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    refused(probekit(*command, "--dry-run"), 1, "file_sha256" if other == "file" else "another")
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+
+
+def test_an_import_hashes_the_pictures_once_while_no_other_process_does(prefs, tmp_path, monkeypatch):
+    seen = []
+    plain = type(prefs).image_digests
+
+    def noted(self, cache=None, **options):
+        seen.append(cache)
+        assert (cache.parent / f"{LOCK}{cache.name}").exists()
+        return plain(self, cache, **options)
+
+    monkeypatch.setattr(type(prefs), "image_digests", noted)
+    keys = keys_of(prefs, prompts=False)
+    file = write(tmp_path / "f", keys, planted(prefs, keys), kind="npz")
+    for _ in range(2):
+        import_features(file, prefs, tmp_path / "store", **WORDS)
+    assert seen == [tmp_path / "store" / "image_digests.parquet"] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--max-bad", 1.5], ["max_bad", "1.5"]),
+        (["--max-bad", 1], ["max_bad", "less than 1"]),
         (["--blocks", 0], ["blocks", "0"]),
         (["--definition", ""], ["definition"]),
         (["--shard-size", 0], ["shard_size", "0"]),

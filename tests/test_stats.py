@@ -20,6 +20,7 @@ from probekit.stats import (
     effective_groups,
     macro_interval,
     paired_difference,
+    planned_difference,
     simultaneous_band,
     strict,
 )
@@ -313,6 +314,33 @@ def test_power_is_what_the_detectable_difference_says():
     power = ndtr(effect / np.mean(detectable) * (1.959964 + 0.841621) - 1.959964)
     assert 0.4 < power < 0.95
     assert abs(found / 300 - power) < 0.08
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.floats(0.01, 1), st.floats(0.5, 0.999))
+@settings(deadline=None)
+def test_a_planned_difference_falls_with_pairs_and_is_larger_where_they_are_alike(groups, disagreement, level):
+    options = {"disagreement": disagreement, "level": level}
+    independent, alike = planned_difference(np.array(groups), **options)
+    closed = (norm.ppf((1 + level) / 2) + norm.ppf(0.8)) * np.sqrt(disagreement / len(groups))
+    assert independent == pytest.approx(closed)
+    assert alike >= independent * (1 - 1e-9)
+    assert planned_difference(np.arange(len(groups)), **options) == pytest.approx((independent, independent))
+    more = planned_difference(np.array([*groups, 6]), **options)
+    assert more[0] < independent
+    assert more[1] < alike
+    four_times = np.concatenate([np.array(groups) + 6 * copy for copy in range(4)])
+    assert planned_difference(four_times, **options) == pytest.approx((independent / 2, alike / 2))
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_planned_difference_is_what_such_pairs_detect(alike):
+    rng = np.random.default_rng(24)
+    groups = np.repeat(np.arange(3000), rng.integers(1, 6, 3000))
+    gains = rng.choice([-1, 0, 1], len(groups), p=[0.1, 0.8, 0.1])  # the heads disagree on a fifth of the pairs
+    if alike:
+        gains = gains[np.unique(groups, return_index=True)[1]][groups]
+    found = paired_difference((gains > 0).astype(float), (gains < 0).astype(float), groups, n_boot=100).detectable
+    assert found == pytest.approx(planned_difference(groups)[int(alike)], rel=0.05)
 
 
 def test_thousands_of_resamples_take_milliseconds():

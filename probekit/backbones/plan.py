@@ -217,5 +217,6 @@ def scaled(value: int | None, unit: str) -> str:
     """Write a number with three digits and a decimal prefix from k to T."""
     if value is None:
         return "unknown"
-    factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= pair[0]), (1e3, "k"))
-    return f"{value / factor:.3g} {prefix}{unit}"
+    rounded = float(f"{value:.3g}")  # first, since 999,999 is 1 M and not 1e+03 k
+    factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rounded >= pair[0]), (1e3, "k"))
+    return f"{rounded / factor:.3g} {prefix}{unit}"

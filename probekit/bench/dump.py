@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import probekit.dump.run as dumping
+from probekit._clock import Clock
 from probekit._types import Progress
 from probekit.backbones import Backbone, passes
 from probekit.backbones import latents as latent_rules
@@ -308,17 +309,18 @@ class _Bench:
             yield
 
 
-class _Clock:
-    """Seconds of each part; a part that runs inside another is not counted to the other."""
+class _Clock(Clock):
+    """Seconds of each of `PARTS`; what a part has started on the device counts to it."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._cuda = device if device.type == "cuda" else None
         self._events: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
         self.start()
 
     def start(self) -> None:
         self._synchronise()
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self._events = []
         self._inside = ["other"]
         self._since = time.perf_counter()
@@ -328,21 +330,23 @@ class _Clock:
         self._turn()
         for outer, part, begin, end in self._events:
             seconds = begin.elapsed_time(end) / 1000
-            self._seconds[outer] -= seconds
-            self._seconds[part] += seconds
-        return self._seconds
+            self.seconds[outer] -= seconds
+            self.seconds[part] += seconds
+        return self.seconds
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        with super().part(name):
+            try:
+                yield
+            finally:
+                if name in BUSY:
+                    self._synchronise()
 
     def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._turn()
-            self._inside.append(part)
-            try:
+            with self.part(part):
                 return call(*args, **kwargs)
-            finally:
-                if part in BUSY:
-                    self._synchronise()
-                self._turn()
-                self._inside.pop()
 
         return timed
 
@@ -369,11 +373,6 @@ class _Clock:
             return result
 
         return timed
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        self._seconds[self._inside[-1]] += now - self._since
-        self._since = now
 
     def _synchronise(self) -> None:
         if self._cuda is not None:

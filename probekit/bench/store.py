@@ -15,6 +15,7 @@ import numpy as np
 from probekit._types import Progress
 from probekit.bench.ratios import in_words, spread
 from probekit.bench.store_runs import StoreRuns
+from probekit.config import SHARD_MIB
 from probekit.errors import ConfigError
 from probekit.store import FeatureStore
 
@@ -161,7 +162,7 @@ def bench_store(
     rows: int = 8192,
     layers: int = 25,
     width: int = 1536,
-    shard_size: int = 512,
+    shard_size: int = SHARD_MIB,
     rounds: int = 5,
     folder: Path | None = None,
     progress: Progress | None = None,

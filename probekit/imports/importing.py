@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit._types import Progress
-from probekit.config import ImportConfig
+from probekit.config import SHARD_MIB, ImportConfig
 from probekit.errors import FeatureFileError, StoreError
 from probekit.imports.feature_files import CHUNK_BYTES, file_sha256, open_features
 from probekit.imports.plan import POOLING, ImportPlan, number_layers
-from probekit.preferences import PreferenceSet
+from probekit.preferences import PreferenceSet, load_preferences
 from probekit.store import STATUS_OK, STATUS_UNREADABLE, FeatureStore, StoreWriter, open_store, rows_per_shard
 
 SIGMA = "0"  # no noise of ours, so one draw
@@ -45,7 +46,7 @@ def import_features(
     blocks: int | None = None,
     parameters: int | None = None,
     max_bad: float = 0.0,
-    shard_size: int = 512,
+    shard_size: int = SHARD_MIB,
     progress: Progress | None = None,
 ) -> FeatureStore:
     """Turn features computed elsewhere into a feature store.
@@ -92,11 +93,34 @@ def import_features(
     ImageError
         If more image files than `max_bad` allows are missing; rows are keyed by what is in them.
     """
-    options = {"file": file, "out": out, "definition": definition, "name": name, "blocks": blocks}
-    job = _Job(prefs, options | {"parameters": parameters, "max_bad": max_bad, "shard_size": shard_size})
-    prefs.check_images(max_bad=job.asked.max_bad)
-    if job.out.exists() and not job.missing(writer := job.open()):
-        writer.write_judgements(prefs.name, prefs.judgements(job.digests()))
+    options: dict[str, Any] = {"file": file, "prefs": prefs.path, "out": out, "definition": definition, "name": name}
+    options |= {"blocks": blocks, "parameters": parameters, "max_bad": max_bad, "shard_size": shard_size}
+    return _import(prefs, ImportConfig.checked(options, source="import_features"), progress)
+
+
+def run_import(settings: ImportConfig, *, progress: Progress | None = None) -> FeatureStore:
+    """Do what ``probekit import-features`` was asked; see `import_features`."""
+    return _import(load_preferences(settings.prefs), settings, progress)
+
+
+def plan_import(settings: ImportConfig, *, progress: Progress | None = None) -> ImportPlan:
+    """Read and check a file of features as `import_features` does, and write nothing.
+
+    Too many bad rows are counted and are no error here.
+    """
+    job = _Job(load_preferences(settings.prefs), settings)
+    writer = job.open(dry_run=True)
+    held = 0
+    if job.out.exists():
+        rows = job.prefs.rows(job.prefs.image_digests(max_bad=settings.max_bad))["row_id"].tolist()
+        held = len(rows) - len(writer.missing(rows, sigma=SIGMA))
+    return job.plan(_scan(job, None, progress), held=held)
+
+
+def _import(prefs: PreferenceSet, settings: ImportConfig, progress: Progress | None) -> FeatureStore:
+    job = _Job(prefs, settings)
+    if job.out.exists() and not job.writer.missing(job.rows["row_id"].tolist(), sigma=SIGMA):
+        job.write_judgements()
         return FeatureStore(job.out)
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with _spool(job.out if job.out.is_dir() else job.out.parent, job.source.layers, len(job.keys)) as spool:
@@ -104,29 +128,6 @@ def import_features(
         job.check(found)
         _write(job, found, spool, progress)
     return FeatureStore(job.out)
-
-
-def plan_import(
-    file: Path | str,
-    prefs: PreferenceSet,
-    out: Path | str,
-    *,
-    definition: str,
-    name: str | None = None,
-    blocks: int | None = None,
-    parameters: int | None = None,
-    max_bad: float = 0.0,
-    shard_size: int = 512,
-    progress: Progress | None = None,
-) -> ImportPlan:
-    """Read and check a file of features as `import_features` does, and write nothing.
-
-    Too many bad rows are counted and are no error here.
-    """
-    options = {"file": file, "out": out, "definition": definition, "name": name, "blocks": blocks}
-    job = _Job(prefs, options | {"parameters": parameters, "max_bad": max_bad, "shard_size": shard_size})
-    prefs.check_images(max_bad=job.asked.max_bad)
-    return job.plan(_scan(job, None, progress))
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,10 @@ class _Found:
 
 
 class _Job:
-    """One import: options checked, file opened, layers numbered, keys in the order of the preference file."""
+    """One import: images there, file opened, layers numbered, keys in the order of the preference file."""
 
-    def __init__(self, prefs: PreferenceSet, options: dict[str, Any]) -> None:
-        self.asked = ImportConfig.checked(options | {"prefs": prefs.path}, source="import_features")
-        self.prefs, self.out = prefs, self.asked.out
+    def __init__(self, prefs: PreferenceSet, settings: ImportConfig) -> None:
+        self.asked, self.prefs, self.out = settings, prefs, settings.out
         self.source = open_features(self.asked.file)
         self.points, self.n_blocks = number_layers(self.source, self.asked.blocks)
         keys = dict.fromkeys(self.key(item.image, item.prompt) for item in prefs.items.itertuples())
@@ -159,6 +159,7 @@ class _Job:
         stamp = self.asked.file.stat()
         self._stamp = stamp.st_size, stamp.st_mtime_ns
         self._sha256 = file_sha256(self.asked.file)
+        prefs.check_images(max_bad=settings.max_bad)
 
     def key(self, image: Any, prompt: Any) -> Any:
         """Return what the file calls a row."""
@@ -168,7 +169,7 @@ class _Job:
     def widths(self) -> list[int]:
         return list(self.source.layers.values())
 
-    def open(self) -> StoreWriter:
+    def open(self, *, dry_run: bool = False) -> StoreWriter:
         """Make the store, or open one that was made from the same file with the same definition."""
         config = {
             "features": "imported",
@@ -187,13 +188,25 @@ class _Job:
             "random_weights": None,
             "training_images": None,
         }
-        return open_store(self.out, config=config, describe=describe)
+        return open_store(self.out, config=config, describe=describe, dry_run=dry_run)
 
+    @cached_property
+    def writer(self) -> StoreWriter:
+        """The store, made at first use."""
+        return self.open()
+
+    @cached_property
     def digests(self) -> dict[str, bytes]:
-        return self.prefs.image_digests(self.out / "image_digests.parquet", max_bad=self.asked.max_bad)
+        cache = self.out / "image_digests.parquet"
+        with self.writer.alone(cache.name):  # of several processes one hashes, the others read that
+            return self.prefs.image_digests(cache, max_bad=self.asked.max_bad)
 
-    def missing(self, writer: StoreWriter) -> list[str]:
-        return writer.missing(self.prefs.rows(self.digests())["row_id"].tolist(), sigma=SIGMA)
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        return self.prefs.rows(self.digests)
+
+    def write_judgements(self) -> None:
+        self.writer.write_judgements(self.prefs.name, self.prefs.judgements(self.digests))
 
     def rows_per_shard(self) -> int:
         return rows_per_shard(values_per_row=sum(self.widths), shard_bytes=self.asked.shard_size * 2**20)
@@ -205,7 +218,7 @@ class _Job:
             msg = f"{self.asked.file}: changed while it was read; run the same command again"
             raise FeatureFileError(msg)
         plan = self.plan(found)
-        if plan.absent + plan.not_finite > self.asked.max_bad * plan.rows or found.bad.all():
+        if plan.absent + plan.not_finite > self.asked.max_bad * plan.rows:
             more = f" and {len(plan.bad) - _NAMED} more" if len(plan.bad) > _NAMED else ""
             msg = (
                 f"{self.asked.file}: {len(plan.bad):,} of {plan.rows:,} rows of {self.prefs.path} have no features "
@@ -225,7 +238,7 @@ class _Job:
         if rounded := self.source.dtypes & {"float64", "double", "F64"}:
             logger.info("%s: %s is rounded to float32", self.asked.file, ", ".join(sorted(rounded)))
 
-    def plan(self, found: _Found) -> ImportPlan:
+    def plan(self, found: _Found, *, held: int = 0) -> ImportPlan:
         """Count what a pass over the file saw."""
         of_item = np.array([self.keys[self.key(item.image, item.prompt)] for item in self.prefs.items.itertuples()])
         bad = found.bad[of_item]
@@ -248,7 +261,7 @@ class _Job:
             dtypes=tuple(sorted(self.source.dtypes)),
             shards=math.ceil(len(of_item) / self.rows_per_shard()),
             nbytes=4 * len(of_item) * sum(self.widths),
-            held=len(FeatureStore(self.out).rows) if (self.out / "store.json").exists() else 0,
+            held=held,
         )
 
     def _keys_in_words(self) -> str:
@@ -283,10 +296,8 @@ def _scan(job: _Job, spool: Spool | None, progress: Progress | None) -> _Found:
 
 def _write(job: _Job, found: _Found, spool: Spool, progress: Progress | None) -> None:
     """Cut the spool into shards."""
-    writer = job.open()
-    digests = job.digests()
-    writer.write_judgements(job.prefs.name, job.prefs.judgements(digests))
-    rows = job.prefs.rows(digests)
+    writer, rows = job.writer, job.rows
+    job.write_judgements()
     keys = np.array([job.keys[job.key(row.image_id, row.prompt)] for row in rows.itertuples()], np.int64)
     sizes = [path.stat().st_size if path.exists() else 0 for path in map(Path, rows["path"])]
     rows = rows.assign(key=keys, width=0, height=0, file_bytes=sizes)

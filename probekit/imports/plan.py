@@ -37,7 +37,7 @@ class ImportPlan:
     shards, nbytes
         Shards, and the most bytes of features that they take (float16 where that is safe takes half).
     held
-        Rows that the store holds already.
+        Rows of the preference file that the store holds already, in shards that are whole.
     """
 
     rows: int

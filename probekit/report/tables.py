@@ -26,7 +26,7 @@ from probekit.report.select import (
     trained_rows,
 )
 from probekit.report.style import in_millions
-from probekit.results import ALL_SOURCES, CHOICE_KEYS, CONTROLS
+from probekit.results import ALL_SOURCES, CHOICE_KEYS, CONTROLS, SPLITS
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -257,8 +257,9 @@ def warnings_list(
     ]
     ties = int(test["true_ties"].max())
     everything = frame[frame["source"] == ALL_SOURCES]
+    most = everything.groupby("split")["left_out"].max()
     left_out = {"training": int(records["train_left_out"].max())} | {
-        split: int(rows["left_out"].max()) for split, rows in everything.groupby("split")
+        split: int(most[split]) for split in SPLITS if split in most
     }
     if any(left_out.values()):
         counted = ", ".join(f"{count:,} {split}" for split, count in left_out.items() if count)
