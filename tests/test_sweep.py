@@ -341,5 +341,5 @@ def test_left_out_pairs_of_every_split_reach_the_report(tmp_path):
     assert sum(lost.values()) == 60
     assert all(lost.values())
     text = probekit.build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
-    counted = f"{lost['train']} training, {lost['test']} test, {lost['validation']} validation pairs are left out"
+    counted = f"{lost['train']} training, {lost['validation']} validation, {lost['test']} test pairs are left out"
     assert f"Up to {counted}" in " ".join(text.split())

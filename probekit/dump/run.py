@@ -25,7 +25,7 @@ from probekit.backbones.base import ImageFile
 from probekit.backbones.capture import check_poolings
 from probekit.backbones.images import header
 from probekit.backbones.resolution import noise_over_rounding
-from probekit.config import DumpConfig
+from probekit.config import SHARD_MIB, DumpConfig
 from probekit.dump.bad_rows import BadRows
 from probekit.dump.plan import Coordinates, DumpPlan, Work, work
 from probekit.dump.tally import Tally
@@ -111,7 +111,7 @@ def dump_features(
     decode_workers: int | None = None,
     seed: int = 0,
     training_images: int | None = None,
-    shard_size: int = 512,
+    shard_size: int = SHARD_MIB,
     max_bad: float = 0.0,
     worker: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
