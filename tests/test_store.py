@@ -619,6 +619,44 @@ def test_two_identical_dumps_at_once(tmp_path):
     assert not left_overs(tmp_path)
 
 
+def write_block(writer, block, rows):
+    part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+    features = {("mean", at): np.stack([values(key, at, "0.005") for key in part["row_id"]]) for at in (0, 1, 2)}
+    return writer.write_shard(block, sigma="0.005", timestep=5.0, rows=part, features=features)
+
+
+def test_two_dumps_that_cut_rows_otherwise_store_no_row_twice(tmp_path):
+    """Blocks of one command that another one does not take up, since they are too large for it."""
+    rows = table(8)
+    first = open_store(tmp_path, config=CONFIG, describe={})
+    large = first.plan(rows, sigma="0.005", rows_per_shard=12)
+    second = open_store(tmp_path, config=CONFIG, describe={})
+    small = second.plan(rows, sigma="0.005", rows_per_shard=6)
+    assert [len(large), len(small)] == [2, 4]
+    with first.claim(large[0], sigma="0.005") as mine:  # computes while the other one stores half of its rows
+        assert mine
+        write_block(second, small[0], rows)
+        with pytest.raises(
+            StoreError, match=r"another command stored 6 of its rows meanwhile, cut into other blocks; "
+        ):
+            write_block(first, large[0], rows)
+    with (
+        pytest.raises(StoreError, match="run the same command again"),
+        first.claim(large[0], sigma="0.005"),
+    ):
+        pytest.fail("half of its rows are stored")
+    write_block(first, large[1], rows)
+    for block in small[2:]:
+        with second.claim(block, sigma="0.005") as mine:
+            assert not mine  # all of its rows are stored
+    (rest,) = first.plan(rows, sigma="0.005", rows_per_shard=12)
+    write_block(first, rest, rows)
+    store = FeatureStore(tmp_path)
+    assert sorted(store.rows["row_id"]) == sorted(rows["row_id"])
+    np.testing.assert_array_equal(store.read(layer=1), expected(store, 1))
+    assert not left_overs(tmp_path)
+
+
 AXES = {
     "layers": [{"index": i, "name": name, "stream": "image"} for i, name in enumerate(["in", "blocks.0", "out"])],
     "poolings": {"mean": "mean", "grid4": "means of a 4 x 4 grid", "text_mean": "mean over text tokens"},

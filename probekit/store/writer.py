@@ -175,6 +175,7 @@ class StoreWriter:
         self.fingerprint: str = stored["fingerprint"]
         self.config: dict[str, Any] = stored["config"]
         self.describe: dict[str, Any] = stored["describe"]
+        self._keys: dict[str, frozenset[str]] = {}  # rows of committed shards by block, which is named after them
 
     @property
     def sigma_resolution(self) -> dict[str, dict[str, Any]]:
@@ -223,7 +224,9 @@ class StoreWriter:
         with nullcontext() if self._dry_run else locked(self.path / "plans" / "all"):  # else rows are cut in two ways
             shards = scan(self.path, fingerprint=self.fingerprint)[0]
             here = [shard for shard in shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
-            for row_ids in (tuple(shard.row_ids()) for shard in here):
+            for shard in here:
+                row_ids = tuple(shard.row_ids())
+                self._keys[shard.sidecar.block] = frozenset(row_ids)
                 if any(row in position for row in row_ids):
                     states[row_ids] = "done"
                     for row in row_ids:
@@ -261,11 +264,35 @@ class StoreWriter:
         """Hold the lock of one shard; yield False if somebody else finished it meanwhile.
 
         Waits while another process holds it, so two identical commands do each shard once.
+
+        Raises
+        ------
+        StoreError
+            If another command, which cut its rows otherwise, stored some of the rows meanwhile.
         """
         sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         with locked(path):
-            yield not isinstance(check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw), Shard)
+            if isinstance(check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw), Shard):
+                yield False
+                return
+            others = self._held_by_others(path, block, sigma, draw)
+            if len(others) < len(block.row_ids):
+                _refuse_rows_of_others(path, others)
+            yield not others
+
+    def _held_by_others(self, path: Path, block: Block, sigma: str, draw: int) -> set[str]:
+        """Rows of a block that committed shards of other blocks hold at this noise level and draw."""
+        found: set[str] = set()
+        for sidecar in path.parent.glob("[!.]*.json"):
+            if sidecar.stem != block.name and sidecar.stem not in self._keys:
+                shard = check_shard(sidecar.with_suffix(".h5"), fingerprint=self.fingerprint, sigma=sigma, draw=draw)
+                if not isinstance(shard, Shard):
+                    continue
+                self._keys[sidecar.stem] = frozenset(shard.row_ids())
+            if sidecar.stem != block.name:
+                found |= self._keys[sidecar.stem].intersection(block.row_ids)
+        return found
 
     def write_shard(
         self,
@@ -300,7 +327,8 @@ class StoreWriter:
         Raises
         ------
         StoreError
-            If the disk is full or cannot be written; nothing is lost and the same command continues later.
+            If the disk is full or cannot be written, or another command stored some of the rows in other blocks;
+            nothing is lost and the same command continues later.
         ValueError
             If rows or features are not those of the block and the store.
         """
@@ -349,11 +377,14 @@ class StoreWriter:
                 "sha256": whole,
                 "meta_sha256": outside,
             }
-            # An old sidecar must never vouch for the new file, so it goes first.
-            path.with_suffix(".json").unlink(missing_ok=True)
-            sync_folder(path.parent)
-            publish(temp, descriptor, path)
-        write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
+            # Blocks that share rows have locks of their own, so the last look at others and the commit are one step.
+            with locked(path.parent / "commit"):
+                _refuse_rows_of_others(path, self._held_by_others(path, block, sigma, draw))
+                # An old sidecar must never vouch for the new file, so it goes first.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                sync_folder(path.parent)
+                publish(temp, descriptor, path)
+                write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def bad_rows(self) -> dict[str, int]:
@@ -452,6 +483,15 @@ class StoreWriter:
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
+
+
+def _refuse_rows_of_others(path: Path, rows: set[str]) -> None:
+    if rows:
+        msg = (
+            f"{path}: another command stored {len(rows)} of its rows meanwhile, cut into other blocks; "
+            "run the same command again, which goes on with the rest"
+        )
+        raise StoreError(msg)
 
 
 def _pack(prompts: list[list[str]], size: int) -> list[list[str]]:
