@@ -338,9 +338,13 @@ def test_a_lost_head_is_written_again_for_the_same_shards_only(store, caplog):
     other = damages.CONFIG | {"noise": {"seed": 1, "scheme": "shared"}}
     with pytest.raises(StoreError, match=r"and no store\.json"):
         open_store(store, config=other, describe={})
+    open_store(store, config=damages.CONFIG, describe={}, dry_run=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: is missing; a dump writes it again, and what was recorded in it is lost"
+    ]
     assert not file.exists()
     assert damages.planned(store) == []
-    assert f"{store}: store.json is missing and is written again" in caplog.text
+    assert f"{file}: is missing and is written again" in caplog.text
     assert damages.everything(store) | {"facts": 0} == before | {"facts": 0}
 
 

@@ -262,6 +262,7 @@ class _Check:
         for name in wanted & stored:
             shard.width(name)
         shard.row_keys()
+        shard.table("rows/status")
         if not self.found.deep or wanted != stored:
             return
         if not matches_digest(shard):
@@ -308,22 +309,29 @@ class _Check:
         return good
 
     def _missing(self, shards: list[Shard], planned: list[list[str]]) -> None:
-        """Rows that are planned, or there at one noise level and draw, and lacking at another."""
+        """Rows that are planned, or there at one noise level and draw, and lacking at another.
+
+        Those that are missing or unreadable wherever they are stored need not be anywhere else.
+        """
         blocks = {fmt.block_name(rows): rows for rows in planned}
         for shard in shards:
             if shard.sidecar.block not in blocks:
                 blocks[shard.sidecar.block] = shard.row_ids()
         wanted = {row for rows in blocks.values() for row in rows}
         held: dict[Path, set[str]] = {}
+        needed: set[str] = set()
         for shard in shards:
-            held.setdefault(shard.path.parent, set()).update(blocks[shard.sidecar.block])
+            rows = blocks[shard.sidecar.block]
+            held.setdefault(shard.path.parent, set()).update(rows)
+            needed.update(rows[i] for i in np.flatnonzero(shard.table("rows/status") != fmt.STATUS_UNREADABLE))
+        unreadable = set().union(*held.values()) - needed
         self.found.rows = len(set().union(*held.values()))
         if not held and wanted and not self._said:
             self.add(self.root / "shards", f"{len(wanted)} rows are planned and none is there: no shard", DUMP)
         for path in self._said:
             held.setdefault(path.parent, set()).update(blocks.get(path.stem, ()))
-        for folder, rows in held.items():
-            lacking = wanted - rows
+        for folder, there in held.items():
+            lacking = wanted - there - unreadable
             if lacking:
                 count = sum(not lacking.isdisjoint(block) for block in blocks.values())
                 text = f"{len(lacking)} of {len(wanted)} rows have no features here ({count} of {len(blocks)} blocks)"

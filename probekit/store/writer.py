@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from probekit.store import format as fmt
 from probekit.store.files import (
     LOCK,
     TEMP,
+    is_locked,
     locked,
     publish,
     remove_dead_files,
@@ -122,10 +124,14 @@ def open_store(
     if dry_run:
         if file.exists():
             _refuse_other_settings(file, full)
+        elif foreign:
+            logger.warning("%s: is missing; a dump writes it again, and what was recorded in it is lost", file)
         return StoreWriter(root, content, dry_run=True)
     remove_dead_files(root)
     with locked(file):
         if not os.path.lexists(file):  # a link is refused below
+            if foreign:
+                logger.warning("%s: is missing and is written again; what was recorded in it is lost", file)
             write_atomically(file, fmt.seal(content))
         stored = _refuse_other_settings(file, full)
         recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
@@ -156,7 +162,6 @@ def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool
     shards, problems = scan(root, fingerprint=fingerprint)
     if not shards or problems or not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
         return False
-    logger.warning("%s: store.json is missing and is written again; what was recorded in it is lost", root)
     return True
 
 
@@ -215,6 +220,11 @@ class StoreWriter:
         -------
         list of Block
             In the order of their first rows; the same for every worker that asks for the same rows.
+
+        Raises
+        ------
+        StoreError
+            If a shard is damaged whose block is not one of them, so that it would not be written again.
         """
         sigma = canonical_sigma(sigma)
         # Rows of one prompt come together, prompts in the order of their first row.
@@ -247,10 +257,26 @@ class StoreWriter:
                 self._write_plan(new)
             states |= dict.fromkeys(new, "new")
         first = {ids: min(position.get(row, len(position)) for row in ids) for ids in states}
-        return [
+        found = [
             Block(name := fmt.block_name(ids), ids, number, self._state(name, states[ids], sigma, draw))
             for number, ids in enumerate(sorted(states, key=lambda ids: first[ids]))
         ]
+        known = {block.name for block in found} | {shard.sidecar.block for shard in here}
+        self._refuse_damaged(known, sigma, draw)
+        return found
+
+    def _refuse_damaged(self, known: set[str], sigma: str, draw: int) -> None:
+        """Refuse a damaged shard, at one noise level and draw, of a block that is not known."""
+        for sidecar in sorted(shard_path(self.path, sigma, draw, "").parent.glob("[!.]*.json")):
+            path = sidecar.with_suffix(".h5")
+            if sidecar.stem not in known and not is_locked(path):
+                found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
+                if isinstance(found, str):
+                    msg = (
+                        f"{found}; its rows are not asked for, or cut into other blocks, so it would not be done again: "
+                        f"run probekit verify {shlex.quote(str(self.path))} --repair first"
+                    )
+                    raise StoreError(msg)
 
     def _state(self, block: str, state: str, sigma: str, draw: int) -> str:
         if state == "done":
@@ -406,6 +432,8 @@ class StoreWriter:
     def record_resolution(self, sigma: str, *, ratio: float | None, rows: int, note: str = "") -> None:
         """Record in ``store.json`` how far a noise level stands out from the rounding of the compute dtype.
 
+        Of several measurements, as workers make them, the first one stays.
+
         Parameters
         ----------
         sigma
@@ -418,16 +446,15 @@ class StoreWriter:
         note
             What a reader should know of the measurement, such as why there is none.
         """
-        known = self.sigma_resolution.get(canonical_sigma(sigma), {})
-        if ratio is None and known.get("ratio") is not None:
-            return  # what was measured stays
         resolved = None if ratio is None else ratio >= RESOLVED_RATIO
         entry = {"ratio": ratio, "resolved": resolved, "rows": rows, "note": note}
         file = self.path / "store.json"
         with locked(file):
             stored = read_store_file(file)  # another process may have recorded its noise level meanwhile
-            stored["describe"].setdefault(fmt.SIGMA_RESOLUTION, {})[canonical_sigma(sigma)] = entry
-            write_atomically(file, fmt.seal(stored))
+            known = stored["describe"].setdefault(fmt.SIGMA_RESOLUTION, {})
+            if known.get(canonical_sigma(sigma), {}).get("ratio") is None:
+                known[canonical_sigma(sigma)] = entry
+                write_atomically(file, fmt.seal(stored))
         self.describe = stored["describe"]
 
     def write_judgements(self, name: str, frame: pd.DataFrame) -> Path:
