@@ -18,6 +18,7 @@ from probekit.errors import StoreError
 from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
+from probekit.store.half import convert
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, no_folder, read_store_file, scan
 
@@ -128,6 +129,13 @@ class FeatureStore:
     def n_shards(self) -> int:
         """Number of shards over all noise levels and draws."""
         return len(self._shards)
+
+    def shard_digests(self, *, sigma: str, draw: int) -> list[str]:
+        """SHA-256 of each shard file of one noise level and draw, ordered by block."""
+        return [shard.sidecar.sha256 for shard in self._at(sigma, draw)]
+
+    def _at(self, sigma: str, draw: int) -> list[Shard]:
+        return [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
 
     @property
     def nbytes(self) -> int:
@@ -315,7 +323,10 @@ class FeatureStore:
                 out = features[layer] = np.empty((turn.stop - first, shards[0].width(name)), dtype)
                 for start, end in zip(starts[inside].tolist(), ends[inside].tolist(), strict=True):
                     row, part = int(at[start]), out[start - first : end - first]
-                    part[:] = shards[owner[start]].read_rows(name, row, row + end - start) if row >= 0 else np.nan
+                    if row < 0:
+                        part[:] = np.nan
+                    else:
+                        _copy(shards[owner[start]].read_rows(name, row, row + end - start), part)
             yield turn, features
 
     def pairs(self, *, split: str | None = None, judgements: str | None = None) -> Pairs:
@@ -351,8 +362,8 @@ class FeatureStore:
         rows: Counter[tuple[str, int]] = Counter()
         for shard in self._shards:
             rows[shard.sidecar.sigma, shard.sidecar.draw] += shard.sidecar.n_rows
-        features = [
-            (record.dtype, record.noise_ratio)
+        dtypes = [
+            {"<f2": "float16", "<f4": "float32"}[record.dtype]
             for shard in self._shards
             for name, record in shard.sidecar.datasets.items()
             if name.startswith("features/")
@@ -373,7 +384,7 @@ class FeatureStore:
             "sigma_resolution": self.sigma_resolution,
             "shards": self.n_shards,
             "bytes": self.nbytes,
-            "datasets": dict(Counter({"<f2": "float16", "<f4": "float32"}[dtype] for dtype, _ in features)),
+            "datasets": dict(Counter(dtypes)),
             "judgements": {
                 name: {str(k): int(v) for k, v in self.pairs(judgements=name).frame["split"].value_counts().items()}
                 for name in self.judgements
@@ -397,7 +408,7 @@ class FeatureStore:
                 raise StoreError(msg)
         draw = self._choose("draw", draw, [draw for at, draw in self.coordinates if at == sigma])
         names = [fmt.dataset_name(pooling, layer) for layer in layers]
-        shards = [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
+        shards = self._at(sigma, draw)
         rows, places, needed = self._index
         held = np.zeros(len(rows), bool)
         for shard in shards:
@@ -453,6 +464,14 @@ class FeatureStore:
             status[place] = np.maximum(status[place], here)
             needed[place] |= here != fmt.STATUS_UNREADABLE
         return _Index(frame.assign(status=status), places, needed)
+
+
+def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
+    """Copy features (rows, d) as stored into a contiguous array of their dtype or of float32."""
+    if values.dtype == out.dtype:
+        out[:] = values
+    else:
+        convert(values.reshape(-1), out.reshape(-1))
 
 
 def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:

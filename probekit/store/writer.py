@@ -158,11 +158,19 @@ def _refuse_other_settings(file: Path, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool:
-    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``."""
-    shards, problems = scan(root, fingerprint=fingerprint)
-    if not shards or problems or not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
+    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``.
+
+    Raises
+    ------
+    StoreError
+        If some shards are done and another is damaged.
+    """
+    if not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
         return False
-    return True
+    shards, problems = scan(root, fingerprint=fingerprint)
+    if shards and problems:
+        raise StoreError(problems[0])
+    return bool(shards)
 
 
 class StoreWriter:
@@ -273,8 +281,8 @@ class StoreWriter:
                 found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
                 if isinstance(found, str):
                     msg = (
-                        f"{found}; its rows are not asked for, or cut into other blocks, so it would not be done again: "
-                        f"run probekit verify {shlex.quote(str(self.path))} --repair first"
+                        f"{found}; its rows are not asked for, or cut into other blocks, so it would not be done "
+                        f"again: run probekit verify {shlex.quote(str(self.path))} --repair first"
                     )
                     raise StoreError(msg)
 
