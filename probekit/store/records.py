@@ -6,7 +6,6 @@
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from probekit._types import RESOLVED_RATIO, canonical_sigma
@@ -125,7 +124,8 @@ class DatasetRecord(_Record):
 
     @model_validator(mode="after")
     def _bytes_follow_from_shape(self) -> "DatasetRecord":
-        if self.nbytes != math.prod(self.shape) * np.dtype(self.dtype).itemsize:
+        itemsize = int(self.dtype[-1])  # dtypes are spelled as numpy does
+        if self.nbytes != math.prod(self.shape) * itemsize:
             msg = f"{self.nbytes} bytes do not hold {self.shape} of {self.dtype}"
             raise ValueError(msg)
         if (self.offset is None) != (self.nbytes == 0):

@@ -104,7 +104,8 @@ def _stretches(size: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[i
     """Cut a file into (start, end, inside) along (offset, length) ranges that do not overlap."""
     position = 0
     for offset, length in [*sorted(ranges), (size, 0)]:
-        yield position, offset, False
+        if offset > position:
+            yield position, offset, False
         yield offset, offset + length, True
         position = offset + length
 
