@@ -199,6 +199,14 @@ def test_foreign_folders_and_other_selections_are_refused(store, tmp_path):
     assert before.keys() == files(out).keys()
 
 
+def test_a_folder_of_any_name_may_hold_an_export(store, tmp_path):
+    made = export_store(store, tmp_path / "pairs", to="safetensors", layers=[1], sigmas=["0.005"], poolings=["mean"])
+    assert {"rows.parquet", *(f"pairs/{name}.parquet" for name in store.judgements)} < set(made.written)
+    assert made.nbytes == sum(
+        p.stat().st_size for p in made.path.rglob("*") if p.suffix in (".parquet", ".safetensors")
+    )
+
+
 def test_what_is_not_there_is_said(store, tmp_path):
     for options, message in [
         ({"layers": [1, 77]}, r"layer \[77\] is not in the store; allowed: 0, 1, 2, 3, 4"),

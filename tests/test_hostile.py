@@ -271,7 +271,8 @@ def test_a_sidecar_is_bound_to_its_file(store):
         refused(store, what=r"is not the record that was written with its \.h5 file; delete it", name=path)
 
 
-def test_a_row_stands_in_one_shard_of_a_coordinate(store):
+def test_a_row_stands_in_one_shard_of_a_coordinate(store, monkeypatch):
+    monkeypatch.setattr("probekit.store.writer._refuse_rows_of_others", lambda *_: None)  # another writer's shards
     writer = open_store(store, config=damages.CONFIG, describe={"name": "tiny"})
     rows = damages.table()
     ids = rows["row_id"].tolist()
@@ -338,9 +339,18 @@ def test_a_lost_head_is_written_again_for_the_same_shards_only(store, caplog):
     other = damages.CONFIG | {"noise": {"seed": 1, "scheme": "shared"}}
     with pytest.raises(StoreError, match=r"and no store\.json"):
         open_store(store, config=other, describe={})
+    bad = next((store / "shards").rglob("*.h5"))
+    whole = bad.read_bytes()
+    os.truncate(bad, 100)
+    refused(store, by=damages.planned, what=f"{bad.name}: 100 bytes .*; delete it and its .json or .h5 companion")
+    bad.write_bytes(whole)
+    open_store(store, config=damages.CONFIG, describe={}, dry_run=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: is missing; a dump writes it again, and what was recorded in it is lost"
+    ]
     assert not file.exists()
     assert damages.planned(store) == []
-    assert f"{store}: store.json is missing and is written again" in caplog.text
+    assert f"{file}: is missing and is written again" in caplog.text
     assert damages.everything(store) | {"facts": 0} == before | {"facts": 0}
 
 

@@ -21,7 +21,7 @@ from hypothesis.extra.numpy import arrays
 
 from probekit._types import canonical_sigma, row_id
 from probekit.errors import ConfigError, FingerprintError, StoreError
-from probekit.store import FeatureStore, canonical_json, open_store, rows_per_shard
+from probekit.store import FeatureStore, canonical_json, open_store, rows_per_shard, verify_store
 from probekit.store import format as fmt
 from probekit.store.files import TEMP
 from probekit.store.writer import _pack
@@ -298,6 +298,26 @@ def test_damaged_shards_are_refused_and_redone(tmp_path, damage):
     np.testing.assert_array_equal(FeatureStore(path).read(layer=0), expected(FeatureStore(path), 0))
 
 
+@pytest.mark.parametrize(("rows", "size"), [(table(2), 6), (table(6), 5)])
+def test_a_damaged_shard_that_would_not_be_done_again_is_said_before_the_work(tmp_path, rows, size):
+    """Fewer rows, or smaller shards."""
+    dump(tmp_path, table(6))
+    bad = next(path for path in sorted(tmp_path.rglob("*.h5")) if rows["row_id"][0] not in keys_of(path))
+    os.truncate(bad, 4000)
+    for dry_run in (True, False):
+        writer = open_store(tmp_path, config=CONFIG, describe={"name": "tiny"}, dry_run=dry_run)
+        with pytest.raises(StoreError, match=rf"{bad.name}: 4000 bytes .*: run probekit verify .* --repair first"):
+            writer.plan(rows, sigma="0.005", rows_per_shard=size)
+    assert any(problem.repaired for problem in verify_store(tmp_path, repair=True).problems)
+    dump(tmp_path, rows, size=size)
+    FeatureStore(tmp_path).read(layer=1)
+
+
+def keys_of(h5: Path) -> list[str]:
+    with h5py.File(h5) as file:
+        return [bytes(key).hex() for key in file["rows/row_id"][:]]
+
+
 def test_dtype_rule(tmp_path):
     rng = np.random.default_rng(0)
 
@@ -382,6 +402,33 @@ def test_bad_rows_are_nan_and_their_pairs_counted(tmp_path):
         store.pairs(judgements="other")
     with pytest.raises(StoreError, match=r"judgements are named '../up'"):
         writer.write_judgements("../up", frame)
+
+
+def test_a_picture_that_was_replaced_leaves_a_row_that_no_other_noise_level_needs(tmp_path):
+    rows = table(4)
+    gone = rows.assign(status=[1] + [0] * 11)
+    dump(tmp_path, gone, size=100)
+    digest = sha256(b"another file").digest()
+    rows.loc[0, ["row_id", "image_sha256"]] = [row_id(digest, rows["prompt"][0]), digest]
+    dump(tmp_path, rows, size=100)
+    dump(tmp_path, rows, "0.1", size=100)
+    store = FeatureStore(tmp_path)
+    assert (len(store.rows), (store.rows["status"] == 1).sum()) == (13, 1)
+    old = store.rows.index[store.rows["row_id"] == gone["row_id"][0]][0]
+    pairs = np.array([[old, (old + 1) % 13], [(old + 2) % 13, (old + 3) % 13], [(old + 1) % 13, old]])
+    for sigma in ("0.005", "0.1"):
+        read, wanted = store.read(layer=1, sigma=sigma), expected(store, 1, sigma)
+        wanted[old] = np.nan
+        np.testing.assert_array_equal(read, wanted)
+        different = store.differences(layer=1, pairs=pairs, sigma=sigma)
+        np.testing.assert_array_equal(different, wanted[pairs[:, 0]] - wanted[pairs[:, 1]])
+        batches = list(store.batches(layers=[1], sigma=sigma, batch_bytes=4 * WIDTH))
+        np.testing.assert_array_equal(np.concatenate([found[1] for _, found in batches]), wanted)
+    assert verify_store(tmp_path, deep=True).problems == []
+    dump(tmp_path, table(5), size=100)
+    with pytest.raises(StoreError, match=r"3 of 16 rows have no features at sigma 0.1"):
+        FeatureStore(tmp_path).read(layer=1, sigma="0.1")
+    assert len(verify_store(tmp_path).problems) == 1
 
 
 def judged(rows, pairs):
@@ -619,6 +666,44 @@ def test_two_identical_dumps_at_once(tmp_path):
     assert not left_overs(tmp_path)
 
 
+def write_block(writer, block, rows):
+    part = rows.set_index("row_id").loc[list(block.row_ids)].reset_index()
+    features = {("mean", at): np.stack([values(key, at, "0.005") for key in part["row_id"]]) for at in (0, 1, 2)}
+    return writer.write_shard(block, sigma="0.005", timestep=5.0, rows=part, features=features)
+
+
+def test_two_dumps_that_cut_rows_otherwise_store_no_row_twice(tmp_path):
+    """Blocks of one command that another one does not take up, since they are too large for it."""
+    rows = table(8)
+    first = open_store(tmp_path, config=CONFIG, describe={})
+    large = first.plan(rows, sigma="0.005", rows_per_shard=12)
+    second = open_store(tmp_path, config=CONFIG, describe={})
+    small = second.plan(rows, sigma="0.005", rows_per_shard=6)
+    assert [len(large), len(small)] == [2, 4]
+    with first.claim(large[0], sigma="0.005") as mine:  # computes while the other one stores half of its rows
+        assert mine
+        write_block(second, small[0], rows)
+        with pytest.raises(
+            StoreError, match=r"another command stored 6 of its rows meanwhile, cut into other blocks; "
+        ):
+            write_block(first, large[0], rows)
+    with (
+        pytest.raises(StoreError, match="run the same command again"),
+        first.claim(large[0], sigma="0.005"),
+    ):
+        pytest.fail("half of its rows are stored")
+    write_block(first, large[1], rows)
+    for block in small[2:]:
+        with second.claim(block, sigma="0.005") as mine:
+            assert not mine  # all of its rows are stored
+    (rest,) = first.plan(rows, sigma="0.005", rows_per_shard=12)
+    write_block(first, rest, rows)
+    store = FeatureStore(tmp_path)
+    assert sorted(store.rows["row_id"]) == sorted(rows["row_id"])
+    np.testing.assert_array_equal(store.read(layer=1), expected(store, 1))
+    assert not left_overs(tmp_path)
+
+
 AXES = {
     "layers": [{"index": i, "name": name, "stream": "image"} for i, name in enumerate(["in", "blocks.0", "out"])],
     "poolings": {"mean": "mean", "grid4": "means of a 4 x 4 grid", "text_mean": "mean over text tokens"},
@@ -765,12 +850,16 @@ def test_resolution_of_noise_levels_is_recorded_beside_the_facts(tmp_path):
     writer.record_resolution("0.0050", ratio=2.5, rows=16)
     other.record_resolution("0.1", ratio=3.0, rows=16)  # opened before the first was recorded
     writer.record_resolution("1", ratio=None, rows=0, note="the device has no bfloat16")
+    other.record_resolution("0.005", ratio=7.0, rows=16)  # a worker that measured it too: the first one stays
+    other.record_resolution("0.005", ratio=None, rows=0, note="the device has no bfloat16")
     entries = {
         "0.005": {"ratio": 2.5, "resolved": False, "rows": 16, "note": ""},
         "0.1": {"ratio": 3.0, "resolved": True, "rows": 16, "note": ""},
         "1": {"ratio": None, "resolved": None, "rows": 0, "note": "the device has no bfloat16"},
     }
     assert FeatureStore(tmp_path).sigma_resolution == writer.describe["sigma_resolution"] == entries
+    other.record_resolution("0.005", ratio=7.0, rows=16)
+    assert other.describe == writer.describe
     renamed = open_store(tmp_path, config=CONFIG, describe={"name": "tinier"})
     assert renamed.describe == {"name": "tinier", "sigma_resolution": entries}
     store = FeatureStore(tmp_path)

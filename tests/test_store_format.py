@@ -18,6 +18,7 @@ import pytest
 from probekit.errors import StoreError
 from probekit.store import Block, FeatureStore, canonical_json, open_store
 from probekit.store import format as fmt
+from probekit.store.shards import read_plan, read_store_file
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,35 @@ def test_7_the_plan_is_there_before_the_first_shard(tmp_path):
     assert plan.stem == hashlib.sha256(canonical_json(content["blocks"]).encode()).hexdigest()[:32]
     again = open_store(tmp_path, config=damages.CONFIG, describe={})
     assert again.plan(damages.table(), sigma="0.1", rows_per_shard=100) == blocks
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        *(("imported", value) for value in (1, "yes", None)),
+        *(("n_blocks", value) for value in ("12", 12.0, True, -1, None)),
+        *((member, 1) for member in ("prompts", "name", "random_weights")),
+        *((member, "1") for member in ("width", "n_parameters", "training_images")),
+    ],
+)
+def test_3_facts_have_the_types_of_the_format(store, tmp_path, member, value):
+    file = tmp_path / "store.json"
+    content = json.loads((store / "store.json").read_bytes())
+    file.write_bytes(fmt.seal(content))
+    read_store_file(file)
+    content["describe"][member] = value
+    file.write_bytes(fmt.seal(content))
+    with pytest.raises(StoreError, match=rf"store.json: describe.{member}: "):
+        read_store_file(file)
+
+
+@pytest.mark.parametrize("head", [{"format": "other"}, {"format_version": "2.0"}, {"format_version": 1}])
+def test_7_a_plan_of_another_format_is_refused(store, tmp_path, head):
+    plan = next((store / "plans").iterdir())
+    copy = tmp_path / plan.name
+    copy.write_bytes(fmt.seal(json.loads(plan.read_bytes()) | head))
+    with pytest.raises(StoreError, match=f"{copy.name}: {next(iter(head))}: "):
+        read_plan(copy)
 
 
 def test_8_row_order(store):

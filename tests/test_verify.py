@@ -425,14 +425,45 @@ def test_figures_of_float32_are_recomputed(tmp_path):
         assert problem.startswith(f"features/mean/001: {figure} is {value}")
 
 
-def test_hdf5_that_crashes_is_a_line_and_no_reason_to_forget(tmp_path, monkeypatch):
+def test_hdf5_that_cannot_run_or_does_not_end_is_no_reason_to_forget(tmp_path, monkeypatch):
     dump(tmp_path, table(4))
     before = tree(tmp_path)
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    problems = verify_store(tmp_path, deep=True, repair=True).problems
-    assert [problem.problem for problem in problems] == ["cannot be read (HDF5 crashes on it)"] * 2
-    assert not any(problem.repaired for problem in problems)
-    assert tree(tmp_path) == before
+    for program, reason in (
+        ("exit 3", "the process in which HDF5 reads it ended with code 3"),
+        ("kill -KILL $$", "the process in which HDF5 reads it ended with code -9"),  # as where memory is short
+        ("exec sleep 60", "HDF5 did not end within 0 s"),
+    ):
+        monkeypatch.setattr("probekit.store.hdf5_check.SECONDS", 0.3 if "sleep" in program else 60)
+        monkeypatch.setattr(sys, "executable", executable(tmp_path.parent / "program", program))
+        problems = verify_store(tmp_path, deep=True, repair=True).problems
+        assert [problem.problem for problem in problems] == [f"cannot be read ({reason})"] * 2
+        assert not any(problem.repaired for problem in problems)
+        assert tree(tmp_path) == before
+
+
+def test_a_file_on_which_hdf5_crashes_is_forgotten(tmp_path, monkeypatch):
+    dump(tmp_path, table(4))
+    bad, good = sorted(tmp_path.rglob("*.h5"))
+    crash = f'read line; case "$line" in *{bad.stem}.h5*) kill -SEGV $$;; *) echo null;; esac'
+    monkeypatch.setattr(sys, "executable", executable(tmp_path.parent / "program", crash))
+    (problem,) = verify_store(tmp_path, deep=True, repair=True).problems
+    assert (problem.problem, problem.repaired) == ("HDF5 crashes on it (SIGSEGV)", True)
+    assert list(tmp_path.rglob("*.h5")) == [good]
+
+
+def executable(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_imported_store_is_imported_again(tmp_path):
+    dump(tmp_path, table(4))
+    open_store(tmp_path, config=CONFIG, describe={"imported": True})
+    bad, _ = sorted(tmp_path.rglob("*.h5"))
+    os.truncate(bad, 100)
+    (problem,) = verify_store(tmp_path).problems
+    assert problem.mend == "run the same probekit import command again"
 
 
 def test_a_bad_disk_is_no_reason_to_forget(tmp_path, monkeypatch):
@@ -480,7 +511,10 @@ def test_store_json(tmp_path):
         file.unlink() if data is None else file.write_bytes(data)
         (problem,) = verify_store(path, deep=True, repair=True).problems
         assert problem.path == str(file)
-        assert problem.mend.startswith("copy it from a backup, or from a new store that the same dump command makes")
+        assert problem.mend == (
+            f"{'delete it and ' if data is not None else ''}run the same probekit command again that made the store: "
+            "it writes it; no shard was checked, and none is lost"
+        )
         assert not problem.repaired
         assert shard_bytes(path) == {name: data for name, data in intact.items() if name.startswith("shards")}
     file.write_bytes(fmt.seal(content | {"format_version": "2.0"}))
@@ -489,8 +523,8 @@ def test_store_json(tmp_path):
         "format version is 2.0; this probekit reads 1.x: use one that reads 2.0",
         "use a probekit of that version; no shard was checked",
     )
-    dump(tmp_path / "new", table(1))  # what the message says: the same settings, another --out
-    shutil.copy(tmp_path / "new" / "store.json", file)
+    file.unlink()  # what the messages say
+    dump(path, table(4))
     assert found(path, deep=True) == []
     with pytest.raises(ConfigError, match=r"no store.json"):
         verify_store(tmp_path / "nothing")
@@ -590,7 +624,8 @@ def test_unfinished_dumps(tmp_path):
     assert (of, problem) == (f"shards/0.1/{first.name}", "was never committed: it has no sidecar")
 
 
-def test_shards_that_do_not_agree(tmp_path):
+def test_shards_that_do_not_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr("probekit.store.writer._refuse_rows_of_others", lambda *_: None)  # another writer's shards
     rows, path = table(6), tmp_path / "s"
     writer = dump(path, rows)
     good = shard_bytes(path)

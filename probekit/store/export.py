@@ -12,7 +12,6 @@ Row i is the same row in all files. m = rows of the store, d = channels of a fea
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -143,14 +142,13 @@ def export_store(
             done += len(rows)
             made.written.append(name)
     if to == "safetensors":
-        made.written.append(_write_table(path / "rows.parquet", table))
+        made.written.append(_write_table(path, "rows.parquet", table))
     for judgements in store.judgements:
         pairs = store.pairs(judgements=judgements)
         made.left_out[judgements] = pairs.left_out
         frame = pairs.frame.assign(index_a=pairs.rows[:, 0], index_b=pairs.rows[:, 1])
-        made.written.append(
-            _write_table(path / "pairs" / f"{judgements}.parquet", pa.Table.from_pandas(frame, preserve_index=False))
-        )
+        pairs_table = pa.Table.from_pandas(frame, preserve_index=False)
+        made.written.append(_write_table(path, f"pairs/{judgements}.parquet", pairs_table))
     return made
 
 
@@ -221,8 +219,7 @@ def _claim(path: Path, store: FeatureStore, own: dict[str, Any]) -> None:
 
 def _source(store: FeatureStore, part: _Part, rows: str) -> str:
     """Digest of the rows and shards that a file is made from."""
-    here = (part.sigma, part.draw)
-    shards = [s.sidecar.sha256 for s in store._shards if (s.sidecar.sigma, s.sidecar.draw) == here]
+    shards = store.shard_digests(sigma=part.sigma, draw=part.draw)
     return hashlib.sha256(fmt.canonical_json([rows, shards]).encode()).hexdigest()
 
 
@@ -293,11 +290,12 @@ def _write_safetensors(path: Path, rows: pa.Table, batches: Batches, facts: dict
     yield len(rows)
 
 
-def _write_table(path: Path, table: pa.Table) -> str:
+def _write_table(root: Path, name: str, table: pa.Table) -> str:
+    path = root / name
     with temporary(path) as (temp, descriptor):
         pq.write_table(table.replace_schema_metadata(None), temp, compression="zstd")
         publish(temp, descriptor, path)
-    return os.fspath(path.relative_to(path.parent.parent if path.parent.name == "pairs" else path.parent))
+    return name
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -6,6 +6,7 @@ the two speak JSON, one line each way.
 
 import json
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any, NoReturn
 
 SECONDS = 120.0
 """How long HDF5 may take for one file; its metadata are some kilobytes."""
+
+CRASHES = [-code for code in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)]
+"""Exit codes that only the file can be the reason of: others come from a lack of memory or a broken installation."""
 
 DEPTH = 3  # features/<pooling>/<layer>
 FIGURES = ("absmax", "noise_ratio", "quantisation_noise", "nonfinite_rows")
@@ -32,7 +36,7 @@ class Hdf5Checker:
         self._end()
 
     def check(self, path: Path, *, datasets: dict[str, Any], attributes: dict[str, Any]) -> str | None:
-        """Compare what HDF5 finds in a file with what it should find; return the first difference.
+        """Compare what HDF5 finds in a file with what it should find; return the first difference, or that it crashes.
 
         Parameters
         ----------
@@ -43,8 +47,10 @@ class Hdf5Checker:
 
         Raises
         ------
+        TimeoutError
+            If HDF5 does not come to an end.
         ChildProcessError
-            If HDF5 crashes on the file, or does not come to an end.
+            If the process ends for another reason than a crash, so that nothing is said of the file.
         """
         if self._process is None:
             command = [sys.executable, "-P", __file__]
@@ -62,9 +68,16 @@ class Hdf5Checker:
             answer = stdout.readline() if answered else b""
         except BrokenPipeError:
             answered, answer = [stdout], b""
-        if not answer:
+        if not answered:
             self._end()
-            msg = "HDF5 crashes on it" if answered else f"HDF5 did not end within {SECONDS:.0f} s"
+            msg = f"HDF5 did not end within {SECONDS:.0f} s"
+            raise TimeoutError(msg)
+        if not answer:
+            code = self._process.wait()
+            self._end()
+            if code in CRASHES:
+                return f"HDF5 crashes on it ({signal.Signals(-code).name})"
+            msg = f"the process in which HDF5 reads it ended with code {code}"
             raise ChildProcessError(msg)
         problem: str | None = json.loads(answer)
         return problem

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from probekit.errors import StoreError
 from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
+from probekit.store.half import convert
 from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
 from probekit.store.shards import MEND, Shard, no_folder, read_store_file, scan
 
@@ -35,6 +36,17 @@ class Setting(_Layer, total=False):
     sigma: str
     pooling: str
     draw: int
+
+
+class _Index(NamedTuple):
+    """The rows of a store, where those of each block stand among them, and which of them need features (m,).
+
+    A row that is missing or unreadable wherever it is stored needs none at other noise levels and draws.
+    """
+
+    rows: pd.DataFrame
+    places: dict[str, slice | NDArray[np.int64]]
+    needed: NDArray[np.bool_]
 
 
 class FeatureStore:
@@ -118,6 +130,13 @@ class FeatureStore:
         """Number of shards over all noise levels and draws."""
         return len(self._shards)
 
+    def shard_digests(self, *, sigma: str, draw: int) -> list[str]:
+        """SHA-256 of each shard file of one noise level and draw, ordered by block."""
+        return [shard.sidecar.sha256 for shard in self._at(sigma, draw)]
+
+    def _at(self, sigma: str, draw: int) -> list[Shard]:
+        return [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
@@ -129,7 +148,7 @@ class FeatureStore:
 
         ``status`` is the worst over noise levels and draws, so that all of them are compared on the same rows.
         """
-        return self._index[0]
+        return self._index.rows
 
     def read(
         self, *, layer: int, sigma: str | None = None, pooling: str | None = None, draw: int | None = None
@@ -153,11 +172,11 @@ class FeatureStore:
         StoreError
             If the store lacks the coordinates or some rows lack features there, or a shard is damaged.
         """
-        (name,), shards = self._select([layer], sigma, pooling, draw)
-        rows, places = self._index
-        out = np.empty((len(rows), shards[0].width(name)), "<f4")
+        (name,), shards, absent = self._select([layer], sigma, pooling, draw)
+        out = np.empty((len(self.rows), shards[0].width(name)), "<f4")
+        out[absent] = np.nan
         for shard in shards:
-            place = places[shard.sidecar.block]
+            place = self._index.places[shard.sidecar.block]
             if isinstance(place, slice):
                 shard.read_features(name, out[place])
             else:
@@ -197,8 +216,8 @@ class FeatureStore:
         StoreError
             As of `read`, or if a position lies outside the rows.
         """
-        (name,), shards = self._select([layer], sigma, pooling, draw)
-        rows, places = self._index
+        (name,), shards, absent = self._select([layer], sigma, pooling, draw)
+        rows, places, _ = self._index
         positions = pairs.rows if isinstance(pairs, Pairs) else pairs
         outside = (positions < 0) | (positions >= len(rows))
         if outside.any():
@@ -213,6 +232,8 @@ class FeatureStore:
                 held = where[start : start + len(values)]
                 for uses, combine in zip(sides, (np.add, np.subtract), strict=True):
                     uses.apply(combine, held, values, out)
+        if len(absent):
+            out[np.isin(positions, absent).any(axis=1)] = np.nan
         return out
 
     def read_each(
@@ -281,9 +302,9 @@ class FeatureStore:
         StoreError
             As `read` does.
         """
-        names, shards = self._select(layers, sigma, pooling, draw)
-        rows, places = self._index
-        owner, at = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        names, shards, _ = self._select(layers, sigma, pooling, draw)
+        rows, places, _ = self._index
+        owner, at = np.full((2, len(rows)), -1, np.int64)  # -1: a row that is absent here
         for number, shard in enumerate(shards):
             owner[places[shard.sidecar.block]] = number
             at[places[shard.sidecar.block]] = np.arange(shard.sidecar.n_rows)
@@ -291,7 +312,7 @@ class FeatureStore:
         row_bytes = sum(shards[0].width(name) * dtype.itemsize for name, dtype in zip(names, dtypes, strict=True))
         size = max(1, batch_bytes // row_bytes)
         # A run is a row range of one shard: all its rows, unless another noise level was cut into other blocks.
-        starts = np.flatnonzero(np.diff(owner, prepend=-1) | (np.diff(at, prepend=-1) != 1))
+        starts = np.flatnonzero(np.diff(owner, prepend=-2) | (np.diff(at, prepend=-2) != 1))
         starts = np.union1d(starts, np.arange(0, len(rows), size))
         ends = np.append(starts[1:], len(rows))
         for first in range(0, len(rows), size):
@@ -301,8 +322,11 @@ class FeatureStore:
             for layer, name, dtype in zip(layers, names, dtypes, strict=True):
                 out = features[layer] = np.empty((turn.stop - first, shards[0].width(name)), dtype)
                 for start, end in zip(starts[inside].tolist(), ends[inside].tolist(), strict=True):
-                    row = int(at[start])
-                    out[start - first : end - first] = shards[owner[start]].read_rows(name, row, row + end - start)
+                    row, part = int(at[start]), out[start - first : end - first]
+                    if row < 0:
+                        part[:] = np.nan
+                    else:
+                        _copy(shards[owner[start]].read_rows(name, row, row + end - start), part)
             yield turn, features
 
     def pairs(self, *, split: str | None = None, judgements: str | None = None) -> Pairs:
@@ -338,8 +362,8 @@ class FeatureStore:
         rows: Counter[tuple[str, int]] = Counter()
         for shard in self._shards:
             rows[shard.sidecar.sigma, shard.sidecar.draw] += shard.sidecar.n_rows
-        features = [
-            (record.dtype, record.noise_ratio)
+        dtypes = [
+            {"<f2": "float16", "<f4": "float32"}[record.dtype]
             for shard in self._shards
             for name, record in shard.sidecar.datasets.items()
             if name.startswith("features/")
@@ -360,7 +384,7 @@ class FeatureStore:
             "sigma_resolution": self.sigma_resolution,
             "shards": self.n_shards,
             "bytes": self.nbytes,
-            "datasets": dict(Counter({"<f2": "float16", "<f4": "float32"}[dtype] for dtype, _ in features)),
+            "datasets": dict(Counter(dtypes)),
             "judgements": {
                 name: {str(k): int(v) for k, v in self.pairs(judgements=name).frame["split"].value_counts().items()}
                 for name in self.judgements
@@ -369,8 +393,8 @@ class FeatureStore:
 
     def _select(
         self, layers: Sequence[int], sigma: str | None, pooling: str | None, draw: int | None
-    ) -> tuple[list[str], list[Shard]]:
-        """Names of the datasets of some layers and the shards that hold them, together all rows."""
+    ) -> tuple[list[str], list[Shard], NDArray[np.int64]]:
+        """Names of the datasets of some layers, the shards that hold them, and the rows that need not be there."""
         layers = [self._choose("layer", layer, [point.index for point in self.layers]) for layer in layers]
         sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
         pooling = self._choose("pooling", pooling, self.poolings)
@@ -384,14 +408,15 @@ class FeatureStore:
                 raise StoreError(msg)
         draw = self._choose("draw", draw, [draw for at, draw in self.coordinates if at == sigma])
         names = [fmt.dataset_name(pooling, layer) for layer in layers]
-        shards = [shard for shard in self._shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
-        rows, places = self._index
+        shards = self._at(sigma, draw)
+        rows, places, needed = self._index
         held = np.zeros(len(rows), bool)
         for shard in shards:
             held[places[shard.sidecar.block]] = True
-        if not held.all():
+        lacking = needed & ~held
+        if lacking.any():
             msg = (
-                f"{self.path}: {(~held).sum()} of {len(rows)} rows have no features at sigma {sigma}, draw {draw}; "
+                f"{self.path}: {lacking.sum()} of {len(rows)} rows have no features at sigma {sigma}, draw {draw}; "
                 "run the dump command that added them with this sigma and draw too"
             )
             raise StoreError(msg)
@@ -399,7 +424,7 @@ class FeatureStore:
             if len({shard.width(name) for shard in shards}) != 1:
                 msg = f"{self.path}: the shards of sigma {sigma} disagree about the width of {name}"
                 raise StoreError(msg)
-        return names, shards
+        return names, shards, np.flatnonzero(~held)
 
     def _choose(self, what: str, value: T | None, held: list[T]) -> T:
         if value is None and len(held) == 1:
@@ -411,8 +436,7 @@ class FeatureStore:
         return value
 
     @cached_property
-    def _index(self) -> tuple[pd.DataFrame, dict[str, slice | NDArray[np.int64]]]:
-        """The rows, and for each block where its rows stand among them."""
+    def _index(self) -> _Index:
         position: dict[str, int] = {}
         places: dict[str, slice | NDArray[np.int64]] = {}
         tables = []
@@ -428,7 +452,7 @@ class FeatureStore:
                     places[shard.sidecar.block] = np.array([position[row] for row in ids], np.int64)
                 tables.append(_row_table(shard, ids)[fresh])
         frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
-        status = np.zeros(len(frame), np.uint8)
+        status, needed = np.zeros(len(frame), np.uint8), np.zeros(len(frame), bool)
         held = {coordinates: np.zeros(len(frame), bool) for coordinates in self.coordinates}
         for shard in self._shards:
             place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
@@ -436,8 +460,18 @@ class FeatureStore:
                 msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND}"
                 raise StoreError(msg)
             seen[place] = True
-            status[place] = np.maximum(status[place], shard.table("rows/status"))
-        return frame.assign(status=status), places
+            here = shard.table("rows/status")
+            status[place] = np.maximum(status[place], here)
+            needed[place] |= here != fmt.STATUS_UNREADABLE
+        return _Index(frame.assign(status=status), places, needed)
+
+
+def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
+    """Copy features (rows, d) as stored into a contiguous array of their dtype or of float32."""
+    if values.dtype == out.dtype:
+        out[:] = values
+    else:
+        convert(values.reshape(-1), out.reshape(-1))
 
 
 def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:

@@ -6,7 +6,6 @@
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from probekit._types import RESOLVED_RATIO, canonical_sigma
@@ -14,6 +13,8 @@ from probekit.store import format as fmt
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Format = Literal["probekit-features"]
+Version = Annotated[str, Field(pattern=rf"^{fmt.FORMAT_MAJOR}\.")]
 
 
 class _Record(BaseModel):
@@ -66,6 +67,14 @@ def _noise_level(text: str) -> str:
 
 
 class _Describe(_Record):
+    name: str = ""
+    n_blocks: Count = 0
+    width: Count = 0
+    n_parameters: Count | None = None
+    random_weights: str | None = None
+    training_images: Count | None = None
+    prompts: str = "real"
+    imported: bool = False
     sigma_resolution: dict[Annotated[str, AfterValidator(_noise_level)], _Resolution] = {}
 
 
@@ -85,14 +94,16 @@ def _distinct(rows: list[str]) -> list[str]:
 
 
 class _Plan(_Record):
+    format: Format = "probekit-features"
+    format_version: Version = fmt.FORMAT_VERSION
     blocks: list[Annotated[list[Hex64], Field(min_length=1), AfterValidator(_distinct)]]
 
 
 class JudgementsSidecar(_Record):
     """What is said of a set of judgements."""
 
-    format: Literal["probekit-features"]
-    format_version: str = Field(pattern=rf"^{fmt.FORMAT_MAJOR}\.")
+    format: Format
+    format_version: Version
     name: str
     bytes: Count
     sha256: Hex64
@@ -113,7 +124,8 @@ class DatasetRecord(_Record):
 
     @model_validator(mode="after")
     def _bytes_follow_from_shape(self) -> "DatasetRecord":
-        if self.nbytes != math.prod(self.shape) * np.dtype(self.dtype).itemsize:
+        itemsize = int(self.dtype[-1])  # dtypes are spelled as numpy does
+        if self.nbytes != math.prod(self.shape) * itemsize:
             msg = f"{self.nbytes} bytes do not hold {self.shape} of {self.dtype}"
             raise ValueError(msg)
         if (self.offset is None) != (self.nbytes == 0):

@@ -47,13 +47,13 @@ def read_store_file(path: Path) -> dict[str, Any]:
     try:
         content = fmt.unseal(read_small(path, limit=2**24))
     except ValueError as error:
-        msg = f"{path}: {error}; delete it and run the same dump command again"
+        msg = f"{path}: {error}; delete it and run the same probekit command again that made the store: it writes it"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
     try:
         parse_store_file(content)
     except ValueError as error:
-        msg = f"{path}: {error}; delete it and run the same dump command again"
+        msg = f"{path}: {error}; delete it and run the same probekit command again that made the store: it writes it"
         raise StoreError(msg) from None
     return content
 
@@ -87,29 +87,26 @@ def read_plan(path: Path) -> list[list[str]]:
 def file_digests(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> tuple[str, str]:
     """SHA-256 of an open file as read back, and of what lies outside the given (offset, length) ranges."""
     whole, outside = hashlib.sha256(), hashlib.sha256()
-    position = 0
-    for offset, length in [*sorted(without), (size, 0)]:
-        for part in _parts(descriptor, position, offset):
+    for start, end, inside in _stretches(size, without):
+        for part in _parts(descriptor, start, end):
             whole.update(part)
-            outside.update(part)
-        for part in _parts(descriptor, offset, offset + length):
-            whole.update(part)
-        position = offset + length
+            if not inside:
+                outside.update(part)
     return whole.hexdigest(), outside.hexdigest()
 
 
-def file_digest(descriptor: int, size: int, *, without: Iterable[tuple[int, int]] = ()) -> str:
-    """SHA-256 of an open file as read back, leaving out the given (offset, length) ranges."""
-    digest = hashlib.sha256()
-    for part in _bytes_outside(descriptor, size, without=without):
-        digest.update(part)
-    return digest.hexdigest()
+def file_digest(descriptor: int, size: int) -> str:
+    """SHA-256 of an open file as read back."""
+    return file_digests(descriptor, size, without=[(0, size)])[0]
 
 
-def _bytes_outside(descriptor: int, size: int, *, without: Iterable[tuple[int, int]]) -> Iterator[memoryview]:
+def _stretches(size: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """Cut a file into (start, end, inside) along (offset, length) ranges that do not overlap."""
     position = 0
-    for offset, length in [*sorted(without), (size, 0)]:
-        yield from _parts(descriptor, position, offset)
+    for offset, length in [*sorted(ranges), (size, 0)]:
+        if offset > position:
+            yield position, offset, False
+        yield offset, offset + length, True
         position = offset + length
 
 
@@ -291,7 +288,8 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if sidecar.bytes != size:
             return f"{path}: {size} bytes instead of {sidecar.bytes}"
         ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
-        metadata = b"".join(map(bytes, _bytes_outside(descriptor, size, without=ranges)))  # each piece before the next
+        outside = ((start, end) for start, end, inside in _stretches(size, ranges) if not inside)
+        metadata = b"".join(bytes(part) for start, end in outside for part in _parts(descriptor, start, end))
         if hashlib.sha256(metadata).hexdigest() != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
         # A sidecar can be edited and sealed again; the file still holds the digest of what was written beside it.

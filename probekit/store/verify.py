@@ -33,8 +33,7 @@ from probekit.store.shards import (
     shard_files,
 )
 
-DUMP = "run the same probekit dump command again"
-DELETE = f"delete it and {DUMP}"
+MADE = "run the same probekit command again that made the store"
 FOLDER = "put the folder in its place"
 
 
@@ -139,7 +138,12 @@ class _Check:
         self._said: set[Path] = set()  # shards with a problem
         self._bad: dict[Path, list[Problem]] = {}  # those that can be forgotten
         self._dead: list[tuple[Path, Problem]] = []
-        self._again = f"run probekit verify {shlex.quote(str(root))}{' --deep' * deep} --repair, then {DUMP}"
+        self._dump = "run the same probekit dump command again"
+
+    @property
+    def _again(self) -> str:
+        deep = " --deep" * self.found.deep
+        return f"run probekit verify {shlex.quote(str(self.root))}{deep} --repair, then {self._dump}"
 
     def add(self, path: Path, problem: str, mend: str) -> Problem:
         entry = Problem(_line(str(path)), _line(problem), _line(mend))
@@ -154,18 +158,18 @@ class _Check:
             self.add(file, _without_path(str(error), file), "use a probekit of that version; no shard was checked")
             return
         except StoreError as error:
-            mend = (
-                "copy it from a backup, or from a new store that the same dump command makes with another --out; "
-                "no shard was checked, and none is lost"
-            )
-            self.add(file, _without_path(str(error), file), mend)
+            delete = "delete it and " if os.path.lexists(file) else ""
+            mend = f"{delete}{MADE}: it writes it; no shard was checked, and none is lost"
+            self.add(file, _without_path(str(error), file).partition("; delete")[0], mend)
             return
+        if stored["describe"].get("imported"):
+            self._dump = "run the same probekit import command again"
         if self._is_folder("judgements"):
             self._judgements(sidecars=stored["format_version"] not in fmt.UNBOUND)
         plans = self._plans() if self._is_folder("plans") else []
         self._missing(self._shards(stored, progress), plans)
         for path in dead_files(self.root, on_link=self._link):
-            entry = self.add(path, "was left by a process that is gone", f"{DUMP}: it removes it")
+            entry = self.add(path, "was left by a process that is gone", f"{self._dump}: it removes it")
             self._dead.append((path, entry))
 
     def _is_folder(self, name: str) -> bool:
@@ -187,17 +191,21 @@ class _Check:
         for path in sorted({path.with_suffix(".parquet") for path in files}):
             sidecar = path.with_suffix(".json")
             if not os.path.lexists(path):
-                self.add(sidecar, f"its set {path.name} is not there", f"{DUMP}, or delete it")
+                self.add(sidecar, f"its set {path.name} is not there", f"{self._dump}, or delete it")
                 continue
             try:
                 bound = BoundJudgements(path, pd.DataFrame(), read_judgements(path))
                 bound.frame["label"].to_numpy(np.float64)
             except (StoreError, TypeError, ValueError) as error:
-                mend = f"delete it and {sidecar.name}, and {DUMP}" if os.path.lexists(sidecar) else DELETE
+                mend = (
+                    f"delete it and {sidecar.name}, and {self._dump}"
+                    if os.path.lexists(sidecar)
+                    else f"delete it and {self._dump}"
+                )
                 self.add(path, _without_path(str(error), path).partition("; delete")[0], mend)
                 continue
             if sidecars and not os.path.lexists(sidecar):
-                self.add(path, f"has no sidecar {sidecar.name} that vouches for it", f"{DUMP}: it writes it")
+                self.add(path, f"has no sidecar {sidecar.name} that vouches for it", f"{self._dump}: it writes it")
 
     def _plans(self) -> list[list[str]]:
         blocks = []
@@ -205,7 +213,7 @@ class _Check:
             try:
                 blocks += read_plan(path)
             except StoreError as error:
-                self.add(path, _without_path(str(error), path).partition("; delete")[0], DELETE)
+                self.add(path, _without_path(str(error), path).partition("; delete")[0], f"delete it and {self._dump}")
         return blocks
 
     def _shards(self, stored: dict[str, Any], progress: Progress | None) -> list[Shard]:
@@ -229,7 +237,7 @@ class _Check:
         return good
 
     def _shard(self, path: Path, sigma: str, draw: int, stored: dict[str, Any], checker: Hdf5Checker) -> Shard | None:
-        self._states[path], mend = _state(path), DUMP
+        self._states[path], mend = _state(path), self._dump
         found: Shard | str | None = None
         try:
             found = check_shard(path, fingerprint=stored["fingerprint"], sigma=sigma, draw=draw)
@@ -245,7 +253,7 @@ class _Check:
         except (OSError, MemoryError) as error:  # a bad disk, or a file of somebody else: no reason to forget it
             self._said.add(path)
             reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-            self.add(path, reason, f"make it readable, or delete it and its .json and {DUMP}")
+            self.add(path, reason, f"make it readable, or delete it and its .json and {self._dump}")
             return None
         for problem in problems:
             self._forget_later(path, problem, mend)
@@ -262,6 +270,7 @@ class _Check:
         for name in wanted & stored:
             shard.width(name)
         shard.row_keys()
+        shard.table("rows/status")
         if not self.found.deep or wanted != stored:
             return
         if not matches_digest(shard):
@@ -286,7 +295,7 @@ class _Check:
                 self.add(
                     self.root / "shards",
                     f"{name} is {widths} wide in equally many shards",
-                    f"delete those that are wrong, with their .json, and {DUMP}",
+                    f"delete those that are wrong, with their .json, and {self._dump}",
                 )
                 return shards
         folder, holders = None, dict[str, str]()
@@ -308,26 +317,33 @@ class _Check:
         return good
 
     def _missing(self, shards: list[Shard], planned: list[list[str]]) -> None:
-        """Rows that are planned, or there at one noise level and draw, and lacking at another."""
+        """Rows that are planned, or there at one noise level and draw, and lacking at another.
+
+        Those that are missing or unreadable wherever they are stored need not be anywhere else.
+        """
         blocks = {fmt.block_name(rows): rows for rows in planned}
         for shard in shards:
             if shard.sidecar.block not in blocks:
                 blocks[shard.sidecar.block] = shard.row_ids()
         wanted = {row for rows in blocks.values() for row in rows}
         held: dict[Path, set[str]] = {}
+        needed: set[str] = set()
         for shard in shards:
-            held.setdefault(shard.path.parent, set()).update(blocks[shard.sidecar.block])
+            rows = blocks[shard.sidecar.block]
+            held.setdefault(shard.path.parent, set()).update(rows)
+            needed.update(rows[i] for i in np.flatnonzero(shard.table("rows/status") != fmt.STATUS_UNREADABLE))
+        unreadable = set().union(*held.values()) - needed
         self.found.rows = len(set().union(*held.values()))
         if not held and wanted and not self._said:
-            self.add(self.root / "shards", f"{len(wanted)} rows are planned and none is there: no shard", DUMP)
+            self.add(self.root / "shards", f"{len(wanted)} rows are planned and none is there: no shard", self._dump)
         for path in self._said:
             held.setdefault(path.parent, set()).update(blocks.get(path.stem, ()))
-        for folder, rows in held.items():
-            lacking = wanted - rows
+        for folder, there in held.items():
+            lacking = wanted - there - unreadable
             if lacking:
                 count = sum(not lacking.isdisjoint(block) for block in blocks.values())
                 text = f"{len(lacking)} of {len(wanted)} rows have no features here ({count} of {len(blocks)} blocks)"
-                self.add(folder, f"{text}: a dump is not finished, or did not name this sigma and draw", DUMP)
+                self.add(folder, f"{text}: a dump is not finished, or did not name this sigma and draw", self._dump)
 
     def _forget_later(self, path: Path, problem: str, mend: str) -> None:
         """Note a problem of a shard that is mended by forgetting it."""
@@ -343,7 +359,9 @@ class _Check:
             kept = _forget(path, self._states[path])
             for problem in problems:
                 problem.repaired = not kept
-                problem.mend = f"{_line(kept)}; {problem.mend}" if kept else f"forgotten, file and sidecar; {DUMP}"
+                problem.mend = (
+                    f"{_line(kept)}; {problem.mend}" if kept else f"forgotten, file and sidecar; {self._dump}"
+                )
         for path in dead_files(self.root, on_link=lambda _: None):
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from probekit.store import format as fmt
 from probekit.store.files import (
     LOCK,
     TEMP,
+    is_locked,
     locked,
     publish,
     remove_dead_files,
@@ -122,10 +124,14 @@ def open_store(
     if dry_run:
         if file.exists():
             _refuse_other_settings(file, full)
+        elif foreign:
+            logger.warning("%s: is missing; a dump writes it again, and what was recorded in it is lost", file)
         return StoreWriter(root, content, dry_run=True)
     remove_dead_files(root)
     with locked(file):
         if not os.path.lexists(file):  # a link is refused below
+            if foreign:
+                logger.warning("%s: is missing and is written again; what was recorded in it is lost", file)
             write_atomically(file, fmt.seal(content))
         stored = _refuse_other_settings(file, full)
         recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
@@ -152,12 +158,19 @@ def _refuse_other_settings(file: Path, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool:
-    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``."""
-    shards, problems = scan(root, fingerprint=fingerprint)
-    if not shards or problems or not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
+    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``.
+
+    Raises
+    ------
+    StoreError
+        If some shards are done and another is damaged.
+    """
+    if not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
         return False
-    logger.warning("%s: store.json is missing and is written again; what was recorded in it is lost", root)
-    return True
+    shards, problems = scan(root, fingerprint=fingerprint)
+    if shards and problems:
+        raise StoreError(problems[0])
+    return bool(shards)
 
 
 class StoreWriter:
@@ -175,6 +188,7 @@ class StoreWriter:
         self.fingerprint: str = stored["fingerprint"]
         self.config: dict[str, Any] = stored["config"]
         self.describe: dict[str, Any] = stored["describe"]
+        self._keys: dict[str, frozenset[str]] = {}  # rows of committed shards by block, which is named after them
 
     @property
     def sigma_resolution(self) -> dict[str, dict[str, Any]]:
@@ -214,6 +228,11 @@ class StoreWriter:
         -------
         list of Block
             In the order of their first rows; the same for every worker that asks for the same rows.
+
+        Raises
+        ------
+        StoreError
+            If a shard is damaged whose block is not one of them, so that it would not be written again.
         """
         sigma = canonical_sigma(sigma)
         # Rows of one prompt come together, prompts in the order of their first row.
@@ -223,7 +242,9 @@ class StoreWriter:
         with nullcontext() if self._dry_run else locked(self.path / "plans" / "all"):  # else rows are cut in two ways
             shards = scan(self.path, fingerprint=self.fingerprint)[0]
             here = [shard for shard in shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
-            for row_ids in (tuple(shard.row_ids()) for shard in here):
+            for shard in here:
+                row_ids = tuple(shard.row_ids())
+                self._keys[shard.sidecar.block] = frozenset(row_ids)
                 if any(row in position for row in row_ids):
                     states[row_ids] = "done"
                     for row in row_ids:
@@ -244,10 +265,26 @@ class StoreWriter:
                 self._write_plan(new)
             states |= dict.fromkeys(new, "new")
         first = {ids: min(position.get(row, len(position)) for row in ids) for ids in states}
-        return [
+        found = [
             Block(name := fmt.block_name(ids), ids, number, self._state(name, states[ids], sigma, draw))
             for number, ids in enumerate(sorted(states, key=lambda ids: first[ids]))
         ]
+        known = {block.name for block in found} | {shard.sidecar.block for shard in here}
+        self._refuse_damaged(known, sigma, draw)
+        return found
+
+    def _refuse_damaged(self, known: set[str], sigma: str, draw: int) -> None:
+        """Refuse a damaged shard, at one noise level and draw, of a block that is not known."""
+        for sidecar in sorted(shard_path(self.path, sigma, draw, "").parent.glob("[!.]*.json")):
+            path = sidecar.with_suffix(".h5")
+            if sidecar.stem not in known and not is_locked(path):
+                found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
+                if isinstance(found, str):
+                    msg = (
+                        f"{found}; its rows are not asked for, or cut into other blocks, so it would not be done "
+                        f"again: run probekit verify {shlex.quote(str(self.path))} --repair first"
+                    )
+                    raise StoreError(msg)
 
     def _state(self, block: str, state: str, sigma: str, draw: int) -> str:
         if state == "done":
@@ -261,11 +298,35 @@ class StoreWriter:
         """Hold the lock of one shard; yield False if somebody else finished it meanwhile.
 
         Waits while another process holds it, so two identical commands do each shard once.
+
+        Raises
+        ------
+        StoreError
+            If another command, which cut its rows otherwise, stored some of the rows meanwhile.
         """
         sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         with locked(path):
-            yield not isinstance(check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw), Shard)
+            if isinstance(check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw), Shard):
+                yield False
+                return
+            others = self._held_by_others(path, block, sigma, draw)
+            if len(others) < len(block.row_ids):
+                _refuse_rows_of_others(path, others)
+            yield not others
+
+    def _held_by_others(self, path: Path, block: Block, sigma: str, draw: int) -> set[str]:
+        """Rows of a block that committed shards of other blocks hold at this noise level and draw."""
+        found: set[str] = set()
+        for sidecar in path.parent.glob("[!.]*.json"):
+            if sidecar.stem != block.name and sidecar.stem not in self._keys:
+                shard = check_shard(sidecar.with_suffix(".h5"), fingerprint=self.fingerprint, sigma=sigma, draw=draw)
+                if not isinstance(shard, Shard):
+                    continue
+                self._keys[sidecar.stem] = frozenset(shard.row_ids())
+            if sidecar.stem != block.name:
+                found |= self._keys[sidecar.stem].intersection(block.row_ids)
+        return found
 
     def write_shard(
         self,
@@ -300,7 +361,8 @@ class StoreWriter:
         Raises
         ------
         StoreError
-            If the disk is full or cannot be written; nothing is lost and the same command continues later.
+            If the disk is full or cannot be written, or another command stored some of the rows in other blocks;
+            nothing is lost and the same command continues later.
         ValueError
             If rows or features are not those of the block and the store.
         """
@@ -349,11 +411,14 @@ class StoreWriter:
                 "sha256": whole,
                 "meta_sha256": outside,
             }
-            # An old sidecar must never vouch for the new file, so it goes first.
-            path.with_suffix(".json").unlink(missing_ok=True)
-            sync_folder(path.parent)
-            publish(temp, descriptor, path)
-        write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
+            # Blocks that share rows have locks of their own, so the last look at others and the commit are one step.
+            with locked(path.parent / "commit"):
+                _refuse_rows_of_others(path, self._held_by_others(path, block, sigma, draw))
+                # An old sidecar must never vouch for the new file, so it goes first.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                sync_folder(path.parent)
+                publish(temp, descriptor, path)
+                write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
         return path
 
     def bad_rows(self) -> dict[str, int]:
@@ -375,6 +440,8 @@ class StoreWriter:
     def record_resolution(self, sigma: str, *, ratio: float | None, rows: int, note: str = "") -> None:
         """Record in ``store.json`` how far a noise level stands out from the rounding of the compute dtype.
 
+        Of several measurements, as workers make them, the first one stays.
+
         Parameters
         ----------
         sigma
@@ -387,16 +454,15 @@ class StoreWriter:
         note
             What a reader should know of the measurement, such as why there is none.
         """
-        known = self.sigma_resolution.get(canonical_sigma(sigma), {})
-        if ratio is None and known.get("ratio") is not None:
-            return  # what was measured stays
         resolved = None if ratio is None else ratio >= RESOLVED_RATIO
         entry = {"ratio": ratio, "resolved": resolved, "rows": rows, "note": note}
         file = self.path / "store.json"
         with locked(file):
             stored = read_store_file(file)  # another process may have recorded its noise level meanwhile
-            stored["describe"].setdefault(fmt.SIGMA_RESOLUTION, {})[canonical_sigma(sigma)] = entry
-            write_atomically(file, fmt.seal(stored))
+            known = stored["describe"].setdefault(fmt.SIGMA_RESOLUTION, {})
+            if known.get(canonical_sigma(sigma), {}).get("ratio") is None:
+                known[canonical_sigma(sigma)] = entry
+                write_atomically(file, fmt.seal(stored))
         self.describe = stored["describe"]
 
     def write_judgements(self, name: str, frame: pd.DataFrame) -> Path:
@@ -463,6 +529,15 @@ class StoreWriter:
         head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
         if not path.exists():  # named by its content: whoever is first writes the same bytes
             write_atomically(path, fmt.seal(head | {"blocks": content}))
+
+
+def _refuse_rows_of_others(path: Path, rows: set[str]) -> None:
+    if rows:
+        msg = (
+            f"{path}: another command stored {len(rows)} of its rows meanwhile, cut into other blocks; "
+            "run the same command again, which goes on with the rest"
+        )
+        raise StoreError(msg)
 
 
 def _pack(prompts: list[list[str]], size: int) -> list[list[str]]:
