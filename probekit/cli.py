@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer, main_thread
 from types import FrameType
 from typing import Annotated, Any, Literal
 
@@ -104,9 +105,8 @@ def dump(
         _print_lines(probekit.dump.dry_run(settings))
         return
     with _progress() as progress:
-        rows = probekit.dump.run_dump(settings, progress=progress)
-    levels = f"sigma {', '.join(settings.sigma)}" + (f", {settings.draws} draws" if settings.draws > 1 else "")
-    out_console.print(f"{settings.out}: {rows:,} rows are stored, {levels}")
+        done = probekit.dump.run_dump(settings, progress=progress)
+    out_console.print(f"{settings.out}: {done}")
 
 
 @app.command()
@@ -409,16 +409,20 @@ def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(table_column=Column(**whole)),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=err_console) as bars:
-        tasks: dict[str, Any] = {}
+    bars, tasks = Progress(*columns, console=err_console), dict[str, Any]()
 
-        def update(done: int, total: int, text: str) -> None:
-            label, _, rest = (unit, "", text) if unit else text.partition(" ")
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total, text="")
-            bars.update(tasks[label], completed=done, total=total, text=rest)
+    def update(done: int, total: int, text: str) -> None:
+        bars.start()  # not before: an error of wrong options is one line, without bars above it
+        label, _, rest = (unit, "", text) if unit else text.partition(" ")
+        if label not in tasks:
+            tasks[label] = bars.add_task(label, total=total, text="")
+        bars.update(tasks[label], completed=done, total=total, text=rest)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            bars.stop()
 
 
 class _Stopped(BaseException):
@@ -429,12 +433,19 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise _Stopped(signum)
 
 
+def _stop_again(ignored: Any) -> None:
+    """Send a signal again whose exception Python dropped, as it does in a ``__del__``."""
+    if isinstance(ignored.exc_value, _Stopped):
+        Timer(0.01, signal.pthread_kill, (main_thread().ident, *ignored.exc_value.args)).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
 def main() -> None:
     """Entry point: library errors become one line on stderr and an exit code (2 usage, 1 failure)."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)]
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)])
+    logging.getLogger("probekit").setLevel(logging.INFO)
+    sys.unraisablehook = _stop_again
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:

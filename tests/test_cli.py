@@ -24,7 +24,8 @@ def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command's entry point in this process: importing diffusers anew for each case would take minutes."""
     command = ["probekit", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
-    handlers = logging.root.handlers[:]
+    handlers, logger = logging.root.handlers[:], logging.getLogger("probekit")
+    level, hook = logger.level, sys.unraisablehook
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
@@ -34,6 +35,8 @@ def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = stop.code or 0
     finally:
         logging.root.handlers[:] = handlers
+        logger.setLevel(level)
+        sys.unraisablehook = hook
         for number, handler in signals.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
@@ -255,3 +258,27 @@ def test_another_preference_file_binds_to_the_rows_of_a_store(pairs, store, tmp_
     test = frame.query("split == 'test' and layer == 3").set_index("source")
     assert test.loc["all", "left_out"] == test.loc["new", "left_out"] == 1
     assert test.loc["new", "n_pairs"] == 0
+
+
+DROPPED = """
+import signal, time
+from probekit import cli
+
+class Closed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+def work():
+    Closed()
+    time.sleep(20)
+
+cli.app = work
+cli.main()
+"""
+
+
+def test_a_signal_that_python_drops_in_a_destructor_still_stops():
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, check=False, timeout=15)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.splitlines()[-1].endswith("the same command resumes")
+    assert "Traceback" not in done.stderr

@@ -270,6 +270,7 @@ def test_a_dry_run_says_what_the_dump_then_does(dump, small_shards, tmp_path, mo
     assert said["rows"].startswith(f"{rows:,} of ")
     assert f"{store.rows['prompt'].nunique():,} prompts, for {pairs_:,} pairs" in said["rows"]
     assert f"of {images:,} distinct images" in said["rows"]
+    assert said["forward passes"].startswith(f"{rows:,} images")
     assert f"{2 * pairs_ - rows:,} saved" in said["forward passes"]
     assert f"0 done and skipped, 0 done again, {shards:,} new" in said["shards"]
     layers, width = len(store.layers), store.describe["width"]
@@ -279,6 +280,7 @@ def test_a_dry_run_says_what_the_dump_then_does(dump, small_shards, tmp_path, mo
     assert "points" in said["resolves"]
     again = lines(probekit(*command, "--dry-run"))
     assert f"{shards:,} done and skipped, 0 done again, 0 new" in again["shards"]
+    assert again["forward passes"].startswith("0 images")
     assert again["time"] == "none: nothing is to be done"
 
 
@@ -344,3 +346,15 @@ def test_what_is_stored_is_said_when_a_dump_ends_early(backbone, pairs, small_sh
     ]
     assert f": {stored} of " in message
     assert not [path for path in (tmp_path / "store").rglob(".*") if path.name.startswith(".tmp")]
+
+
+def test_what_a_lost_head_recorded_of_noise_levels_is_measured_again(backbone, pairs, tmp_path):
+    prefs = pk.load_preferences(pairs)
+    first = dump_features(backbone, prefs, tmp_path / "store", sigmas=["0", "0.0001", "0.1"])
+    assert not first.sigma_resolution["0.0001"]["resolved"]
+    held = feature_bytes(tmp_path / "store")
+    (tmp_path / "store" / "store.json").unlink()
+    again = dump_features(backbone, prefs, tmp_path / "store", sigmas=["0", "0.0001", "0.1"])
+    assert again.sigma_resolution.keys() == {"0.0001", "0.1"}
+    assert not again.sigma_resolution["0.0001"]["resolved"]
+    assert feature_bytes(tmp_path / "store") == held

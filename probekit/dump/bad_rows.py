@@ -41,7 +41,7 @@ class BadRows:
         self._image = rows.set_index("row_id")["image_id"]
         self._share = share
         self._status: dict[str, int] = {}
-        self._left = _NAMED  # warnings of single rows
+        self._said: set[str] = set()
         self.settle(known)
 
     def settle(self, known: Mapping[str, int]) -> None:
@@ -112,6 +112,6 @@ class BadRows:
         )
 
     def _name(self, what: str) -> None:
-        if self._left:
-            self._left -= 1
+        if len(self._said) < _NAMED and what not in self._said:  # a picture may stand under several prompts
+            self._said.add(what)
             logger.warning("left out: %s", what)

@@ -103,8 +103,8 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
         *([("missing", f"{absent:,} rows whose image file is missing (--max-bad)")] if absent else []),
         (
             "forward passes",
-            f"{passes:,} images through the transformer ({len(rows):,} rows x {len(plan.coordinates)} noise "
-            f"levels and draws); {sides - passes:,} saved, since pairs share rows",
+            f"{n_todo:,} images to go through the transformer, of {passes:,} ({len(rows):,} rows x "
+            f"{len(plan.coordinates)} noise levels and draws); {sides - passes:,} saved, since pairs share rows",
         ),
         (
             "shards",

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,7 @@ from probekit.dump.tally import Tally
 from probekit.dump.workers import local_device, worker_of
 from probekit.errors import ImageError
 from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import STATUS_OK, FeatureStore, StoreWriter, open_store
+from probekit.store import STATUS_OK, Block, FeatureStore, StoreWriter, open_store
 
 RESOLUTION_ROWS = 8
 """Rows on which the effect of a noise level is compared with that of rounding."""
@@ -42,13 +43,13 @@ logger = logging.getLogger(__name__)
 Noise = Literal["shared", "independent", "none"]
 
 
-def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> int:
+def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> str:
     """Do what ``probekit dump`` was asked: check the preference file, find the backbone, dump.
 
     Returns
     -------
-    int
-        Rows of this worker, each noise level and draw counted.
+    str
+        What is stored now, for a person.
 
     Raises
     ------
@@ -58,7 +59,14 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> int:
     worker = settings.worker or worker_of()
     prefs = read_preferences(settings)
     backbone = find_backbone(settings)
-    return _dump(backbone, prefs, settings, worker=worker, progress=progress)
+    blocks = _dump(backbone, prefs, settings, worker=worker, progress=progress)
+    if worker == (0, 1):
+        rows = {row for found in blocks.values() for block in found for row in block.row_ids}
+        levels = f"sigma {', '.join(settings.sigma)}" + (f", {settings.draws} draws" if settings.draws > 1 else "")
+        return f"{len(rows):,} rows are stored, {levels}"
+    mine = sum(block.number % worker[1] == worker[0] for found in blocks.values() for block in found)
+    shards = sum(map(len, blocks.values()))
+    return f"worker {worker[0]} of {worker[1]}: its {mine:,} of {shards:,} shards are stored"
 
 
 def read_preferences(settings: DumpConfig) -> PreferenceSet:
@@ -206,7 +214,8 @@ def _dump(
     *,
     worker: tuple[int, int],
     progress: Progress | None,
-) -> int:
+) -> dict[Coordinates, list[Block]]:
+    """Store what is missing of a worker's share; return the blocks of all workers."""
     plan = DumpPlan.of(backbone, prefs, settings)
     writer = open_store(settings.out, config=plan.config, describe=plan.describe)
     cache = settings.out / "image_digests.parquet"
@@ -226,6 +235,11 @@ def _dump(
     if worker != (0, 1):
         logger.info("worker %d of %d: %d shards to do", *worker, sum(len(one.missing) for one in todo))
     bad = BadRows(prefs.path, rows, writer.bad_rows(), share=settings.max_bad)
+    levels = [sigma for sigma, _ in plan.coordinates if float(sigma) > 0]
+    if not todo and worker[0] == 0 and not writer.sigma_resolution.keys() >= set(levels):
+        # store.json was lost and written again: a few rows say anew what was recorded in it
+        first = next(iter(blocks.values()))[0]
+        todo = [Work(replace(first, row_ids=first.row_ids[:RESOLUTION_ROWS]))]
     if todo:
         _warn(backbone, list(plan.told.values()), [sigma for sigma, _ in plan.coordinates])
         try:
@@ -235,7 +249,7 @@ def _dump(
             raise
     bad.settle(writer.bad_rows())
     bad.report(judgements)
-    return mine
+    return blocks
 
 
 def _fill(
@@ -271,11 +285,11 @@ def _fill(
             backbone.prompts.embed(prompts, later=chain.from_iterable(told[number + 1 :]), on_prompts=tally.embedded)
             eps = {
                 draw: noise_of(good, latents, settings, draw=draw, canvas=backbone.canvas)
-                for draw in dict.fromkeys(draw for _, draw in one.missing)
+                for draw in dict.fromkeys([0, *(draw for _, draw in one.missing)])
             }
             if real and not measured:
-                few = eps[one.missing[0][1]]
-                _record_resolution(writer, backbone, latents, prompts, few, one.missing, settings.batch_size)
+                levels = [sigma for sigma, _ in plan.coordinates]
+                _record_resolution(writer, backbone, latents, prompts, eps[0], levels, settings.batch_size)
                 measured = True
             for sigma, draw in one.missing:
                 with writer.claim(one.block, sigma=sigma, draw=draw) as mine:
@@ -383,14 +397,12 @@ def _record_resolution(
     latents: list[torch.Tensor],
     prompts: list[str],
     eps: list[torch.Tensor],
-    missing: Sequence[Coordinates],
+    levels: Sequence[str],
     batch_size: int,
 ) -> None:
     """Compare, on a few rows, what each new noise level changes with what rounding does; see `noise_over_rounding`."""
     known = {sigma for sigma, entry in writer.sigma_resolution.items() if entry["ratio"] is not None}
-    sigmas = [
-        sigma for sigma in dict.fromkeys(sigma for sigma, _ in missing) if float(sigma) > 0 and sigma not in known
-    ]
+    sigmas = [sigma for sigma in dict.fromkeys(levels) if float(sigma) > 0 and sigma not in known]
     if not sigmas:
         return
     few = slice(0, RESOLUTION_ROWS)

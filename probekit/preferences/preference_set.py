@@ -187,7 +187,10 @@ class PreferenceSet:
             logger.warning("%s: equal pictures under different names join the groups of %d pairs", self.path, joined)
         split, dropped = drop_connected(group[~same], self.pairs["split"][~same])
         _log_dropped(self.path, dropped)
-        frame = self.pairs[["pair_id"]].assign(**keys).join(self.pairs[COLUMNS].assign(group=group, split=split))
+        images = self.items["image"].to_numpy()
+        named = {f"image_{side}": images[self.pairs[f"item_{side}"]] for side in ("a", "b")}
+        judged = self.pairs[COLUMNS].assign(group=group, split=split)
+        frame = self.pairs[["pair_id"]].assign(**keys, **named).join(judged)
         return frame[frame["split"].notna()].reset_index(drop=True)
 
     def _groups_by_content(self, digests: Mapping[str, bytes]) -> pd.Series:

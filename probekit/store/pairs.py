@@ -210,8 +210,20 @@ class BoundJudgements:
         reason = np.select([missing, bad, no_label], REASONS, "")
         keep = reason == ""
         if missing.any():
-            names = ", ".join(frame["pair_id"].astype(str).to_numpy()[missing][:3])
-            logger.warning("%s: %d pairs have no rows in this store: %s, ...", self.path, missing.sum(), names)
+            lost = frame[missing]
+            named = "image_a" in lost and "image_b" in lost
+            names = (
+                lost["image_a"].astype(str) + " and " + lost["image_b"].astype(str) if named else lost["pair_id"]
+            ).head(3)
+            more = ", ..." if len(lost) > len(names) else ""
+            logger.warning(
+                "%s: %d %s pairs have no rows in this store: %s%s",
+                self.path,
+                len(lost),
+                split or "judged",
+                ", ".join(names),
+                more,
+            )
         return Pairs(
             rows=rows[keep],
             label=frame["label"].to_numpy(np.float64)[keep],

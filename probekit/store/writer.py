@@ -377,10 +377,13 @@ class StoreWriter:
         sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        planned = sum(values.size for values in features.values()) * 4 + MARGIN_BYTES
+        planned = sum(values.size for values in features.values()) * 4
         free = shutil.disk_usage(path.parent).free
-        if free < planned:
-            msg = f"{path}: needs up to {planned} bytes, {free} are free; make space and run the same command again"
+        if free < planned + MARGIN_BYTES:
+            msg = (
+                f"{path}: needs up to {planned:,} bytes and {MARGIN_BYTES:,} to spare, {free:,} are free; make space "
+                "and run the same command again"
+            )
             raise StoreError(msg)
         identity = {
             "format": fmt.FORMAT,
