@@ -101,7 +101,7 @@ def test_peak_memory_of_a_dump_is_that_of_the_larger_stage(
     monkeypatch: pytest.MonkeyPatch,
     text_stages: str,
 ) -> None:
-    monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
+    monkeypatch.setattr("probekit.dump.plan.rows_per_shard", lambda **_: 4)
     if text_stages == "several":
         monkeypatch.setattr(prompts, "PROMPT_BYTES", 1)
         base = PIXART["pixart_sigma"].build(tmp_path / "base")  # embeds one prompt at a time
@@ -186,7 +186,7 @@ def test_a_ranking_of_9_images_runs_9_images_and_one_text_encoding(base: Path, c
 def test_sigmas_draws_and_blocks_share_prompts_and_latents(
     prefs: probekit.PreferenceSet, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
+    monkeypatch.setattr("probekit.dump.plan.rows_per_shard", lambda **_: 4)
     loaded = Backbone.from_pretrained(PIXART["pixart_sigma"].build(tmp_path / "base"), resolution=16)
     store = probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0", "0.05", "0.1"], draws=2)
     assert (calls.text, sum(calls.encoded)) == (4, 11)
@@ -201,7 +201,7 @@ def test_prompts_are_embedded_once_where_memory_is_short(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("probekit.dump.rows_per_shard", lambda **_: 4)
+    monkeypatch.setattr("probekit.dump.plan.rows_per_shard", lambda **_: 4)
     monkeypatch.setattr(prompts, "PROMPT_BYTES", 1)
     loaded = Backbone.from_pretrained(PIXART["pixart_sigma"].build(tmp_path / "base"), resolution=16)
     probekit.dump_features(loaded, prefs, tmp_path / "store", sigmas=["0"])
