@@ -36,6 +36,7 @@ families = pytest.mark.parametrize("name", PIPELINES)
 pytestmark = [  # diffusers' warnings of its own parts
     pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning"),  # PRX's pipeline
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma's transformer
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # Ideogram4's pipeline
 ]
 
 
