@@ -203,7 +203,7 @@ def test_bad_images_are_one_clear_line(tmp_path: Path, monkeypatch: Any) -> None
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
     fails("whole.png", "cannot decode the image .*decompression bomb")
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr("probekit.backbones.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("probekit._pictures.MAX_PIXELS", 1000)
     fails("whole.png", "the image has 64 x 64 pixels")
 
 

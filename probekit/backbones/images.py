@@ -1,14 +1,10 @@
-"""From an image file to pixels, by versioned rules.
+"""From an image file to pixels, by versioned rules; what counts as an image is in `probekit._pictures`.
 
-Files are hostile until read: three formats only, one frame, a cap on pixels, and every pixel is decoded before the
-image counts as good (``verify()`` passes half a JPEG). Nothing here needs torch: decoding processes start quickly.
+Nothing here needs torch: decoding processes start quickly.
 """
 
 import hashlib
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -16,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from probekit.errors import ImageChangedError, ImageError
+from probekit._pictures import FORMATS, opened, to_rgb, unreadable
+from probekit.errors import ImageChangedError
 
 IMAGE_RULE = (
     "1: EXIF orientation applied, alpha on white, high byte of 16 bits, colour profiles ignored, RGB in [-1, 1]"
@@ -32,11 +29,8 @@ RESIZE_RULES: dict[str, str] = {
 }
 """How an image gets its size; the text is part of fingerprints and cache keys."""
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit for decompression bombs
 _GREY = 128  # the middle of the range, as what fills up a batch: white or black bars would be the strongest edges
 _SIZES = 16  # a bucket's short side goes down by a 16th of the resolution, as SDXL's 64 of 1024 pixels
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_ALLOWED = f"allowed: PNG, JPEG or WebP with one frame and at most {MAX_PIXELS} pixels"
 
 
 @cache
@@ -85,7 +79,7 @@ def target_size(width: int, height: int, *, resolution: int, step: int, resize: 
 
 def header(path: Path) -> tuple[int, int]:
     """Return the (width, height) that the header of a readable image states."""
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return image.size
 
 
@@ -116,13 +110,13 @@ def read_image(path: Path, digest: bytes, *, resolution: int, step: int, resize:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if hashlib.sha256(data).digest() != digest:
         msg = f"{path}: the image changed since it was listed; run the command again"
         raise ImageChangedError(msg)
-    with _opened(path, io.BytesIO(data)) as file:
+    with opened(path, io.BytesIO(data)) as file:
         file.load()
-        image = _to_rgb(ImageOps.exif_transpose(file))
+        image = to_rgb(ImageOps.exif_transpose(file))
     height, width = target_size(*image.size, resolution=resolution, step=step, resize=resize)
     return np.array(_pad(image, resolution) if resize == "pad" else _cover(image, height, width))
 
@@ -152,42 +146,3 @@ def _pad(image: Image.Image, resolution: int) -> Image.Image:
     fitted = image.resize((width, height), Image.Resampling.LANCZOS)
     square.paste(fitted, ((resolution - width) // 2, (resolution - height) // 2))
     return square
-
-
-def _unreadable(path: Path, error: OSError) -> ImageError:
-    return ImageError(f"{path}: cannot read the image ({error.strerror})")
-
-
-@contextmanager
-def _opened(path: Path, file: io.BytesIO) -> Iterator[Image.Image]:
-    """Open an image that passes the checks of its header; whatever fails while it is open is one clear line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=_FORMATS) as image:
-                frames = getattr(image, "n_frames", 1)
-                if frames != 1:
-                    msg = f"{path}: the image has {frames} frames; {_ALLOWED}"
-                    raise ImageError(msg)
-                if image.width * image.height > MAX_PIXELS:
-                    msg = f"{path}: the image has {image.width} x {image.height} pixels; {_ALLOWED}"
-                    raise ImageError(msg)
-                yield image
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image of an allowed format, or damaged"
-        msg = f"{path}: cannot decode the image ({reason}); {_ALLOWED}"
-        raise ImageError(msg) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # grey with 16 bits; in colour, Pillow itself keeps the high byte only
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
