@@ -4,6 +4,7 @@ n = pairs.
 """
 
 import hashlib
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 PLACEHOLDER_PROMPTS = 20  # an image under more prompts than this says nothing about any of them
 SPLITS = ("train", "validation", "test")
-TRAIN_SHARE, VALIDATION_SHARE = 0.70, 0.15
-VALIDATION_OF_TRAIN = 0.15
+TEST_SHARE = VALIDATION_SHARE = 0.15
 
 
 def placeholder_images(pairs: pd.DataFrame) -> list[str]:
@@ -67,7 +67,14 @@ def hash_share(groups: pd.Series, purpose: str) -> pd.Series:
     return groups.map(dict(zip(distinct, shares, strict=True)))
 
 
-def assign_splits(group: pd.Series, split: pd.Series | None) -> tuple[pd.Series, dict[str, int]]:
+def assign_splits(
+    group: pd.Series,
+    split: pd.Series | None,
+    *,
+    test: float = TEST_SHARE,
+    validation: float = VALIDATION_SHARE,
+    seed: int = 0,
+) -> tuple[pd.Series, dict[str, int]]:
     """Give each pair a split that cuts no group.
 
     Parameters
@@ -76,24 +83,33 @@ def assign_splits(group: pd.Series, split: pd.Series | None) -> tuple[pd.Series,
         Group of each pair (n,).
     split
         Split of each pair in the file (n,): ``train``, ``validation`` or ``test``; None if it gives none.
+    test, validation
+        Shares of the groups, by hash. With splits in the file only a missing validation split is made, of training
+        groups.
+    seed
+        Another seed gives other groups to each split.
 
     Returns
     -------
     split
-        Split of each pair (n,), missing for pairs that must be dropped. Without splits in the file: 70 % of groups
-        train, 15 % validation, 15 % test, by hash. With splits but no validation: 15 % of training groups.
+        Split of each pair (n,), missing for pairs that must be dropped.
     dropped
         How many pairs were dropped, by reason: a training pair connected to a test pair would teach the answer.
     """
     if split is None:
-        share = hash_share(group, "split")
-        bounds = [TRAIN_SHARE, TRAIN_SHARE + VALIDATION_SHARE]
+        bounds = [1 - test - validation, 1 - test]
+        share = hash_share(group, seeded("split", seed))
         return pd.Series(np.array(SPLITS)[np.searchsorted(bounds, share, side="right")], group.index), {}
     kept, dropped = drop_connected(group, split)
     if not (split == "validation").any():
-        chosen = (kept == "train") & (hash_share(group, "validation") < VALIDATION_OF_TRAIN)
+        chosen = (kept == "train") & (hash_share(group, seeded("validation", seed)) < validation)
         kept = kept.mask(chosen, "validation")
     return kept, dropped
+
+
+def seeded(purpose: str, seed: int) -> str:
+    """Name a purpose of `hash_share`; seed 0 is the split that loading makes."""
+    return f"{purpose}:{seed}" if seed else purpose
 
 
 def drop_connected(group: pd.Series, split: pd.Series) -> tuple[pd.Series, dict[str, int]]:
@@ -104,3 +120,35 @@ def drop_connected(group: pd.Series, split: pd.Series) -> tuple[pd.Series, dict[
     reasons = split[lost] + "_connected_to_" + highest[lost].map(dict(enumerate(SPLITS)))
     dropped = {str(reason): int(count) for reason, count in reasons.value_counts().sort_index().items()}
     return split.mask(lost), dropped
+
+
+def split_overlap(pairs: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Count what the splits of a file share, before connected pairs are dropped.
+
+    Parameters
+    ----------
+    pairs
+        Columns ``prompt``, ``path_a``, ``path_b``, ``group`` and ``split`` (n rows).
+
+    Returns
+    -------
+    dict
+        For each two splits that share anything, such as ``train and test``: ``prompts``, ``images`` and ``groups``.
+        Placeholder images count where their group is in both.
+    """
+    pairs = pairs[pairs.groupby("group")["split"].transform("nunique") > 1]  # what is shared lies in such groups
+    found = {}
+    for one, other in combinations(SPLITS, 2):
+        left, right = pairs[pairs["split"] == one], pairs[pairs["split"] == other]
+        shared = {
+            "prompts": len(set(left["prompt"]) & set(right["prompt"])),
+            "images": len(_images(left) & _images(right)),
+            "groups": len(set(left["group"]) & set(right["group"])),
+        }
+        if any(shared.values()):
+            found[f"{one} and {other}"] = shared
+    return found
+
+
+def _images(pairs: pd.DataFrame) -> set[str]:
+    return {*pairs["path_a"], *pairs["path_b"]}

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,22 @@ from pyarrow.parquet import read_table
 
 from probekit._types import row_id
 from probekit.errors import ImageError, PreferenceError
-from probekit.preferences.groups import assign_groups, assign_splits, drop_connected, hash_share, placeholder_images
+from probekit.preferences.groups import (
+    SPLITS,
+    assign_groups,
+    assign_splits,
+    drop_connected,
+    hash_share,
+    placeholder_images,
+    split_overlap,
+)
 from probekit.preferences.readers import FORMATS
+from probekit.preferences.split_files import apply_split
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["label", "weight", "strength", "n_votes", "group", "split", "source", "model_a", "model_b", "ranking_id"]
+COLUMNS += ["split_file"]  # SHA-256 of the split file, empty without one
 CACHE_COLUMNS = ["path", "size", "mtime_ns", "sha256"]
 
 
@@ -41,11 +51,17 @@ class PreferenceSet:
     pairs
         One line per pair (n): ``pair_id``, ``item_a`` and ``item_b`` (positions in ``items``), ``label`` (probability
         that A is preferred, 0.5 = tie), ``weight``, ``strength``, ``n_votes``, ``group``, ``split`` (``train``,
-        ``validation`` or ``test``), ``source``, ``model_a``, ``model_b``, ``ranking_id``.
+        ``validation`` or ``test``), ``source``, ``model_a``, ``model_b``, ``ranking_id``, ``split_file``
+        (SHA-256 of the split file, empty without one).
     dropped
-        Pairs of the file that are not here, by reason: their group reaches into a later split.
+        Pairs of the file that are not here, by reason: their group reaches into a later split, or a split file leaves
+        them out.
     placeholders
         Images under more than 20 prompts; they do not join groups.
+    own_splits
+        The splits that the file itself names.
+    overlap
+        What these share; see ``split_overlap``.
     """
 
     name: str
@@ -54,6 +70,8 @@ class PreferenceSet:
     pairs: pd.DataFrame
     dropped: dict[str, int]
     placeholders: tuple[str, ...]
+    own_splits: tuple[str, ...] = ()
+    overlap: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def limit(self, n: int) -> "PreferenceSet":
         """Take whole groups in the order of their hash, at most n pairs, so that smaller sets lie in larger ones.
@@ -208,7 +226,7 @@ class PreferenceSet:
         return np.array([row_id(digests[path], prompt) for path, prompt in keys], object)
 
 
-def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet:
+def load_preferences(path: str | Path, *, format: str = "auto", split_file: Path | None = None) -> PreferenceSet:
     """Read a preference file.
 
     Parameters
@@ -219,6 +237,8 @@ def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet
         decides which side it stands on; ``model_a`` then belongs to ``chosen``, ``model_b`` to ``rejected``.
     format
         ``general``, or ``auto``.
+    split_file
+        File of `probekit split` that says which pair is in which split, in place of the hash.
 
     Raises
     ------
@@ -241,7 +261,14 @@ def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet
         names = ", ".join(placeholders[:5]) + (", ..." if len(placeholders) > 5 else "")
         logger.warning("%s: %d images under > 20 prompts do not join groups: %s", file, len(placeholders), names)
     frame["group"] = assign_groups(frame.assign(group=frame["group"].mask(frame["group"] == "")), placeholders)
-    frame["split"], dropped = assign_splits(frame["group"], None if (frame["split"] == "").all() else frame["split"])
+    own = None if (frame["split"] == "").all() else frame["split"]
+    overlap = {} if own is None else split_overlap(frame)
+    frame["split"], dropped = assign_splits(frame["group"], own)
+    frame["split_file"] = ""
+    if split_file is not None:
+        chosen = apply_split(split_file, frame[["pair_id", "group", "split"]], own=own)
+        frame["split"], frame["split_file"] = chosen.split, chosen.sha256
+        dropped |= chosen.dropped
     frame = frame[frame["split"].notna()].reset_index(drop=True)
     _log_dropped(file, dropped)
     sizes = frame["group"].value_counts()
@@ -256,7 +283,8 @@ def load_preferences(path: str | Path, *, format: str = "auto") -> PreferenceSet
     number = both.groupby(["prompt", "path"], sort=False).ngroup().to_numpy()
     items = both.iloc[np.unique(number, return_index=True)[1]].reset_index(drop=True)
     pairs = frame[["pair_id"]].assign(item_a=number[0::2], item_b=number[1::2]).join(frame[COLUMNS])
-    return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders))
+    named = () if own is None else tuple(name for name in SPLITS if (own == name).any())
+    return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders), named, overlap)
 
 
 def _log_dropped(file: Path, dropped: Mapping[str, int]) -> None:
