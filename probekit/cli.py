@@ -39,6 +39,7 @@ bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
 app.add_typer(bench, name="bench")
 
 ExportFormat = Literal["parquet", "safetensors"]
+Ties = Literal["drop", "half", "soft"]
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -53,6 +54,7 @@ def dump(
     *,
     backbone: Annotated[str | None, typer.Option(help=_help("backbone"))] = None,
     prefs: Annotated[Path | None, typer.Option(help=_help("prefs"))] = None,
+    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
     out: Annotated[Path | None, typer.Option(help=_help("out"))] = None,
     transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
     revision: Annotated[str | None, typer.Option(help=_help("revision"))] = None,
@@ -116,6 +118,7 @@ def import_features(
     prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig))],
     out: Annotated[Path, typer.Option(help=_help("out", ImportConfig))],
     definition: Annotated[str, typer.Option(help=_help("definition", ImportConfig))],
+    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
     name: Annotated[str | None, typer.Option(help=_help("name", ImportConfig))] = None,
     blocks: Annotated[int | None, typer.Option(metavar="N", help=_help("blocks", ImportConfig))] = None,
     parameters: Annotated[int | None, typer.Option(metavar="N", help=_help("parameters", ImportConfig))] = None,
@@ -154,13 +157,14 @@ def sweep(
     store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
     prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
+    split_file: Annotated[Path | None, typer.Option(help=_help("split_file") + "; with --prefs")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
 ) -> None:
     """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
-        run_sweep(config, stores=store, out=out, prefs=prefs, jobs=jobs, progress=progress)
+        run_sweep(config, stores=store, out=out, prefs=prefs, split_file=split_file, jobs=jobs, progress=progress)
     out_console.print(f"{out / 'results.parquet'}")
 
 
@@ -213,6 +217,66 @@ def backbones(
         return
     planned = plan(model, transformer=transformer, revision=revision, resolution=resolution, dtype=dtype)
     _show(planned.facts(), planned.lines(), as_json=as_json)
+
+
+@app.command()
+def lint(
+    *,
+    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False)],
+    images: Annotated[bool, typer.Option("--images", help="open every image file as well")] = False,
+    against: Annotated[Path | None, typer.Option(help="another preference file that should share nothing")] = None,
+    ties: Annotated[Ties, typer.Option(help="how labels count: without ties, winners and half, vote shares")] = "soft",
+    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes that open images; default one a core")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what is wrong with a preference file before any model runs; exit code 1 on errors, 0 on warnings."""
+    from probekit.preferences import load_preferences
+    from probekit.preferences.lint import lint as look_for_faults
+
+    loaded = load_preferences(prefs, split_file=split_file)
+    other = None if against is None else load_preferences(against)
+    with _progress() as progress:
+        found = look_for_faults(loaded, images=images, against=other, ties=ties, jobs=jobs, progress=progress)
+    _show(found.facts(), found.lines(), as_json=as_json)
+    if found.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def split(
+    *,
+    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False)],
+    out: Annotated[Path, typer.Option(help="the split file: JSON")],
+    test: Annotated[
+        float | None, typer.Option(metavar="SHARE", min=0, max=1, help="share of the groups; default 0.15")
+    ] = None,
+    validation: Annotated[
+        float | None, typer.Option(metavar="SHARE", min=0, max=1, help="share of the groups; default 0.15")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="another seed gives other groups to each split")] = 0,
+    leave_out_generator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="test on all pairs that show this generator, train on none")
+    ] = None,
+) -> None:
+    """Split a preference file once, for every backbone: no group of connected pairs is cut, official tests are kept."""
+    from probekit.preferences import load_preferences
+    from probekit.preferences.split_files import make_split
+
+    loaded = load_preferences(prefs)
+    made = make_split(
+        loaded.pairs,
+        prefs=loaded.path,
+        own=loaded.own_splits,
+        test=test,
+        validation=validation,
+        seed=seed,
+        leave_out_generator=leave_out_generator,
+    )
+    made.write(out)
+    parts = [f"{len(pairs):,} {name}" for name, pairs in made.splits.items()]
+    left = [f"{len(pairs):,} left out ({reason.replace('_', ' ')})" for reason, pairs in made.dropped.items()]
+    out_console.print(f"{out}: pairs: {', '.join(parts + left)}; sha256 {made.sha256}")
 
 
 @app.command()

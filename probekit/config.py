@@ -97,7 +97,15 @@ class _Strict(BaseModel):
             raise ConfigError(_one_line(error, source=source)) from None
 
 
-class DumpConfig(_Strict):
+class PreferenceOptions(_Strict):
+    """How a preference file is read."""
+
+    split_file: Path | None = Field(
+        None, description="file of `probekit split` that says which pair is in which split (default: by hash)"
+    )
+
+
+class DumpConfig(PreferenceOptions):
     """Settings of ``probekit dump``: which backbone is run on which images, and what is kept of it."""
 
     backbone: str = Field(description="diffusers pipeline: a folder or a Hugging Face id")
@@ -166,7 +174,7 @@ class DumpConfig(_Strict):
     )
 
 
-class ImportConfig(_Strict):
+class ImportConfig(PreferenceOptions):
     """Settings of ``probekit import-features``: which file of features becomes a store, and what is said of it."""
 
     file: Path = Field(description="features of the images: .npz, .safetensors or .parquet")

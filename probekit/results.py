@@ -258,6 +258,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
             f"{column}s": sorted(frame[column].unique().tolist())
             for column in ("dataset", "protocol", "sigma", "draw", "pooling", "backbone", "control", "head")
         },
+        "splits": load_config(run).get("splits", {}),
         "unresolved": unresolved.drop_duplicates().to_dict("records"),
         "test_pairs": int(test["n_pairs"].max()),
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),

@@ -71,7 +71,7 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> str:
 
 def read_preferences(settings: DumpConfig) -> PreferenceSet:
     """Read the preference file, and check what can be checked before a model is looked for."""
-    prefs = load_preferences(settings.prefs)
+    prefs = load_preferences(settings.prefs, split_file=settings.split_file)
     if settings.limit is not None:
         prefs = prefs.limit(settings.limit)
     check_poolings(settings.pooling)

@@ -134,7 +134,7 @@ def make_split(
     return SplitFile(
         prefs=prefs.name,
         rule=rule | {"own_splits": list(own)},
-        splits={name: sorted(ids[split == name]) for name in SPLITS},  # type: ignore[misc]
+        splits={name: sorted(ids[split == name]) for name in SPLITS},
         dropped={reason: sorted(ids[reasons == reason]) for reason in sorted(set(reasons) - {""})},
     )
 
@@ -218,10 +218,10 @@ def _refuse_contradiction(path: Path, chosen: pd.Series, own: pd.Series, pair_id
     for name in ("test", "validation"):
         wrong = chosen.notna() & ((own == name) != (chosen == name))
         if (own == name).any() and wrong.any():
-            place = wrong.idxmax()
+            place = int(wrong.to_numpy().argmax())
             msg = (
                 f"{path}: {int(wrong.sum())} pairs contradict the preference file's own {name} split, such as "
-                f"{pair_ids[place]}, there {own[place]}, here {chosen[place]}; {AGAIN}"
+                f"{pair_ids.iloc[place]}, there {own.iloc[place]}, here {chosen.iloc[place]}; {AGAIN}"
             )
             raise PreferenceError(msg)
 

@@ -160,6 +160,21 @@ def check_distinct(records: list[Record]) -> None:
             raise ConfigError(message)
 
 
+def split_files(records: list[Record], *, judged: Path | None) -> dict[str, str]:
+    """Say by which split file each data set was split: its SHA-256, or that the file itself or a hash decided."""
+    found: dict[str, set[str]] = {}
+    for store, dataset in dict.fromkeys((record.store, record.dataset) for record in records):
+        frame = cached_pairs(store, dataset, judged, None).frame
+        hashes = set(frame["split_file"]) if "split_file" in frame else {""}  # older judgements have no such column
+        found[dataset] = found.get(dataset, set()) | hashes
+    return {
+        dataset: ", ".join(
+            f"split file {name}" if name else "by the preference file or by hash" for name in sorted(hashes)
+        )
+        for dataset, hashes in found.items()
+    }
+
+
 def store_settings(store: FeatureStore) -> dict[str, Any]:
     """Give the settings of a store that a report shows; hashes stay in the store, its fingerprint stands for them."""
     plain = {key: value for key, value in store.config.items() if not isinstance(value, dict | list)}

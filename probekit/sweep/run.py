@@ -35,6 +35,7 @@ from probekit.sweep.plan import (
     check_distinct,
     open_cached,
     plan_records,
+    split_files,
     store_facts,
     store_settings,
 )
@@ -50,6 +51,7 @@ def run_sweep(
     stores: Sequence[Path | str],
     out: Path | str,
     prefs: Path | str | None = None,
+    split_file: Path | str | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -66,6 +68,8 @@ def run_sweep(
         Folder of the run. Records that it already holds are not computed again.
     prefs
         Preference file that replaces the judgements kept in the stores; it must lie where its images are.
+    split_file
+        File of `probekit split` that says which pair of `prefs` is in which split.
     jobs
         Processes, each with one BLAS thread.
     progress
@@ -79,24 +83,29 @@ def run_sweep(
     Raises
     ------
     ConfigError
-        If the configuration asks for layers, noise levels, draws or poolings that a store does not hold.
+        If the configuration asks for layers, noise levels, draws or poolings that a store does not hold, or a split
+        file is given without a preference file.
     StoreError
         If a store is damaged, or has no training, validation or test pairs.
     """
     if not isinstance(config, SweepConfig):
         config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
+    if split_file is not None and prefs is None:
+        message = "a split file needs the preference file whose pairs it names (--split-file with --prefs)"
+        raise ConfigError(message)
     out = Path(out)
     _check_folder(out)
     open_cached.cache_clear()  # judgements may have changed since an earlier call in this process
     cached_pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
-    judged = None if prefs is None else _bind_file(Path(prefs), out=out)
+    judged = (
+        None if prefs is None else _bind_file(Path(prefs), None if split_file is None else Path(split_file), out=out)
+    )
     records = [record for store in opened for record in plan_records(config, store, judged=judged)]
     check_distinct(records)
     ids = [record.record_id for record in records]
-    results.write_config(
-        out, {"sweep": config.model_dump(mode="json"), "stores": [store_settings(store) for store in opened]}
-    )
+    resolved = {"sweep": config.model_dump(mode="json"), "splits": split_files(records, judged=judged)}
+    results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
     fits = run_in_processes(partial(_run, out=out, judged=judged), todo, jobs=jobs)
@@ -118,9 +127,9 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(message)
 
 
-def _bind_file(prefs: Path, *, out: Path) -> Path:
+def _bind_file(prefs: Path, split_file: Path | None, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
-    loaded = load_preferences(prefs)
+    loaded = load_preferences(prefs, split_file=split_file)
     # A missing file costs its pairs here, as a row that the store lacks does.
     frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1.0))
     path = out / _JUDGEMENTS / f"{loaded.name}.parquet"

@@ -1,0 +1,225 @@
+"""What can be said of a preference set without reading a picture; each function returns plain facts.
+
+n = pairs, m = items.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_array, vstack
+from sklearn.linear_model import LogisticRegression
+
+from probekit.preferences.groups import SPLITS
+from probekit.preferences.preference_set import PreferenceSet
+
+Ties = Literal["drop", "half", "soft"]
+SHOWN = 10  # names that are listed
+
+
+def targets(label: pd.Series, ties: Ties) -> pd.Series:
+    """Turn labels (n,) into what counts under a rule of ties.
+
+    ``soft``: the label as it is; ``half``: the winner, 1 or 0, and 0.5 for a tie; ``drop``: the winner, and nothing
+    (missing) for a tie.
+    """
+    if ties == "soft":
+        return label
+    winner = label.mask(label > 0.5, 1.0).mask(label < 0.5, 0.0)
+    return winner.mask(label == 0.5) if ties == "drop" else winner
+
+
+def sizes(prefs: PreferenceSet) -> dict[str, Any]:
+    """Count rows, prompts, images and pairs, also of each split, and the groups."""
+    prompt, prompts = pd.factorize(prefs.items["prompt"])
+    image, images = pd.factorize(prefs.items["path"])
+    pairs = prefs.pairs
+    splits = {}
+    for name in SPLITS:
+        here = pairs[pairs["split"] == name]
+        used = np.unique(here[["item_a", "item_b"]].to_numpy())
+        splits[name] = {
+            "pairs": len(here),
+            "prompts": len(np.unique(prompt[used])),
+            "images": len(np.unique(image[used])),
+            "groups": int(here["group"].nunique()),
+        }
+    groups = pairs["group"].value_counts()
+    quantiles = groups.quantile([0.5, 0.9, 0.99], interpolation="lower")
+    return {
+        "pairs": len(pairs),
+        "left_out": prefs.dropped,
+        "rows": len(prefs.items),
+        "prompts": len(prompts),
+        "images": len(images),
+        "true_ties": int((pairs["label"] == 0.5).sum()),
+        "weighted": int((pairs["weight"] != 1).sum()),
+        "n_votes": int(pairs["n_votes"].notna().sum()),
+        "strength": int(pairs["strength"].notna().sum()),
+        "own_splits": list(prefs.own_splits),
+        "split_file": str(pairs["split_file"].iloc[0]),
+        "splits": splits,
+        "overlap": prefs.overlap,
+        "groups": {
+            "count": len(groups),
+            "median": int(quantiles[0.5]),
+            "90 %": int(quantiles[0.9]),
+            "99 %": int(quantiles[0.99]),
+            "largest": int(groups.iloc[0]),
+            "largest_group": str(groups.index[0]),
+        },
+        "placeholders": {
+            "images": len(prefs.placeholders),
+            "pairs": int(touched(prefs, set(prefs.placeholders)).sum()),
+            "names": names(prefs, list(prefs.placeholders)),
+        },
+    }
+
+
+def repeats(prefs: PreferenceSet) -> dict[str, int]:
+    """Count pairs of the same prompt and the same two images that were judged more than once.
+
+    Returns
+    -------
+    dict
+        ``duplicates``: judgements that repeat an earlier one of the same pair (the same side preferred, or a tie
+        again); ``contradicting_pairs``: pairs of which each image was preferred at least once, and
+        ``contradicting_judgements``: how many judgements these have.
+    """
+    a, b = prefs.pairs["item_a"].to_numpy(), prefs.pairs["item_b"].to_numpy()
+    smaller = np.where(a < b, prefs.pairs["label"], 1 - prefs.pairs["label"])
+    key = np.minimum(a, b).astype(np.int64) * len(prefs.items) + np.maximum(a, b)
+    verdict = np.sign(smaller - 0.5).astype(np.int64) + 1  # 0, 1 = tie, 2
+    _, place, count = np.unique(key, return_inverse=True, return_counts=True)
+    votes = np.bincount(place * 3 + verdict, minlength=3 * len(count)).reshape(-1, 3)
+    against = (votes[:, 0] > 0) & (votes[:, 2] > 0)
+    return {
+        "duplicates": int(np.maximum(votes - 1, 0).sum()),
+        "contradicting_pairs": int(against.sum()),
+        "contradicting_judgements": int(count[against].sum()),
+    }
+
+
+def sides(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
+    """Say how often the first side is preferred: as listed in the file, and as a hash of the pair's identity put it.
+
+    Returns
+    -------
+    dict
+        ``listed`` and ``hashed``: each ``share`` of wins and its ``standard_error``; missing where no pair counts.
+    """
+    target = targets(prefs.pairs["label"], ties)
+    # Sets that do not say which side stood first are as the file has them.
+    first = prefs.pairs["a_listed_first"].astype(bool) if "a_listed_first" in prefs.pairs else target.notna()
+    shares = {"listed": target.where(first, 1 - target), "hashed": target}
+    return {
+        name: {"share": _plain(values.mean()), "standard_error": _plain(values.sem())}
+        for name, values in shares.items()
+    }
+
+
+def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
+    """Say which generators there are and how well they alone predict the label.
+
+    A Bradley-Terry model with one strength for each generator (scikit-learn's logistic regression without intercept,
+    C = 1) is fitted on training pairs of two different generators and judged on such test pairs that are no ties.
+
+    Returns
+    -------
+    dict
+        ``count``, ``pairs`` (with both generators known), ``same`` (of these, of one generator twice), ``most_common``
+        (name -> share of wins and pairs), ``accuracy`` (missing where nothing can be fitted or judged) and
+        ``test_pairs`` (behind it).
+    """
+    pairs = prefs.pairs[["model_a", "model_b", "split"]].assign(label=prefs.pairs["label"])
+    pairs["target"] = targets(pairs["label"], ties)
+    pairs = pairs[(pairs["model_a"] != "") & (pairs["model_b"] != "")]
+    code, known = pd.factorize(pd.concat([pairs["model_a"], pairs["model_b"]]), sort=True)
+    a, b = code.reshape(2, -1)
+    wins = pd.DataFrame(
+        {"model": code, "wins": np.concatenate([pairs["target"], 1 - pairs["target"]]), "pairs": 1}
+    ).dropna()
+    table = wins.groupby("model").agg(wins=("wins", "mean"), pairs=("pairs", "sum"))
+    table = table.sort_values("pairs", ascending=False, kind="stable").head(SHOWN)
+    common = {
+        str(known[int(model)]): {"wins": _plain(share), "pairs": int(count)}
+        for model, share, count in table.itertuples()
+    }
+    differ = a != b
+    train = differ & (pairs["split"] == "train").to_numpy() & pairs["target"].notna().to_numpy()
+    test = differ & (pairs["split"] == "test").to_numpy() & (pairs["label"] != 0.5).to_numpy()
+    accuracy = None
+    if train.any() and test.any():
+        strength = _bradley_terry(a[train], b[train], pairs["target"].to_numpy()[train], len(known))
+        # A tie of two strengths is no prediction: it counts as wrong, as in the protocol strict.
+        predicted = np.sign(strength[a[test]] - strength[b[test]])
+        accuracy = float((predicted == np.sign(pairs["label"].to_numpy()[test] - 0.5)).mean())
+    return {
+        "count": len(known),
+        "pairs": len(pairs),
+        "same": int((~differ).sum()),
+        "most_common": common,
+        "accuracy": accuracy,
+        "test_pairs": int(test.sum()),
+    }
+
+
+def _bradley_terry(
+    a: NDArray[np.int64], b: NDArray[np.int64], target: NDArray[np.float64], count: int
+) -> NDArray[np.float64]:
+    """Fit one strength a generator; judgements of the same two are summed first, so a million cost as few."""
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    key, place = np.unique(low.astype(np.int64) * count + high, return_inverse=True)
+    won = np.bincount(place, weights=np.where(a == low, target, 1 - target))
+    lost = np.bincount(place) - won
+    lower, higher = np.divmod(key, count)
+    rows = np.tile(np.arange(len(key)), 2)
+    signs = np.repeat([1.0, -1.0], len(key))
+    design = csr_array((signs, (rows, np.concatenate([lower, higher]))), shape=(len(key), count))
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(vstack([design, design]), np.repeat([1, 0], len(key)), sample_weight=np.concatenate([won, lost]))
+    strength: NDArray[np.float64] = model.coef_[0]
+    return strength
+
+
+def against(prefs: PreferenceSet, other: PreferenceSet) -> dict[str, Any]:
+    """Count what two preference sets share by name: prompts, and images by path or as the files write them."""
+    prompt = prefs.items["prompt"].isin(other.items["prompt"].unique())
+    image = prefs.items["image"].isin(other.items["image"].unique()) | prefs.items["path"].isin(
+        other.items["path"].unique()
+    )
+    return {
+        "file": str(other.path),
+        "prompts": int(prefs.items["prompt"][prompt].nunique()),
+        "images": int(prefs.items["path"][image].nunique()),
+        "pairs_by_prompt": by_split(prefs, _pairs_of(prefs, prompt)),
+        "pairs_by_image": by_split(prefs, _pairs_of(prefs, image)),
+    }
+
+
+def touched(prefs: PreferenceSet, paths: set[str]) -> pd.Series:
+    """Say of each pair (n,) whether one of its images is among these."""
+    return _pairs_of(prefs, prefs.items["path"].isin(paths))
+
+
+def _pairs_of(prefs: PreferenceSet, items: pd.Series) -> pd.Series:
+    inside = items.to_numpy()
+    return pd.Series(inside[prefs.pairs["item_a"]] | inside[prefs.pairs["item_b"]], prefs.pairs.index)
+
+
+def by_split(prefs: PreferenceSet, chosen: pd.Series) -> dict[str, int]:
+    """Count chosen pairs (n,) of each split that has any."""
+    counts = prefs.pairs["split"][chosen].value_counts()
+    return {name: int(counts[name]) for name in SPLITS if name in counts}
+
+
+def names(prefs: PreferenceSet, paths: list[str]) -> list[str]:
+    """Give the first ten of these images as the file writes them."""
+    items = prefs.items[prefs.items["path"].isin(paths[:SHOWN])].drop_duplicates("path")
+    written = dict(zip(items["path"], items["image"], strict=True))
+    return [written[path] for path in paths[:SHOWN] if path in written]
+
+
+def _plain(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
