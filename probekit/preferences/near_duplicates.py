@@ -71,8 +71,8 @@ def near_duplicates(left: pd.DataFrame, right: pd.DataFrame) -> tuple[set[str], 
     Parameters
     ----------
     left, right
-        Images (columns of `probekit.preferences.pictures.look_at`, indexed by path). Those that could not be read, and
-        those of one colour, have no hash that says anything and are not compared.
+        Images (columns of `probekit.preferences.pictures.look_at`, indexed by path); those without a perceptual hash
+        are not compared.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def near_duplicates(left: pd.DataFrame, right: pd.DataFrame) -> tuple[set[str], 
     examples
         The first ten (left path, right path).
     """
-    left, right = (side[(side["digest"] != "") & (side["problem"] == "") & ~side["flat"]] for side in (left, right))
+    left, right = (side[side["hashed"]] for side in (left, right))
     # One line a hash: how many contents have it, and one of them.
     contents = [side.groupby("phash")["digest"].agg(["nunique", "first"]) for side in (left, right)]
     hashes = [content.index.to_numpy(np.uint64) for content in contents]

@@ -17,6 +17,9 @@ PROBLEMS = {"missing": "are missing", "zero_bytes": "have no bytes", "unreadable
 def bad_files(prefs: PreferenceSet, looks: pd.DataFrame) -> dict[str, Any]:
     """Count the files of each problem, the pairs that they cost, and the first ten names.
 
+    ``one_colour`` counts pictures with nothing on them, and ``without_contrast`` those that are flat in grey, which are
+    not compared with others.
+
     Parameters
     ----------
     prefs
@@ -29,12 +32,11 @@ def bad_files(prefs: PreferenceSet, looks: pd.DataFrame) -> dict[str, Any]:
         paths = looks.index[looks["problem"] == problem].tolist()
         pairs = touched(prefs, set(paths))
         found[problem] = {"files": len(paths), "pairs": int(pairs.sum()), "names": names(prefs, paths)}
-    flat = looks.index[looks["flat"]].tolist()
-    found["one_colour"] = {
-        "files": len(flat),
-        "pairs": int(touched(prefs, set(flat)).sum()),
-        "names": names(prefs, flat),
-    }
+    flat = looks.index[looks["one_colour"]].tolist()
+    pairs = touched(prefs, set(flat))
+    found["one_colour"] = {"files": len(flat), "pairs": int(pairs.sum()), "names": names(prefs, flat)}
+    readable = looks["problem"] == ""
+    found["without_contrast"] = {"files": int((readable & ~looks["hashed"]).sum())}
     return found
 
 

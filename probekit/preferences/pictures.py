@@ -20,7 +20,7 @@ from probekit._types import Progress
 from probekit._workers import run_in_processes
 from probekit.errors import ImageError
 
-FLAT = 2.0  # standard deviation of grey values, of 255, below which a picture is one colour
+FLAT = 2.0  # standard deviation of values from 0 to 255, below which there is nothing to see
 _CHUNK = 64
 _PARALLEL = 500  # images that are looked at sooner than further processes have started
 
@@ -38,16 +38,19 @@ class Look:
     digest
         SHA-256 of its bytes, hex; empty where there are none.
     phash
-        Perceptual hash, 64 bits; 0 where there is none.
-    flat
-        Whether the picture is one colour; its perceptual hash would be that of rounding errors.
+        Perceptual hash of the picture in grey, 64 bits; 0 where there is none.
+    hashed
+        Whether there is one: a picture that is flat in grey would have that of its rounding errors.
+    one_colour
+        Whether the picture is one colour.
     """
 
     path: str
     problem: str = ""
     digest: str = ""
     phash: int = 0
-    flat: bool = False
+    hashed: bool = False
+    one_colour: bool = False
 
 
 def look_at(paths: Sequence[str], *, jobs: int | None = None, progress: Progress | None = None) -> pd.DataFrame:
@@ -76,7 +79,7 @@ def look_at(paths: Sequence[str], *, jobs: int | None = None, progress: Progress
         if progress is not None:
             progress(len(looks), len(paths), "images")
     frame = pd.DataFrame([vars(looks[path]) for path in paths], columns=list(Look.__dataclass_fields__))
-    return frame.astype({"phash": "uint64", "flat": "bool"}).set_index("path")
+    return frame.astype({"phash": "uint64", "hashed": "bool", "one_colour": "bool"}).set_index("path")
 
 
 def _look_at_all(paths: Sequence[str]) -> list[Look]:
@@ -97,11 +100,11 @@ def _look(path: str) -> Look:
     try:
         with opened(file, io.BytesIO(data)) as image:
             image.load()
-            grey = to_rgb(image).convert("L")
+            picture = to_rgb(image)
     except ImageError:
         return known("unreadable")
-    # A hash of one colour is of rounding errors; at the hash's own size noise is averaged away as it does.
-    if np.asarray(grey.resize((32, 32))).std() < FLAT:
-        return known(flat=True)
-    bits = imagehash.phash(grey).hash
-    return known(phash=int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big"))
+    small = picture.resize((32, 32))  # the size at which the hash looks: noise is averaged away
+    if np.asarray(small.convert("L")).std() < FLAT:
+        return known(one_colour=bool(np.asarray(small).std(axis=(0, 1)).max() < FLAT))
+    bits = imagehash.phash(picture).hash
+    return known(phash=int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big"), hashed=True)
