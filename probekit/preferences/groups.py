@@ -61,7 +61,7 @@ def assign_groups(pairs: pd.DataFrame, placeholders: list[str]) -> pd.Series:
 
 def hash_share(groups: pd.Series, purpose: str) -> pd.Series:
     """Map each group to a number in [0, 1) that depends on its name and the purpose only."""
-    distinct = groups.unique()
+    distinct = groups.unique().tolist()
     heads = [hashlib.sha256(f"{purpose}:{group}".encode()).digest()[:8] for group in distinct]
     shares = [int.from_bytes(head, "big") / 2**64 for head in heads]
     return groups.map(dict(zip(distinct, shares, strict=True)))

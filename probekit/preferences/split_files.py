@@ -7,7 +7,9 @@ was made of), ``rule`` (how), ``splits`` (``train``, ``validation``, ``test``: l
 
 import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from probekit.errors import PreferenceError
 from probekit.preferences.groups import SPLITS, TEST_SHARE, VALIDATION_SHARE, assign_splits, hash_share, seeded
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "make it again with `probekit split`"
 
@@ -40,7 +44,7 @@ class SplitFile(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the file, as a whole or not at all."""
-        text = json.dumps({"sha256": self.sha256} | self.model_dump(), indent=1, ensure_ascii=False)
+        text = json.dumps({"sha256": self.sha256} | self.model_dump(), ensure_ascii=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -134,8 +138,8 @@ def make_split(
     return SplitFile(
         prefs=prefs.name,
         rule=rule | {"own_splits": list(own)},
-        splits={name: sorted(ids[split == name]) for name in SPLITS},
-        dropped={reason: sorted(ids[reasons == reason]) for reason in sorted(set(reasons) - {""})},
+        splits={name: sorted(ids[split == name].tolist()) for name in SPLITS},
+        dropped={reason: sorted(ids[reasons == reason].tolist()) for reason in sorted(set(reasons) - {""})},
     )
 
 
@@ -161,18 +165,21 @@ def apply_split(path: Path, pairs: pd.DataFrame, *, own: pd.Series | None) -> Ap
     target = {pair: name for name, ids in content.splits.items() for pair in ids}
     reason = {pair: name for name, ids in content.dropped.items() for pair in ids}
     chosen = pairs["pair_id"].map(target).where(pairs["split"].notna())
-    if not pairs["pair_id"].isin(target).any():
+    if chosen.isna().all():
         msg = f"{path}: names none of the {len(pairs)} pairs (made of {content.prefs!r}); allowed: a split of this file"
         raise PreferenceError(msg)
+    absent = len(target) - int(chosen.notna().sum())
+    if absent:
+        logger.warning("%s: %d of its pairs are not in the preference file", path, absent)
     if own is not None:
         _refuse_contradiction(path, chosen, own, pairs["pair_id"])
     cut = chosen.groupby(pairs["group"]).nunique()
     if (cut > 1).any():
         msg = f"{path}: group {cut.idxmax()!r} is in {cut.max()} splits, so the test would leak; {AGAIN}"
         raise PreferenceError(msg)
-    lost = chosen.isna() & pairs["split"].notna()
-    reasons = pairs.loc[lost, "pair_id"].map(reason).fillna("not_in_split_file").value_counts().sort_index()
-    return AppliedSplit(chosen, {str(name): int(count) for name, count in reasons.items()}, content.sha256)
+    lost = pairs.loc[chosen.isna() & pairs["split"].notna(), "pair_id"]
+    reasons = Counter(reason.get(pair, "not_in_split_file") for pair in lost)
+    return AppliedSplit(chosen, dict(sorted(reasons.items())), content.sha256)
 
 
 def read_split(path: Path) -> SplitFile:
