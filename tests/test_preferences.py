@@ -40,6 +40,20 @@ def write(path, records):
     return path
 
 
+def as_listed(prefs):
+    """Pairs with the sides as the file has them."""
+    pairs, image = prefs.pairs, prefs.items["image"].to_numpy()
+    first, label = pairs["a_listed_first"], pairs["label"]
+    sides = [image[pairs["item_a"]], image[pairs["item_b"]]]
+    return pd.DataFrame(
+        {
+            "image_a": np.where(first, sides[0], sides[1]),
+            "image_b": np.where(first, sides[1], sides[0]),
+            "label": label.where(first, 1 - label),
+        }
+    )
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_the_four_files_say_the_same(tmp_path, suffix):
     prefs = load_preferences(write(tmp_path / f"votes{suffix}", RECORDS))
@@ -48,11 +62,12 @@ def test_the_four_files_say_the_same(tmp_path, suffix):
     pd.testing.assert_frame_equal(prefs.items, reference.items)
     assert prefs.name == "votes"
     assert prefs.items["prompt"].tolist() == ["a cat"] * 3 + ['a "dog",\nred'] * 2 + ["NA"] * 2
-    assert prefs.items["image"].tolist() == ["1.png", "2.png", "sub/3.png", "4.png", "5.png", "4.png", "6.png"]
-    assert prefs.items["path"][2] == str(tmp_path / "sub/3.png")
-    assert prefs.pairs["label"].tolist() == [1, 0.5, 0.25, 0]
-    assert prefs.pairs["item_a"].tolist() == [0, 2, 3, 5]
-    assert prefs.pairs["item_b"].tolist() == [1, 0, 4, 6]
+    assert set(prefs.items["image"]) == {record[side] for record in RECORDS for side in ("image_a", "image_b")}
+    assert (prefs.items["path"] == str(tmp_path) + "/" + prefs.items["image"]).all()
+    listed = as_listed(prefs)
+    assert listed["image_a"].tolist() == [record["image_a"] for record in RECORDS]
+    assert listed["image_b"].tolist() == [record["image_b"] for record in RECORDS]
+    assert listed["label"].tolist() == [1, 0.5, 0.25, 0]
     assert prefs.pairs["n_votes"].tolist() == [3, 4, 4, 1]
     assert prefs.pairs["source"].tolist() == ["kind", "kind", "", "null"]
     assert prefs.pairs["weight"].tolist() == [1.0] * 4

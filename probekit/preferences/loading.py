@@ -7,12 +7,15 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 
+from probekit._types import IntArray
 from probekit.errors import PreferenceError
 from probekit.preferences.formats import FORMATS, Shape, choose
 from probekit.preferences.groups import assign_groups, assign_splits, placeholder_images
@@ -23,6 +26,8 @@ from probekit.preferences.readers import parse_columns, split_of
 from probekit.preferences.tables import Opened, Table
 
 logger = logging.getLogger(__name__)
+
+CODED = ["prompt", "image_a", "image_b", "path_a", "path_b"]  # kept as categories while a file is read
 
 
 def load_preferences(
@@ -72,17 +77,24 @@ def load_preferences(
     else:
         msg = f"{file}: no such file; allowed: a preference file, a folder of them, or the id of a data set"
         raise PreferenceError(msg)
-    tables, frames, packed = [], [], []
+    frames: list[pd.DataFrame] = []
+    packed: list[PackedColumn] = []
     for split, one in opened:
         shape = choose(one, format, mapping)
         table = one.read((*shape.needed, *shape.others))
         frame = _take_splits(table, shape.read(table), split, shape)
         frame = _by_confidence(table, frame, min_confidence)
-        frames.append(_resolve_images(table, frame).assign(table=len(tables)))
-        tables.append(table)
-        packed += _packed_columns(table, shape, mapping)
-    frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
-    return _prepare(file, frame, Packed(packed))
+        frames.append(_resolve_images(table, frame))
+        packed += _packed_columns(table, shape)
+    return _prepare(file, _together(frames), Packed(packed))
+
+
+def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Put the pairs of several files into one frame."""
+    if len(frames) == 1:
+        return frames.pop()
+    together = pd.concat([frame.drop(columns=CODED) for frame in frames], ignore_index=True)
+    return together.assign(**{name: union_categoricals([frame[name] for frame in frames]) for name in CODED})
 
 
 def _prepare(file: Path, frame: pd.DataFrame, packed: Packed) -> PreferenceSet:
@@ -107,16 +119,25 @@ def _prepare(file: Path, frame: pd.DataFrame, packed: Packed) -> PreferenceSet:
     sizes = frame["group"].value_counts()
     counts = (len(frame), frame["prompt"].nunique(), len(sizes), sizes.max())
     logger.info("%s: %d pairs, %d prompts, %d groups, largest %d pairs", file, *counts)
-    sides = [
-        frame[["prompt", f"image_{side}", f"path_{side}"]].set_axis(["prompt", "image", "path"], axis=1)
-        for side in ("a", "b")
-    ]
-    # Item order: by pair, A before B.
-    both = pd.concat(sides).sort_index(kind="stable")
-    number = both.groupby(["prompt", "path"], sort=False).ngroup().to_numpy()
-    items = both.iloc[np.unique(number, return_index=True)[1]].reset_index(drop=True)
-    pairs = frame[["pair_id"]].assign(item_a=number[0::2], item_b=number[1::2]).join(frame[COLUMNS])
+    items, number = _items(frame)
+    pairs = frame[["pair_id"]].assign(item_a=number[:, 0], item_b=number[:, 1]).join(frame[COLUMNS])
     return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders), packed)
+
+
+def _items(frame: pd.DataFrame) -> tuple[pd.DataFrame, IntArray]:
+    """Distinct (prompt, path) in the order of pairs, A before B, and their numbers in each pair (n, 2)."""
+    prompt, a, b = (frame[name].cat for name in ("prompt", "path_a", "path_b"))
+    both = np.stack([a.codes, b.codes], axis=1).astype(np.int64)
+    key = both + prompt.codes.to_numpy(np.int64)[:, None] * len(a.categories)
+    number, _ = pd.factorize(key.ravel())
+    first = np.unique(number, return_index=True)[1]
+    images = np.stack([frame["image_a"].cat.codes, frame["image_b"].cat.codes], axis=1)
+    columns = {
+        "prompt": prompt.categories[prompt.codes.to_numpy()[first // 2]],
+        "image": frame["image_a"].cat.categories[images.ravel()[first]],
+        "path": a.categories[both.ravel()[first]],
+    }
+    return pd.DataFrame(columns), number.reshape(-1, 2)
 
 
 def _take_splits(table: Table, frame: pd.DataFrame, split: str, shape: Shape) -> pd.DataFrame:
@@ -140,7 +161,7 @@ def _by_confidence(table: Table, frame: pd.DataFrame, least: float | None) -> pd
     return frame.assign(drop=frame["drop"].mask(low, f"confidence_below_{least:g}"))
 
 
-def _packed_columns(table: Table, shape: Shape, mapping: Mapping[str, str]) -> list[PackedColumn]:
+def _packed_columns(table: Table, shape: Shape) -> list[PackedColumn]:
     """Columns of the table whose bytes are images of the pairs."""
     if table.rows is None:
         return []
@@ -152,38 +173,54 @@ def _packed_columns(table: Table, shape: Shape, mapping: Mapping[str, str]) -> l
 
 
 def _resolve_images(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file."""
+    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file; texts that repeat become categories."""
     base, inside = (os.path.realpath(folder) for folder in (table.root.base, table.root.inside))
-    allowed = (f"{inside}/", f"{base}/{table.root.packed.name}/")
-    folders: dict[str, str] = {}
-    code, names = pd.factorize(pd.concat([frame["image_a"], frame["image_b"]], ignore_index=True))
-    resolved, outside = [], set()
-    for image in names.tolist():
-        folder, _, name = image.rpartition("/")
-        if "\0" in image or image.startswith("/"):
-            resolved.append("")
-            outside.add(image)
-            continue
-        if folder not in folders:
-            folders[folder] = os.path.realpath(f"{base}/{folder}")
-        # Folders are resolved once each: a million images lie in few.
-        path = f"{folders[folder]}/{name}"
-        path = os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path
-        resolved.append(path)
-        if not path.startswith(allowed):
-            outside.add(image)
-    paths = pd.Series(resolved, dtype="str")
-    a, b = code[: len(frame)], code[len(frame) :]
-    for index in np.flatnonzero(frame["image_a"].isin(outside) | frame["image_b"].isin(outside))[:1] if outside else ():
-        record = frame.iloc[index]
-        image = record["image_a"] if record["image_a"] in outside else record["image_b"]
-        table.fail(int(record["record"]), f"image is {image!r}; allowed: a relative path that stays inside {inside}")
-    frame = frame.assign(path_a=paths[a].to_numpy(), path_b=paths[b].to_numpy())
-    same = (frame["path_a"] == frame["path_b"]) & (frame["drop"] == "")
+    code, names = pd.factorize(pd.concat([frame.pop("image_a"), frame.pop("image_b")], ignore_index=True))
+    resolve = _Resolver(base, (f"{inside}/", f"{base}/{table.root.packed.name}/"))
+    paths = pd.concat([pd.Series(map(resolve, part), dtype="str") for part in _chunks(names)], ignore_index=True)
+    number, distinct = pd.factorize(paths)
+    half = len(frame)
+    for side, of in (("a", code[:half]), ("b", code[half:])):
+        frame[f"image_{side}"] = pd.Categorical.from_codes(of, names)
+        frame[f"path_{side}"] = pd.Categorical.from_codes(number[of], distinct)
+    outside = (paths == "").to_numpy()
+    for index in np.flatnonzero(outside[code[:half]] | outside[code[half:]])[:1] if outside.any() else ():
+        image = names[code[index] if outside[code[index]] else code[half + index]]
+        place = int(frame["record"].iloc[index])
+        table.fail(place, f"image is {image!r}; allowed: a relative path that stays inside {inside}")
+    same = (frame["path_a"].cat.codes == frame["path_b"].cat.codes) & (frame["drop"] == "")
     for index in np.flatnonzero(same)[:1]:
-        record = frame.iloc[index]
-        table.fail(int(record["record"]), f"both images are {record['image_a']!r}; allowed: two different files")
-    return frame
+        image = frame["image_a"].iloc[index]
+        place = int(frame["record"].iloc[index])
+        table.fail(place, f"both images are {image!r}; allowed: two different files")
+    prompt, prompts = pd.factorize(frame.pop("prompt"))
+    return frame.assign(prompt=pd.Categorical.from_codes(prompt, prompts))
+
+
+class _Resolver:
+    """Turns the name of an image into its absolute path, empty where that is in none of the folders."""
+
+    def __init__(self, base: str, allowed: tuple[str, ...]) -> None:
+        self._base, self._allowed = base, allowed
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, image: str) -> str:
+        if "\0" in image or image.startswith("/"):
+            return ""
+        folder, _, name = image.rpartition("/")
+        # Folders are resolved once each: a million images lie in few.
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(f"{self._base}/{folder}")
+        path = f"{self._folders[folder]}/{name}"
+        if name in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(path)
+        return path if path.startswith(self._allowed) else ""
+
+
+def _chunks(values: Any) -> Iterator[list[Any]]:
+    """Values as Python has them, some at a time: a million texts take much memory as objects."""
+    for start in range(0, len(values), 50_000):
+        yield values[start : start + 50_000].tolist()
 
 
 def _identify(frame: pd.DataFrame) -> pd.DataFrame:
@@ -192,22 +229,26 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     The identity of a pair does not depend on which side an image stands on, so the side that its hash chooses says
     nothing about the winner.
     """
-    columns = zip(frame["prompt"], frame["image_a"], frame["image_b"], strict=True)
-    hashes = [
-        hashlib.sha256(f"{prompt}\0{a}\0{b}".encode() if a < b else f"{prompt}\0{b}\0{a}".encode()).digest()
-        for prompt, a, b in columns
-    ]
-    identity = pd.Series([digest.hex() for digest in hashes], frame.index, dtype="str")
-    occurrence = identity.groupby(identity).cumcount()
+    digests, smaller_first = [], []
+    for rows in zip(*(_chunks(frame[name].array) for name in ("prompt", "image_a", "image_b")), strict=True):
+        for prompt, a, b in zip(*rows, strict=True):
+            first, second = (a, b) if a < b else (b, a)
+            digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
+            smaller_first.append(a < b)
+    head = pd.Series(np.frombuffer(b"".join(digest[:8] for digest in digests), ">u8").astype(np.uint64))
+    occurrence = head.groupby(head).cumcount()  # pairs that stand in the file more than once stay apart
     pair_ids = [
-        hashlib.sha256(f"{digest}:{number}".encode()).hexdigest()[:32]
-        for digest, number in zip(identity, occurrence, strict=True)
+        hashlib.sha256(f"{digest.hex()}:{number}".encode()).hexdigest()[:32]
+        for digest, number in zip(digests, occurrence, strict=True)
     ]
-    smaller_first = np.array([digest[0] & 1 for digest in hashes], bool)
-    turn = (frame["image_a"] < frame["image_b"]) != smaller_first
-    label = frame["label"].mask(turn, 1 - frame["label"])
-    frame = frame.assign(pair_id=pair_ids, label=label, a_listed_first=~turn)
-    for name in ("image", "path", "model"):
-        a, b = frame[f"{name}_a"], frame[f"{name}_b"]
-        frame[f"{name}_a"], frame[f"{name}_b"] = a.mask(turn, b), b.mask(turn, a)
+    turn = np.array(smaller_first) != np.array([digest[0] & 1 for digest in digests], bool)
+    frame = frame.assign(pair_id=pd.Series(pair_ids, frame.index, dtype="str"), a_listed_first=~turn)
+    frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
+    for name in ("image", "path"):
+        a, b = frame[f"{name}_a"].cat, frame[f"{name}_b"].cat
+        sides = [np.where(turn, b.codes, a.codes), np.where(turn, a.codes, b.codes)]
+        for side, codes in zip("ab", sides, strict=True):
+            frame[f"{name}_{side}"] = pd.Categorical.from_codes(codes, a.categories)
+    a, b = frame["model_a"], frame["model_b"]
+    frame["model_a"], frame["model_b"] = a.mask(turn, b), b.mask(turn, a)
     return frame

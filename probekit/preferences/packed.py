@@ -103,9 +103,9 @@ class PackedColumn:
         return [None if uid is None else str(self.folder / uid_name(uid)) for uid in uids]
 
 
-def uid_name(uid: object) -> str:
-    """File name of an image that has an identifier; the pictures of Pick-a-Pic are JPEG files."""
-    return f"{uid}.jpg"
+def uid_name(uid: Any) -> Any:
+    """File name of an image that has an identifier, a text or texts; the pictures of Pick-a-Pic are JPEG files."""
+    return uid + ".jpg"
 
 
 def row_name(stem: str, row: int, column: str) -> str:

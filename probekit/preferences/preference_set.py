@@ -165,7 +165,7 @@ class PreferenceSet:
         if items > max_bad * len(self.items):
             more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
             msg = (
-                f"{self.path}: {len(paths)} image files are missing: {', '.join(paths[:10])}{more}; "
+                f"{self.path}: {len(paths)} image files are missing: {', '.join(sorted(paths)[:10])}{more}; "
                 f"{items} of {len(self.items)} rows need them, allowed: a share of {max_bad:g} (--max-bad)"
             )
             raise ImageError(msg)

@@ -140,7 +140,7 @@ def pickapic(table: Table) -> pd.DataFrame:
         logger.warning("%s: %d pairs where best_image_uid is not what label_0 says: label_0 counts", table.path, other)
     frame = pd.DataFrame({"prompt": table.texts("caption", required=True), "label": labels[0]})
     for side, uid in zip("ab", uids, strict=True):
-        frame[f"image_{side}"] = f"{table.root.packed.name}/" + uid.map(uid_name).astype("str")
+        frame[f"image_{side}"] = f"{table.root.packed.name}/" + uid_name(uid)
     for side in (0, 1):
         frame[f"model_{'ab'[side]}"] = table.texts(f"model_{side}", required=False)
     frame["ranking_id"] = table.texts("ranking_id", required=False)

@@ -28,6 +28,7 @@ _CHUNK = 50_000  # records between two conversions to Arrow
 _READ = 4 * 2**20  # characters of a JSON file that are held at once
 _SPACE = re.compile(r"[ \t\n\r]*")
 Records = Iterator[tuple[int, dict[str, Any]]]
+Content = tuple[IntArray, list[str], dict[str, pa.ChunkedArray | list[Any]]]  # places, names found, columns
 
 
 @dataclass(frozen=True)
@@ -79,50 +80,16 @@ class Table:
     """
 
     def __init__(
-        self,
-        opened: "Opened",
-        unit: str,
-        *,
-        records: Records,
-        wanted: Sequence[str],
-        rows: ArrowRows | None,
+        self, opened: "Opened", unit: str, *, content: Content, wanted: Sequence[str], rows: ArrowRows | None
     ) -> None:
-        path, found = opened.path, opened.found
-        self.path, self.unit, self.rows, self.root = path, unit, rows, opened.root
-        self.packed = [] if rows is None else [name for name in found if holds_bytes(rows.schema.field(name).type)]
-        parts: dict[str, list[pa.Array | list[Any]]] = {}
-        columns: dict[str, list[Any]] = {}
-        seen = dict.fromkeys(found)
-        places: list[IntArray] = []
-        chunk: list[int] = []
-
-        def flush() -> None:
-            for name, values in columns.items():
-                parts[name].append(_compact(values))
-                values.clear()
-            places.append(np.array(chunk, np.int64))
-            chunk.clear()
-
-        for place, record in records:
-            if record.keys() - parts.keys():
-                seen |= dict.fromkeys(record)
-                for name in wanted:
-                    if name in record and name not in parts:
-                        done = sum(map(len, places))
-                        parts[name] = [pa.nulls(done, pa.large_string())] if done else []
-                        columns[name] = [None] * len(chunk)
-            chunk.append(place)
-            for name, values in columns.items():
-                values.append(record.get(name))
-            if len(chunk) == _CHUNK:
-                flush()
-        flush()
-        self.places = np.concatenate(places)
+        self.path, self.unit, self.rows, self.root = opened.path, unit, rows, opened.root
+        self.places, found, columns = content
         if not len(self.places):
-            msg = f"{path}: holds no pairs; allowed: at least one"
+            msg = f"{self.path}: holds no pairs; allowed: at least one"
             raise PreferenceError(msg)
-        self.found = list(seen)
-        self._columns = {name: _joined(values) for name, values in parts.items()}
+        self.found = list(dict.fromkeys([*opened.found, *found]))
+        self._columns = {name: columns[name] for name in wanted if name in columns}
+        self.packed = [] if rows is None else [name for name in found if holds_bytes(rows.schema.field(name).type)]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -151,7 +118,7 @@ class Table:
             if required and pc.any(wrong).as_py():
                 index = pc.index(wrong, True).as_py()  # noqa: FBT003 - the value that is looked for
                 self.fail(index, f"{name} is {show(values[index].as_py())}; allowed: a text that is not empty")
-            return pc.fill_null(values, "").to_pandas().astype("str")
+            return (pc.fill_null(values, "") if values.null_count else values).to_pandas().astype("str")
         for i, value in enumerate(values):
             if required and (not isinstance(value, str) or not value):
                 self.fail(i, f"{name} is {show(value)}; allowed: a text that is not empty")
@@ -209,9 +176,8 @@ class Opened:
     def read(self, wanted: Sequence[str]) -> Table:
         """Read the wanted columns of all records."""
         with _Refusals(self.path):
-            if self._rows is not None:
-                self._records = _arrow_records(self._rows, wanted)
-            return Table(self, self._unit, records=self._records, wanted=wanted, rows=self._rows)
+            content = _of_records(self._records, wanted) if self._rows is None else _of_arrow(self._rows, wanted)
+            return Table(self, self._unit, content=content, wanted=wanted, rows=self._rows)
 
 
 class _Refusals:
@@ -237,6 +203,54 @@ class _Refusals:
         raise PreferenceError(msg) from None
 
 
+def _of_records(records: Records, wanted: Sequence[str]) -> Content:
+    """Take the wanted columns out of records; those without a column have None there."""
+    parts: dict[str, list[pa.Array | list[Any]]] = {}
+    columns: dict[str, list[Any]] = {}
+    seen: dict[str, None] = {}
+    places: list[IntArray] = []
+    chunk: list[int] = []
+
+    def flush() -> None:
+        for name, values in columns.items():
+            parts[name].append(_compact(values))
+            values.clear()
+        places.append(np.array(chunk, np.int64))
+        chunk.clear()
+
+    for place, record in records:
+        if record.keys() - seen.keys():
+            seen |= dict.fromkeys(record)
+            for name in wanted:
+                if name in record and name not in parts:
+                    done = sum(map(len, places))
+                    parts[name] = [pa.nulls(done, pa.large_string())] if done else []
+                    columns[name] = [None] * len(chunk)
+        chunk.append(place)
+        for name, values in columns.items():
+            values.append(record.get(name))
+        if len(chunk) == _CHUNK:
+            flush()
+    flush()
+    return np.concatenate(places), list(seen), {name: _joined(values) for name, values in parts.items()}
+
+
+def _of_arrow(rows: ArrowRows, wanted: Sequence[str]) -> Content:
+    """Take the wanted columns as they are, but for images as bytes."""
+    kinds = {field.name: field.type for field in rows.schema}
+    present = [name for name in wanted if name in kinds and not holds_bytes(kinds[name])]
+    parts: dict[str, list[pa.Array | list[Any]]] = {name: [] for name in present}
+    count = 0
+    for batch in rows.batches(present or [], size=_CHUNK):
+        count += batch.num_rows
+        for name in present:
+            column = batch.column(name)
+            text = pa.types.is_string(kinds[name]) or pa.types.is_large_string(kinds[name])
+            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            parts[name].append(column.cast(pa.large_string()) if text else column.to_pylist())
+    return np.arange(1, count + 1), list(kinds), {name: _joined(values) for name, values in parts.items()}
+
+
 def _compact(values: list[Any]) -> pa.Array | list[Any]:
     """Texts as Arrow, which takes a third of the memory; anything else stays as it is, for messages."""
     if set(map(type, values)) <= {str, type(None)}:
@@ -251,16 +265,6 @@ def _joined(parts: list[pa.Array | list[Any]]) -> pa.ChunkedArray | list[Any]:
     if all(isinstance(part, pa.Array) for part in parts):
         return pa.chunked_array(parts, pa.large_string())
     return list(chain.from_iterable(part.to_pylist() if isinstance(part, pa.Array) else part for part in parts))
-
-
-def _arrow_records(rows: ArrowRows, wanted: Sequence[str]) -> Records:
-    present = [name for name in wanted if name in rows.schema.names and not holds_bytes(rows.schema.field(name).type)]
-    number = 0
-    for batch in rows.batches(present, size=16384):
-        columns = [batch.column(name).to_pylist() for name in present]
-        for values in zip(*columns, strict=True) if present else ((),) * batch.num_rows:
-            number += 1
-            yield number, dict(zip(present, values, strict=True))
 
 
 def _json_lines(path: Path) -> Records:
@@ -380,7 +384,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Records]]] = {
     ".jsonl": ("line", _json_lines),
     ".json": ("record", _json_array),
     ".csv": ("line", _csv_rows),
-    ".parquet": ("row", lambda path: _arrow_records(ParquetRows(path), ())),
+    ".parquet": ("row", lambda _: iter(())),  # read by columns
 }
 
 
