@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -53,6 +53,9 @@ def dump(
     *,
     backbone: Annotated[str | None, typer.Option(help=_help("backbone"))] = None,
     prefs: Annotated[Path | None, typer.Option(help=_help("prefs"))] = None,
+    format: Annotated[str | None, typer.Option(help=_help("format"))] = None,
+    columns: Annotated[str | None, typer.Option(metavar="OURS=THEIRS,...", help=_help("columns"))] = None,
+    min_confidence: Annotated[float | None, typer.Option(metavar="X", help=_help("min_confidence"))] = None,
     out: Annotated[Path | None, typer.Option(help=_help("out"))] = None,
     transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
     revision: Annotated[str | None, typer.Option(help=_help("revision"))] = None,
@@ -116,6 +119,9 @@ def import_features(
     prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig))],
     out: Annotated[Path, typer.Option(help=_help("out", ImportConfig))],
     definition: Annotated[str, typer.Option(help=_help("definition", ImportConfig))],
+    format: Annotated[str, typer.Option(help=_help("format"))] = "auto",
+    columns: Annotated[str | None, typer.Option(metavar="OURS=THEIRS,...", help=_help("columns"))] = None,
+    min_confidence: Annotated[float | None, typer.Option(metavar="X", help=_help("min_confidence"))] = None,
     name: Annotated[str | None, typer.Option(help=_help("name", ImportConfig))] = None,
     blocks: Annotated[int | None, typer.Option(metavar="N", help=_help("blocks", ImportConfig))] = None,
     parameters: Annotated[int | None, typer.Option(metavar="N", help=_help("parameters", ImportConfig))] = None,
@@ -154,13 +160,19 @@ def sweep(
     store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
     prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
+    format: Annotated[str, typer.Option(help=_help("format"))] = "auto",
+    columns: Annotated[str | None, typer.Option(metavar="OURS=THEIRS,...", help=_help("columns"))] = None,
+    min_confidence: Annotated[float | None, typer.Option(metavar="X", help=_help("min_confidence"))] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
 ) -> None:
     """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
+    given = {"format": format, "columns": columns, "min_confidence": min_confidence}
+    reading = PreferenceOptions.checked(given, source="options")
+
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
-        run_sweep(config, stores=store, out=out, prefs=prefs, jobs=jobs, progress=progress)
+        run_sweep(config, stores=store, out=out, prefs=prefs, reading=reading, jobs=jobs, progress=progress)
     out_console.print(f"{out / 'results.parquet'}")
 
 

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from PIL import Image
@@ -26,7 +26,7 @@ Key = tuple[str, int, int]  # path, size, time of change
 
 
 class Stamp(NamedTuple):
-    """What is known of an image file: SHA-256 of its bytes, and what its header says; 0 and '' where it says nothing."""
+    """SHA-256 of the bytes of an image file, and what its header says; 0 and empty where it says nothing."""
 
     sha256: bytes
     width: int
@@ -52,7 +52,7 @@ class ImageDigests(dict[str, bytes]):
         self.facts = facts
 
 
-def stamp_of(file: BinaryIO) -> Stamp:
+def stamp_of(file: BufferedReader | BytesIO) -> Stamp:
     """Hash an open file and read the header of the picture in it."""
     digest = hashlib.file_digest(file, "sha256").digest()
     file.seek(0)
@@ -115,7 +115,8 @@ def _read_cache(cache: Path | None) -> dict[Key, Stamp]:
         table = read_table(cache, page_checksum_verification=True)
         rows = zip(*(table.column(name).to_pylist() for name in CACHE_COLUMNS), strict=True)
         return {
-            (path, size, changed): Stamp(bytes.fromhex(digest), *header) for path, size, changed, digest, *header in rows
+            (path, size, changed): Stamp(bytes.fromhex(digest), *header)
+            for path, size, changed, digest, *header in rows
         }
     except (OSError, ValueError, TypeError, KeyError, ArrowException) as error:
         logger.warning("%s: not a cache of digests, made anew (%s)", cache, error)

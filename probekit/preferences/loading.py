@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from probekit._types import IntArray
@@ -27,6 +28,7 @@ from probekit.preferences.tables import Opened, Table
 
 logger = logging.getLogger(__name__)
 
+_CHUNK = 50_000  # texts that are Python objects at once
 CODED = ["prompt", "image_a", "image_b", "path_a", "path_b"]  # kept as categories while a file is read
 
 
@@ -39,21 +41,21 @@ def load_preferences(
 ) -> PreferenceSet:
     """Read preferences as they were published, or in the general form.
 
-    Which image of a pair is A is decided by a hash of the pair, never by the file; ``a_listed_first`` says where A stood.
+    Which image of a pair is A is decided by a hash of the pair, not by the file; ``a_listed_first`` says where A stood.
 
     Parameters
     ----------
     path
-        A JSON Lines, JSON, CSV or Parquet file; a folder of such files, or one that `datasets` saved; or the id of a data
-        set on the Hugging Face Hub. General form: ``prompt, chosen, rejected`` or ``prompt, image_a, image_b`` with
+        A JSON Lines, JSON, CSV or Parquet file; a folder of such files, or one that `datasets` saved; or the id of a
+        data set on the Hugging Face Hub. General form: ``prompt, chosen, rejected`` or ``prompt, image_a, image_b`` with
         ``label`` (share of votes for A), ``label_b`` (for B) or ``votes_a, votes_b``. Images are paths relative to the
         file and lie in its folder, or bytes in Parquet, which become files beside it once they are needed.
     format
         ``general``, the name of a published format (`probekit.preferences.formats.FORMATS`), or ``auto``: by the fields
         of the first record.
     columns
-        Columns of the general form that have other names in the file: ``prompt=caption,image_a=image0,...``, the same as
-        a mapping, or the name of a published one (``mj-bench``, ``rapidata``).
+        Columns of the general form that have other names in the file: ``prompt=caption,image_a=image0,...``, the same
+        as a mapping, or the name of a published one (``mj-bench``, ``rapidata``).
     min_confidence
         Leave out pairs of a lower confidence; those without one stay.
 
@@ -80,13 +82,21 @@ def load_preferences(
     frames: list[pd.DataFrame] = []
     packed: list[PackedColumn] = []
     for split, one in opened:
-        shape = choose(one, format, mapping)
-        table = one.read((*shape.needed, *shape.others))
-        frame = _take_splits(table, shape.read(table), split, shape)
-        frame = _by_confidence(table, frame, min_confidence)
-        frames.append(_resolve_images(table, frame))
-        packed += _packed_columns(table, shape)
+        frame, columns_of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        frames.append(frame)
+        packed += columns_of_bytes
+    del frame
     return _prepare(file, _together(frames), Packed(packed))
+
+
+def _read(
+    opened: Opened, shape: Shape, split: str, min_confidence: float | None
+) -> tuple[pd.DataFrame, list[PackedColumn]]:
+    """Read the pairs of one file; its table is given back to memory."""
+    table = opened.read((*shape.needed, *shape.others))
+    frame = _take_splits(table, shape.read(table), split, shape)
+    frame = _by_confidence(table, frame, min_confidence)
+    return _resolve_images(table, frame), _packed_columns(table, shape)
 
 
 def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -141,7 +151,7 @@ def _items(frame: pd.DataFrame) -> tuple[pd.DataFrame, IntArray]:
 
 
 def _take_splits(table: Table, frame: pd.DataFrame, split: str, shape: Shape) -> pd.DataFrame:
-    """Keep official splits: those in the file, else that of a folder's part, else the one in a published file's name."""
+    """Keep official splits: those in the file, else of a folder's part, else the one in a published file's name."""
     if (frame["split"] != "").any():
         return frame
     official = split or (split_of(table.path.name) if shape.official else "")
@@ -166,14 +176,11 @@ def _packed_columns(table: Table, shape: Shape) -> list[PackedColumn]:
     if table.rows is None:
         return []
     uids = dict(shape.packed)
-    return [
-        PackedColumn(table.rows, name, table.root.packed, table.path.stem, uids.get(name))
-        for name in table.packed
-    ]
+    return [PackedColumn(table.rows, name, table.root.packed, table.path.stem, uids.get(name)) for name in table.packed]
 
 
 def _resolve_images(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file; texts that repeat become categories."""
+    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file; repeated texts become categories."""
     base, inside = (os.path.realpath(folder) for folder in (table.root.base, table.root.inside))
     code, names = pd.factorize(pd.concat([frame.pop("image_a"), frame.pop("image_b")], ignore_index=True))
     resolve = _Resolver(base, (f"{inside}/", f"{base}/{table.root.packed.name}/"))
@@ -212,15 +219,15 @@ class _Resolver:
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(f"{self._base}/{folder}")
         path = f"{self._folders[folder]}/{name}"
-        if name in ("", ".", "..") or os.path.islink(path):
+        if name in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114 - twice as fast, a million times
             path = os.path.realpath(path)
         return path if path.startswith(self._allowed) else ""
 
 
 def _chunks(values: Any) -> Iterator[list[Any]]:
     """Values as Python has them, some at a time: a million texts take much memory as objects."""
-    for start in range(0, len(values), 50_000):
-        yield values[start : start + 50_000].tolist()
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK].tolist()
 
 
 def _identify(frame: pd.DataFrame) -> pd.DataFrame:
@@ -229,20 +236,21 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     The identity of a pair does not depend on which side an image stands on, so the side that its hash chooses says
     nothing about the winner.
     """
-    digests, smaller_first = [], []
+    parts, smaller_first = [], []
     for rows in zip(*(_chunks(frame[name].array) for name in ("prompt", "image_a", "image_b")), strict=True):
+        digests = []
         for prompt, a, b in zip(*rows, strict=True):
             first, second = (a, b) if a < b else (b, a)
             digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
             smaller_first.append(a < b)
-    head = pd.Series(np.frombuffer(b"".join(digest[:8] for digest in digests), ">u8").astype(np.uint64))
-    occurrence = head.groupby(head).cumcount()  # pairs that stand in the file more than once stay apart
-    pair_ids = [
-        hashlib.sha256(f"{digest.hex()}:{number}".encode()).hexdigest()[:32]
-        for digest, number in zip(digests, occurrence, strict=True)
-    ]
-    turn = np.array(smaller_first) != np.array([digest[0] & 1 for digest in digests], bool)
-    frame = frame.assign(pair_id=pd.Series(pair_ids, frame.index, dtype="str"), a_listed_first=~turn)
+        parts.append(np.frombuffer(b"".join(digests), "S32"))
+    identity = np.concatenate(parts)
+    heads = pd.Series(identity.view(">u8")[::4].astype(np.uint64))
+    occurrence = heads.groupby(heads).cumcount().to_numpy()  # pairs that stand in the file more than once stay apart
+    starts = range(0, len(identity), _CHUNK)
+    pair_ids = [_pair_ids(identity[at : at + _CHUNK], occurrence[at : at + _CHUNK]) for at in starts]
+    turn = np.array(smaller_first) != (identity.view("u1")[::32] & 1).astype(bool)
+    frame = frame.assign(pair_id=pd.concat(pair_ids, ignore_index=True), a_listed_first=~turn)
     frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
     for name in ("image", "path"):
         a, b = frame[f"{name}_a"].cat, frame[f"{name}_b"].cat
@@ -252,3 +260,9 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     a, b = frame["model_a"], frame["model_b"]
     frame["model_a"], frame["model_b"] = a.mask(turn, b), b.mask(turn, a)
     return frame
+
+
+def _pair_ids(identity: NDArray[np.bytes_], occurrence: IntArray) -> pd.Series:
+    raw = identity.view("u1").reshape(-1, 32)
+    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(raw, occurrence, strict=True))
+    return pd.Series([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts], dtype="str")

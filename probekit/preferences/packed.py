@@ -79,7 +79,7 @@ ArrowRows = ParquetRows | DatasetRows
 def holds_bytes(kind: pa.DataType) -> bool:
     """Say whether a column holds images as bytes, alone or with a path, as ``datasets`` writes its feature Image."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

@@ -141,8 +141,7 @@ def pickapic(table: Table) -> pd.DataFrame:
     frame = pd.DataFrame({"prompt": table.texts("caption", required=True), "label": labels[0]})
     for side, uid in zip("ab", uids, strict=True):
         frame[f"image_{side}"] = f"{table.root.packed.name}/" + uid_name(uid)
-    for side in (0, 1):
-        frame[f"model_{'ab'[side]}"] = table.texts(f"model_{side}", required=False)
+        frame[f"model_{side}"] = table.texts("model_0" if side == "a" else "model_1", required=False)
     frame["ranking_id"] = table.texts("ranking_id", required=False)
     frame["drop"] = np.select([~judged, uids[0] == uids[1]], ["not_judged", "same_image"], "")
     return finish(table, frame)

@@ -25,9 +25,7 @@ LABEL_COLUMNS = ("prompt", "image_a", "image_b", "label")
 LABELS = (("label",), ("label_b",), ("votes_a", "votes_b"))  # ways to say who won; one of them is needed
 TEXT_COLUMNS = ("group", "split", "source", "model_a", "model_b", "ranking_id")
 NUMBER_COLUMNS = ("weight", "strength", "n_votes", "confidence")
-KNOWN = tuple(
-    dict.fromkeys(WINNER_COLUMNS + LABEL_COLUMNS + sum(LABELS, ()) + TEXT_COLUMNS + NUMBER_COLUMNS)  # noqa: RUF017
-)
+KNOWN = tuple(dict.fromkeys(WINNER_COLUMNS + LABEL_COLUMNS + sum(LABELS, ()) + TEXT_COLUMNS + NUMBER_COLUMNS))
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"} | {name: name for name in SPLITS}
 SHARE = "a number from 0 to 1"
 PRESETS = {

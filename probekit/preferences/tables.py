@@ -116,9 +116,10 @@ class Table:
         if isinstance(values, pa.ChunkedArray):
             wrong = pc.or_(pc.is_null(values), pc.equal(pc.fill_null(values, ""), ""))
             if required and pc.any(wrong).as_py():
-                index = pc.index(wrong, True).as_py()  # noqa: FBT003 - the value that is looked for
+                index = pc.index(wrong, True).as_py()
                 self.fail(index, f"{name} is {show(values[index].as_py())}; allowed: a text that is not empty")
-            return (pc.fill_null(values, "") if values.null_count else values).to_pandas().astype("str")
+            texts: pd.Series = (pc.fill_null(values, "") if values.null_count else values).to_pandas()
+            return texts.astype("str")
         for i, value in enumerate(values):
             if required and (not isinstance(value, str) or not value):
                 self.fail(i, f"{name} is {show(value)}; allowed: a text that is not empty")

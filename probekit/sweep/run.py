@@ -20,7 +20,7 @@ import pandas as pd
 from probekit import results
 from probekit._types import FloatArray, IntArray, Progress
 from probekit._workers import run_in_processes
-from probekit.config import LinearHead, SweepConfig, load_yaml
+from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, concatenate
 from probekit.heads.base import PairHead
@@ -50,6 +50,7 @@ def run_sweep(
     stores: Sequence[Path | str],
     out: Path | str,
     prefs: Path | str | None = None,
+    reading: PreferenceOptions | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -66,6 +67,8 @@ def run_sweep(
         Folder of the run. Records that it already holds are not computed again.
     prefs
         Preference file that replaces the judgements kept in the stores; it must lie where its images are.
+    reading
+        How that file is read (default: by its fields).
     jobs
         Processes, each with one BLAS thread.
     progress
@@ -90,7 +93,7 @@ def run_sweep(
     open_cached.cache_clear()  # judgements may have changed since an earlier call in this process
     cached_pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
-    judged = None if prefs is None else _bind_file(Path(prefs), out=out)
+    judged = None if prefs is None else _bind_file(prefs, reading or PreferenceOptions(), out=out)
     records = [record for store in opened for record in plan_records(config, store, judged=judged)]
     check_distinct(records)
     ids = [record.record_id for record in records]
@@ -118,9 +121,10 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(message)
 
 
-def _bind_file(prefs: Path, *, out: Path) -> Path:
+def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
-    loaded = load_preferences(prefs)
+    loaded = load_preferences(prefs, **reading.loading())
+    loaded.unpack_images()
     # A missing file costs its pairs here, as a row that the store lacks does.
     frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1.0))
     path = out / _JUDGEMENTS / f"{loaded.name}.parquet"
