@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -49,12 +49,21 @@ def _help(field: str, of: type[BaseModel] = DumpConfig) -> str:
     return of.model_fields[field].description or ""
 
 
+FormatOption = Annotated[str, typer.Option(help=_help("format"))]
+ColumnsOption = Annotated[str | None, typer.Option(metavar="OURS=THEIRS,...", help=_help("columns"))]
+ConfidenceOption = Annotated[float | None, typer.Option(metavar="X", help=_help("min_confidence"))]
+SplitFileOption = Annotated[Path | None, typer.Option(help=_help("split_file"))]
+
+
 @app.command()
 def dump(
     *,
     backbone: Annotated[str | None, typer.Option(help=_help("backbone"))] = None,
     prefs: Annotated[Path | None, typer.Option(help=_help("prefs"))] = None,
-    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
+    split_file: SplitFileOption = None,
+    format: Annotated[str | None, typer.Option(help=_help("format"))] = None,
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
     out: Annotated[Path | None, typer.Option(help=_help("out"))] = None,
     transformer: Annotated[Path | None, typer.Option(help=_help("transformer"))] = None,
     revision: Annotated[str | None, typer.Option(help=_help("revision"))] = None,
@@ -118,7 +127,10 @@ def import_features(
     prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig))],
     out: Annotated[Path, typer.Option(help=_help("out", ImportConfig))],
     definition: Annotated[str, typer.Option(help=_help("definition", ImportConfig))],
-    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
+    split_file: SplitFileOption = None,
+    format: FormatOption = "auto",
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
     name: Annotated[str | None, typer.Option(help=_help("name", ImportConfig))] = None,
     blocks: Annotated[int | None, typer.Option(metavar="N", help=_help("blocks", ImportConfig))] = None,
     parameters: Annotated[int | None, typer.Option(metavar="N", help=_help("parameters", ImportConfig))] = None,
@@ -157,14 +169,19 @@ def sweep(
     store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
     prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
-    split_file: Annotated[Path | None, typer.Option(help=_help("split_file") + "; with --prefs")] = None,
+    split_file: SplitFileOption = None,
+    format: FormatOption = "auto",
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
 ) -> None:
     """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
+    reading = _reading(locals())
+
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
-        run_sweep(config, stores=store, out=out, prefs=prefs, split_file=split_file, jobs=jobs, progress=progress)
+        run_sweep(config, stores=store, out=out, prefs=prefs, reading=reading, jobs=jobs, progress=progress)
     out_console.print(f"{out / 'results.parquet'}")
 
 
@@ -226,15 +243,20 @@ def lint(
     images: Annotated[bool, typer.Option("--images", help="open every image file as well")] = False,
     against: Annotated[Path | None, typer.Option(help="another preference file that should share nothing")] = None,
     ties: Annotated[Ties, typer.Option(help="how labels count: without ties, winners and half, vote shares")] = "soft",
-    split_file: Annotated[Path | None, typer.Option(help=_help("split_file"))] = None,
+    format: FormatOption = "auto",
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
+    split_file: SplitFileOption = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="processes that open images; default one a core")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what is wrong with a preference file before any model runs; exit code 1 on errors, 0 on warnings."""
+    reading = _reading(locals())
+
     from probekit.preferences import load_preferences
     from probekit.preferences.lint import lint as look_for_faults
 
-    loaded = load_preferences(prefs, split_file=split_file)
+    loaded = load_preferences(prefs, **reading.loading())
     other = None if against is None else load_preferences(against)
     with _progress() as progress:
         found = look_for_faults(loaded, images=images, against=other, ties=ties, jobs=jobs, progress=progress)
@@ -248,6 +270,9 @@ def split(
     *,
     prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False)],
     out: Annotated[Path, typer.Option(help="the split file: JSON")],
+    format: FormatOption = "auto",
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
     test: Annotated[
         float | None, typer.Option(metavar="SHARE", min=0, max=1, help="share of the groups; default 0.15")
     ] = None,
@@ -260,10 +285,12 @@ def split(
     ] = None,
 ) -> None:
     """Split a preference file once, for every backbone: no group of connected pairs is cut, official tests are kept."""
+    reading = _reading(locals())
+
     from probekit.preferences import load_preferences
     from probekit.preferences.split_files import make_split
 
-    loaded = load_preferences(prefs)
+    loaded = load_preferences(prefs, **reading.loading())
     made = make_split(
         loaded.pairs,
         prefs=loaded.path,
@@ -429,6 +456,12 @@ def pairs(
     from probekit.playground.pairs import write_pairs
 
     out_console.print(str(write_pairs(out, n_train=train, n_test=test, seed=seed)))
+
+
+def _reading(given: dict[str, Any]) -> PreferenceOptions:
+    """Take what the options of a command say about reading a preference file."""
+    named = {name: value for name, value in given.items() if name in PreferenceOptions.model_fields}
+    return PreferenceOptions.checked(named, source="options")
 
 
 def _show(facts: dict[str, Any], lines: list[tuple[str, str]], *, as_json: bool) -> None:

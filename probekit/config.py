@@ -98,18 +98,30 @@ class _Strict(BaseModel):
 
 
 class PreferenceOptions(_Strict):
-    """How a preference file is read."""
+    """How a preference file is read; no part of a feature store's fingerprint, as judgements lie outside it."""
+
+    format: str = Field("auto", description="format of PREFS (default: recognised by its fields)")
+    columns: str | dict[str, str] | None = Field(
+        None, description="columns of PREFS by our names: prompt=caption,image_a=image0,..., or mj-bench, rapidata"
+    )
+    min_confidence: float | None = Field(
+        None, ge=0, le=1, description="leave out pairs of a lower confidence; those without one stay"
+    )
 
     split_file: Path | None = Field(
         None, description="file of `probekit split` that says which pair is in which split (default: by hash)"
     )
+
+    def loading(self) -> dict[str, Any]:
+        """Options of `probekit.load_preferences`."""
+        return {name: getattr(self, name) for name in PreferenceOptions.model_fields}
 
 
 class DumpConfig(PreferenceOptions):
     """Settings of ``probekit dump``: which backbone is run on which images, and what is kept of it."""
 
     backbone: str = Field(description="diffusers pipeline: a folder or a Hugging Face id")
-    prefs: Path = Field(description="preference file in the general form (JSONL, JSON, CSV or Parquet)")
+    prefs: Path = Field(description="preference file as published or in the general form, or a data set of datasets")
     out: Path = Field(description="the feature store: a folder, made or continued")
     transformer: Path | None = Field(None, description="folder of a transformer that replaces the pipeline's own")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
@@ -178,7 +190,7 @@ class ImportConfig(PreferenceOptions):
     """Settings of ``probekit import-features``: which file of features becomes a store, and what is said of it."""
 
     file: Path = Field(description="features of the images: .npz, .safetensors or .parquet")
-    prefs: Path = Field(description="preference file in the general form (JSONL, JSON, CSV or Parquet)")
+    prefs: Path = Field(description="preference file as published or in the general form, or a data set of datasets")
     out: Path = Field(description="the feature store: a folder, made or continued")
     definition: str = Field(min_length=1, description="what the features are, in words; part of the store's identity")
     name: str | None = Field(None, min_length=1, description="what tables and figures call them (default: FILE's stem)")

@@ -40,6 +40,20 @@ def write(path, records):
     return path
 
 
+def as_listed(prefs):
+    """Pairs with the sides as the file has them."""
+    pairs, image = prefs.pairs, prefs.items["image"].to_numpy()
+    first, label = pairs["a_listed_first"], pairs["label"]
+    sides = [image[pairs["item_a"]], image[pairs["item_b"]]]
+    return pd.DataFrame(
+        {
+            "image_a": np.where(first, sides[0], sides[1]),
+            "image_b": np.where(first, sides[1], sides[0]),
+            "label": label.where(first, 1 - label),
+        }
+    )
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_the_four_files_say_the_same(tmp_path, suffix):
     prefs = load_preferences(write(tmp_path / f"votes{suffix}", RECORDS))
@@ -48,11 +62,12 @@ def test_the_four_files_say_the_same(tmp_path, suffix):
     pd.testing.assert_frame_equal(prefs.items, reference.items)
     assert prefs.name == "votes"
     assert prefs.items["prompt"].tolist() == ["a cat"] * 3 + ['a "dog",\nred'] * 2 + ["NA"] * 2
-    assert prefs.items["image"].tolist() == ["1.png", "2.png", "sub/3.png", "4.png", "5.png", "4.png", "6.png"]
-    assert prefs.items["path"][2] == str(tmp_path / "sub/3.png")
-    assert prefs.pairs["label"].tolist() == [1, 0.5, 0.25, 0]
-    assert prefs.pairs["item_a"].tolist() == [0, 2, 3, 5]
-    assert prefs.pairs["item_b"].tolist() == [1, 0, 4, 6]
+    assert set(prefs.items["image"]) == {record[side] for record in RECORDS for side in ("image_a", "image_b")}
+    assert (prefs.items["path"] == str(tmp_path) + "/" + prefs.items["image"]).all()
+    listed = as_listed(prefs)
+    assert listed["image_a"].tolist() == [record["image_a"] for record in RECORDS]
+    assert listed["image_b"].tolist() == [record["image_b"] for record in RECORDS]
+    assert listed["label"].tolist() == [1, 0.5, 0.25, 0]
     assert prefs.pairs["n_votes"].tolist() == [3, 4, 4, 1]
     assert prefs.pairs["source"].tolist() == ["kind", "kind", "", "null"]
     assert prefs.pairs["weight"].tolist() == [1.0] * 4
@@ -225,14 +240,18 @@ def test_digests_rows_and_judgements(tmp_path):
     assert digests[str(tmp_path / "4.png")] == sha256(b"2").digest()
     rows, judgements = prefs.rows(digests), prefs.judgements(digests)
     assert len(rows) == 6  # two files of the same bytes under one prompt are one row
-    assert rows["row_id"][1] == row_id(sha256(b"same").digest(), "a cat")
+    assert row_id(sha256(b"same").digest(), "a cat") in set(rows["row_id"])
     assert set(judgements["row_a"]) | set(judgements["row_b"]) == set(rows["row_id"])
-    assert judgements["row_a"][1] == judgements["row_b"][0]
+    sides = [set(judgements.loc[i, ["row_a", "row_b"]]) for i in (0, 1)]
+    assert sides[0] == sides[1]  # 1 and 2, 3 and 1, where 2 and 3 are one picture
+    assert judgements["bytes_a"].isna().sum() == 0
+    assert judgements["width_a"].isna().all()
+    assert (judgements["format_b"] == "").all()
     assert judgements["group"].tolist() == prefs.pairs["group"].tolist()
     assert judgements["split"].tolist() == prefs.pairs["split"].tolist()
     judgements.to_parquet(tmp_path / "j.parquet")
     again = pd.read_parquet(tmp_path / "j.parquet")
-    assert again["label"].tolist() == [1, 0.5, 0.25, 0]
+    assert again["label"].tolist() == prefs.pairs["label"].tolist()
     # The cache is by path, size and time: a changed file is read again, an unchanged one is not.
     (tmp_path / "4.png").write_bytes(b"something else")
     frame = pd.read_parquet(cache)
@@ -315,6 +334,7 @@ def test_loading_says_what_was_left_out(tmp_path, caplog):
     load_preferences(path)
     names = ", ".join(f"{tmp_path}/black{k}" for k in range(5))
     assert caplog.messages == [
+        f"{path}: read as general, the fields of no published format",
         f"{path}: columns not used: spilt",
         f"{path}: 6 images under > 20 prompts do not join groups: {names}, ...",
         f"{path}: 6 pairs left out: train connected to test",
@@ -323,7 +343,7 @@ def test_loading_says_what_was_left_out(tmp_path, caplog):
     caplog.clear()
     winner = {"prompt": "p", "chosen": "a", "rejected": "b", "label": 0.3}
     load_preferences(write(tmp_path / "q.json", [winner]))
-    assert caplog.messages[0] == f"{tmp_path}/q.json: columns not used: label"
+    assert caplog.messages[1] == f"{tmp_path}/q.json: columns not used: label"
 
 
 def test_all_missing_images_are_named(tmp_path):
@@ -422,9 +442,9 @@ def test_bad_calls(tmp_path):
         load_preferences(tmp_path / "none.json")
     with pytest.raises(PreferenceError, match="format is 'hpdv9'; allowed: auto, general"):
         load_preferences(tmp_path / "none.json", format="hpdv9")
-    pd.DataFrame([GOOD | {"image_a": b"\x89PNG"}]).to_parquet(tmp_path / "bytes.parquet")
-    with pytest.raises(PreferenceError, match=r"row 1: image_a is b'.x89PNG'; allowed: a text"):
-        load_preferences(tmp_path / "bytes.parquet")
+    pd.DataFrame([GOOD | {"image_a": ["a.png"]}]).to_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(PreferenceError, match=r"row 1: image_a is \['a.png'\]; allowed: a text"):
+        load_preferences(tmp_path / "lists.parquet")
 
 
 def test_damaged_caches_of_digests_are_made_anew(tmp_path):

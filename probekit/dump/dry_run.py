@@ -93,12 +93,18 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
     free = shutil.disk_usage(at).free
     passes = len(rows) * len(plan.coordinates)
     sides = 2 * len(judgements) * len(plan.coordinates)
+    packed, packed_bytes = prefs.images_to_unpack()
     absent = int((rows["status"] != STATUS_OK).sum())
     return [
         (
             "rows",
             f"{len(rows):,} of {rows['image_sha256'].nunique():,} distinct images and {rows['prompt'].nunique():,} "
             f"prompts, for {len(judgements):,} pairs",
+        ),
+        *(
+            [("to unpack", f"{packed:,} images, about {scaled(packed_bytes, 'B')}, from {prefs.path.name} to files")]
+            if packed
+            else []
         ),
         *([("missing", f"{absent:,} rows whose image file is missing (--max-bad)")] if absent else []),
         (

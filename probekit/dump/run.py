@@ -71,7 +71,7 @@ def run_dump(settings: DumpConfig, *, progress: Progress | None = None) -> str:
 
 def read_preferences(settings: DumpConfig) -> PreferenceSet:
     """Read the preference file, and check what can be checked before a model is looked for."""
-    prefs = load_preferences(settings.prefs, split_file=settings.split_file)
+    prefs = load_preferences(settings.prefs, **settings.loading())
     if settings.limit is not None:
         prefs = prefs.limit(settings.limit)
     check_poolings(settings.pooling)
@@ -220,6 +220,7 @@ def _dump(
     writer = open_store(settings.out, config=plan.config, describe=plan.describe)
     cache = settings.out / "image_digests.parquet"
     with backbone.clock.part("read"), writer.alone(cache.name):  # of several workers one hashes, the others read that
+        prefs.unpack_images(progress)
         digests = prefs.image_digests(cache, max_bad=settings.max_bad)
     judgements = prefs.judgements(digests)
     writer.write_judgements(prefs.name, judgements)

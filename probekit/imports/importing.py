@@ -100,7 +100,7 @@ def import_features(
 
 def run_import(settings: ImportConfig, *, progress: Progress | None = None) -> FeatureStore:
     """Do what ``probekit import-features`` was asked; see `import_features`."""
-    return _import(load_preferences(settings.prefs, split_file=settings.split_file), settings, progress)
+    return _import(load_preferences(settings.prefs, **settings.loading()), settings, progress)
 
 
 def plan_import(settings: ImportConfig, *, progress: Progress | None = None) -> ImportPlan:
@@ -108,7 +108,7 @@ def plan_import(settings: ImportConfig, *, progress: Progress | None = None) -> 
 
     Too many bad rows are counted and are no error here.
     """
-    job = _Job(load_preferences(settings.prefs, split_file=settings.split_file), settings)
+    job = _Job(load_preferences(settings.prefs, **settings.loading()), settings)
     writer = job.open(dry_run=True)
     held = 0
     if job.out.exists():
@@ -118,6 +118,7 @@ def plan_import(settings: ImportConfig, *, progress: Progress | None = None) -> 
 
 
 def _import(prefs: PreferenceSet, settings: ImportConfig, progress: Progress | None) -> FeatureStore:
+    prefs.unpack_images(progress)
     job = _Job(prefs, settings)
     if job.out.exists() and not job.writer.missing(job.rows["row_id"].tolist(), sigma=SIGMA):
         job.write_judgements()

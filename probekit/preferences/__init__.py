@@ -1,5 +1,6 @@
 """What was judged: preference files read into items, pairs, groups and splits."""
 
-from probekit.preferences.preference_set import PreferenceSet, load_preferences
+from probekit.preferences.loading import load_preferences
+from probekit.preferences.preference_set import PreferenceSet
 
 __all__ = ["PreferenceSet", "load_preferences"]

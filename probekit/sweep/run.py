@@ -20,7 +20,7 @@ import pandas as pd
 from probekit import results
 from probekit._types import FloatArray, IntArray, Progress
 from probekit._workers import run_in_processes
-from probekit.config import LinearHead, SweepConfig, load_yaml
+from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, concatenate
 from probekit.heads.base import PairHead
@@ -51,7 +51,7 @@ def run_sweep(
     stores: Sequence[Path | str],
     out: Path | str,
     prefs: Path | str | None = None,
-    split_file: Path | str | None = None,
+    reading: PreferenceOptions | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -68,8 +68,8 @@ def run_sweep(
         Folder of the run. Records that it already holds are not computed again.
     prefs
         Preference file that replaces the judgements kept in the stores; it must lie where its images are.
-    split_file
-        File of `probekit split` that says which pair of `prefs` is in which split.
+    reading
+        How that file is read (default: by its fields).
     jobs
         Processes, each with one BLAS thread.
     progress
@@ -90,17 +90,17 @@ def run_sweep(
     """
     if not isinstance(config, SweepConfig):
         config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
-    if split_file is not None and prefs is None:
-        message = "a split file needs the preference file whose pairs it names (--split-file with --prefs)"
+    reading = reading or PreferenceOptions()
+    if prefs is None and reading != PreferenceOptions():
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in reading.model_dump(exclude_defaults=True))
+        message = f"{told}: says how a preference file is read, and none is given; allowed: with --prefs"
         raise ConfigError(message)
     out = Path(out)
     _check_folder(out)
     open_cached.cache_clear()  # judgements may have changed since an earlier call in this process
     cached_pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
-    judged = (
-        None if prefs is None else _bind_file(Path(prefs), None if split_file is None else Path(split_file), out=out)
-    )
+    judged = None if prefs is None else _bind_file(prefs, reading, out=out)
     records = [record for store in opened for record in plan_records(config, store, judged=judged)]
     check_distinct(records)
     ids = [record.record_id for record in records]
@@ -127,9 +127,10 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(message)
 
 
-def _bind_file(prefs: Path, split_file: Path | None, *, out: Path) -> Path:
+def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
-    loaded = load_preferences(prefs, split_file=split_file)
+    loaded = load_preferences(prefs, **reading.loading())
+    loaded.unpack_images()
     # A missing file costs its pairs here, as a row that the store lacks does.
     frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1.0))
     path = out / _JUDGEMENTS / f"{loaded.name}.parquet"

@@ -1,0 +1,88 @@
+"""Data sets of the library ``datasets``: what it saved, folders of data files, and ids of the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from probekit.errors import PreferenceError
+from probekit.preferences.packed import DatasetRows
+from probekit.preferences.readers import split_of
+from probekit.preferences.tables import READERS, Opened, Root
+
+
+def seems_hub_id(path: str | Path) -> bool:
+    """Say whether a text is an id such as ``owner/name``, and no file name."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))) and Path(path).suffix.lower() not in READERS
+
+
+def open_folder(folder: Path) -> list[tuple[str, Opened]]:
+    """Open what is in a folder, each part with its official split (empty where it has none).
+
+    Raises
+    ------
+    PreferenceError
+        If ``datasets`` is not installed, or finds no data in the folder.
+    """
+    datasets = _library(folder)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = _asked(folder, lambda: datasets.load_from_disk(str(folder)))
+        return _arrow_parts(datasets, folder, saved, folder)
+    found = _asked(folder, lambda: datasets.load_dataset_builder(str(folder)).config.data_files)
+    files = [(split, Path(str(file))) for split, of in (found or {}).items() for file in of]
+    files = [(split, file) for split, file in files if file.suffix.lower() in READERS]
+    if not files:
+        msg = f"{folder}: holds no data files; allowed: {', '.join(READERS)}, or what datasets saved"
+        raise PreferenceError(msg)
+    several = len({split for split, _ in files}) > 1  # the one split of an unnamed file is called train
+    return [
+        (split_of(split) if several else split_of(file.name), Opened(file, _root(folder, file.parent)))
+        for split, file in files
+    ]
+
+
+def open_hub(name: str) -> list[tuple[str, Opened]]:
+    """Open a data set of the Hub, which is downloaded; see `open_folder`."""
+    datasets = _library(Path(name))
+    found = _asked(Path(name), lambda: datasets.load_dataset(name))
+    files = [entry["filename"] for part in _parts(datasets, found).values() for entry in part.cache_files]
+    return _arrow_parts(datasets, Path(name), found, Path(files[0]).parent)
+
+
+def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[tuple[str, Opened]]:
+    parts = _parts(datasets, found)
+    several = len(parts) > 1
+    return [
+        (
+            split_of(split) if several or not isinstance(found, datasets.DatasetDict) else "",
+            Opened(named / split if split else named, _root(folder, folder), DatasetRows(part)),
+        )
+        for split, part in parts.items()
+    ]
+
+
+def _parts(datasets: Any, found: Any) -> dict[str, Any]:
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
+
+
+def _root(folder: Path, beside: Path) -> Root:
+    """Images in the folder by path, and those unpacked beside it: in it, they would be taken for data."""
+    prefix = "" if beside == folder.parent else f"{beside.relative_to(folder.parent).as_posix()}/"
+    return Root(folder.parent, folder, folder.parent / f"{folder.name}.images", prefix)
+
+
+def _library(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        msg = f"{path}: folders and ids of data sets need the library datasets; pip install 'dit-probekit[datasets]'"
+        raise PreferenceError(msg) from None
+    return datasets
+
+
+def _asked(path: Path, call: Any) -> Any:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - the library raises its own and those of a dozen others
+        reason = " ".join(str(error).split()) or type(error).__name__
+        msg = f"{path}: datasets cannot open it ({reason[:200]})"
+        raise PreferenceError(msg) from None

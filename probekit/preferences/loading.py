@@ -1,0 +1,279 @@
+"""From a preference file to a set: sides by hash, images resolved, groups, splits, items.
+
+n = pairs.
+"""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pandas.api.types import union_categoricals
+
+from probekit._types import IntArray
+from probekit.errors import PreferenceError
+from probekit.preferences.formats import FORMATS, Shape, choose
+from probekit.preferences.groups import SPLITS, assign_groups, assign_splits, placeholder_images, split_overlap
+from probekit.preferences.hub import open_folder, open_hub, seems_hub_id
+from probekit.preferences.packed import Packed, PackedColumn
+from probekit.preferences.preference_set import COLUMNS, PreferenceSet, log_dropped
+from probekit.preferences.readers import parse_columns, split_of
+from probekit.preferences.split_files import apply_split
+from probekit.preferences.tables import Opened, Table
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 50_000  # texts that are Python objects at once
+CODED = ["prompt", "image_a", "image_b", "path_a", "path_b"]  # kept as categories while a file is read
+
+
+def load_preferences(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    columns: str | Mapping[str, str] | None = None,
+    min_confidence: float | None = None,
+    split_file: str | Path | None = None,
+) -> PreferenceSet:
+    """Read preferences as they were published, or in the general form.
+
+    Which image of a pair is A is decided by a hash of the pair, not by the file; ``a_listed_first`` says where A stood.
+
+    Parameters
+    ----------
+    path
+        A JSON Lines, JSON, CSV or Parquet file; a folder of such files, or one that `datasets` saved; or the id of a
+        data set on the Hugging Face Hub. General form: ``prompt, chosen, rejected``, or ``prompt, image_a, image_b``
+        with ``label`` (share of votes for A), ``label_b`` (for B) or ``votes_a, votes_b``. Images are paths relative to
+        the file and lie in its folder, or bytes in Parquet, which become files beside it once they are needed.
+    format
+        ``general``, the name of a published format (`probekit.preferences.formats.FORMATS`), or ``auto``: by the fields
+        of the first record.
+    columns
+        Columns of the general form that have other names in the file: ``prompt=caption,image_a=image0,...``, the same
+        as a mapping, or the name of a published one (``mj-bench``, ``rapidata``).
+    min_confidence
+        Leave out pairs of a lower confidence; those without one stay.
+    split_file
+        File of `probekit split` that says which pair is in which split, in place of the hash.
+
+    Raises
+    ------
+    PreferenceError
+        If the file or a value in it cannot be used; names the file, the place, the column, the value and what is
+        allowed.
+    """
+    file = Path(path).absolute()
+    if format not in ("auto", *FORMATS):
+        msg = f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}"
+        raise PreferenceError(msg)
+    mapping = {} if columns is None else parse_columns(columns)
+    if file.is_file():
+        opened = [("", Opened(file))]
+    elif file.is_dir():
+        opened = open_folder(file)
+    elif seems_hub_id(path):
+        file, opened = Path(path), open_hub(str(path))
+    else:
+        msg = f"{file}: no such file; allowed: a preference file, a folder of them, or the id of a data set"
+        raise PreferenceError(msg)
+    frames: list[pd.DataFrame] = []
+    packed: list[PackedColumn] = []
+    for split, one in opened:
+        frame, columns_of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        frames.append(frame)
+        packed += columns_of_bytes
+    del frame
+    return _prepare(file, _together(frames), Packed(packed), split_file)
+
+
+def _read(
+    opened: Opened, shape: Shape, split: str, min_confidence: float | None
+) -> tuple[pd.DataFrame, list[PackedColumn]]:
+    """Read the pairs of one file; its table is given back to memory."""
+    table = opened.read((*shape.needed, *shape.others))
+    frame = _take_splits(table, shape.read(table), split, shape)
+    frame = _by_confidence(table, frame, min_confidence)
+    return _resolve_images(table, frame), _packed_columns(table, shape)
+
+
+def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Put the pairs of several files into one frame."""
+    if len(frames) == 1:
+        return frames.pop()
+    together = pd.concat([frame.drop(columns=CODED) for frame in frames], ignore_index=True)
+    return together.assign(**{name: union_categoricals([frame[name] for frame in frames]) for name in CODED})
+
+
+def _prepare(file: Path, frame: pd.DataFrame, packed: Packed, split_file: str | Path | None) -> PreferenceSet:
+    """Name the pairs, put them into groups and splits, and make items of their images."""
+    dropped = dict(Counter(frame["drop"][frame["drop"] != ""]))
+    frame = _identify(frame)
+    frame = frame[frame["drop"] == ""].reset_index(drop=True)
+    if not len(frame):
+        log_dropped(file, dropped)
+        msg = f"{file}: no pair is left ({', '.join(f'{n} {reason}' for reason, n in dropped.items())}); needed: one"
+        raise PreferenceError(msg)
+    placeholders = placeholder_images(frame)
+    if placeholders:
+        names = ", ".join(placeholders[:5]) + (", ..." if len(placeholders) > 5 else "")
+        logger.warning("%s: %d images under > 20 prompts do not join groups: %s", file, len(placeholders), names)
+    frame["group"] = assign_groups(frame.assign(group=frame["group"].mask(frame["group"] == "")), placeholders)
+    own = None if (frame["split"] == "").all() else frame["split"]
+    overlap = {} if own is None else split_overlap(frame)
+    frame["split"], lost = assign_splits(frame["group"], own)
+    dropped |= lost
+    frame["split_file"] = ""
+    if split_file is not None:
+        chosen = apply_split(Path(split_file), frame[["pair_id", "group", "split"]], own=own)
+        frame["split"], frame["split_file"] = chosen.split, chosen.sha256
+        dropped |= chosen.dropped
+    frame = frame[frame["split"].notna()].reset_index(drop=True)
+    log_dropped(file, dropped)
+    sizes = frame["group"].value_counts()
+    counts = (len(frame), frame["prompt"].nunique(), len(sizes), sizes.max())
+    logger.info("%s: %d pairs, %d prompts, %d groups, largest %d pairs", file, *counts)
+    items, number = _items(frame)
+    pairs = frame[["pair_id"]].assign(item_a=number[:, 0], item_b=number[:, 1]).join(frame[COLUMNS])
+    named = () if own is None else tuple(name for name in SPLITS if (own == name).any())
+    return PreferenceSet(file.stem, file, items, pairs, dropped, tuple(placeholders), packed, named, overlap)
+
+
+def _items(frame: pd.DataFrame) -> tuple[pd.DataFrame, IntArray]:
+    """Distinct (prompt, path) in the order of pairs, A before B, and their numbers in each pair (n, 2)."""
+    prompt, a, b = (frame[name].cat for name in ("prompt", "path_a", "path_b"))
+    both = np.stack([a.codes, b.codes], axis=1).astype(np.int64)
+    key = both + prompt.codes.to_numpy(np.int64)[:, None] * len(a.categories)
+    number, _ = pd.factorize(key.ravel())
+    first = np.unique(number, return_index=True)[1]
+    images = np.stack([frame["image_a"].cat.codes, frame["image_b"].cat.codes], axis=1)
+    columns = {
+        "prompt": prompt.categories[prompt.codes.to_numpy()[first // 2]],
+        "image": frame["image_a"].cat.categories[images.ravel()[first]],
+        "path": a.categories[both.ravel()[first]],
+    }
+    return pd.DataFrame(columns), number.reshape(-1, 2)
+
+
+def _take_splits(table: Table, frame: pd.DataFrame, split: str, shape: Shape) -> pd.DataFrame:
+    """Keep official splits: those in the file, else of a folder's part, else the one in a published file's name."""
+    if (frame["split"] != "").any():
+        return frame
+    official = split or (split_of(table.path.name) if shape.official else "")
+    if official:
+        logger.info("%s: all pairs have the split %s, as the file is named", table.path, official)
+    return frame.assign(split=official)
+
+
+def _by_confidence(table: Table, frame: pd.DataFrame, least: float | None) -> pd.DataFrame:
+    """Mark pairs of a confidence that is too low; where there is none, pairs stay."""
+    if least is None:
+        return frame
+    known = frame["confidence"].notna()
+    if not known.any():
+        logger.warning("%s: no record has a confidence: the least of %g leaves all pairs in", table.path, least)
+    low = (frame["confidence"] < least) & (frame["drop"] == "")
+    return frame.assign(drop=frame["drop"].mask(low, f"confidence_below_{least:g}"))
+
+
+def _packed_columns(table: Table, shape: Shape) -> list[PackedColumn]:
+    """Columns of the table whose bytes are images of the pairs."""
+    if table.rows is None:
+        return []
+    uids = dict(shape.packed)
+    return [PackedColumn(table.rows, name, table.root.packed, table.path.stem, uids.get(name)) for name in table.packed]
+
+
+def _resolve_images(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
+    """Add ``path_a`` and ``path_b``, absolute and inside the folder of the file; repeated texts become categories."""
+    base, inside = (os.path.realpath(folder) for folder in (table.root.base, table.root.inside))
+    code, names = pd.factorize(pd.concat([frame.pop("image_a"), frame.pop("image_b")], ignore_index=True))
+    resolve = _Resolver(base, (f"{inside}/", f"{base}/{table.root.packed.name}/"))
+    paths = pd.concat([pd.Series(map(resolve, part), dtype="str") for part in _chunks(names)], ignore_index=True)
+    number, distinct = pd.factorize(paths)
+    half = len(frame)
+    for side, of in (("a", code[:half]), ("b", code[half:])):
+        frame[f"image_{side}"] = pd.Categorical.from_codes(of, names)
+        frame[f"path_{side}"] = pd.Categorical.from_codes(number[of], distinct)
+    outside = (paths == "").to_numpy()
+    for index in np.flatnonzero(outside[code[:half]] | outside[code[half:]])[:1] if outside.any() else ():
+        image = names[code[index] if outside[code[index]] else code[half + index]]
+        place = int(frame["record"].iloc[index])
+        table.fail(place, f"image is {image!r}; allowed: a relative path that stays inside {inside}")
+    same = (frame["path_a"].cat.codes == frame["path_b"].cat.codes) & (frame["drop"] == "")
+    for index in np.flatnonzero(same)[:1]:
+        image = frame["image_a"].iloc[index]
+        place = int(frame["record"].iloc[index])
+        table.fail(place, f"both images are {image!r}; allowed: two different files")
+    prompt, prompts = pd.factorize(frame.pop("prompt"))
+    return frame.assign(prompt=pd.Categorical.from_codes(prompt, prompts))
+
+
+class _Resolver:
+    """Turns the name of an image into its absolute path, empty where that is in none of the folders."""
+
+    def __init__(self, base: str, allowed: tuple[str, ...]) -> None:
+        self._base, self._allowed = base, allowed
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, image: str) -> str:
+        if "\0" in image or image.startswith("/"):
+            return ""
+        folder, _, name = image.rpartition("/")
+        # Folders are resolved once each: a million images lie in few.
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(f"{self._base}/{folder}")
+        path = f"{self._folders[folder]}/{name}"
+        if name in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114 - twice as fast, a million times
+            path = os.path.realpath(path)
+        return path if path.startswith(self._allowed) else ""
+
+
+def _chunks(values: Any) -> Iterator[list[Any]]:
+    """Values as Python has them, some at a time: a million texts take much memory as objects."""
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK].tolist()
+
+
+def _identify(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add ``pair_id`` and ``a_listed_first``, and turn half of the pairs round.
+
+    The identity of a pair does not depend on which side an image stands on, so the side that its hash chooses says
+    nothing about the winner.
+    """
+    parts, smaller_first = [], []
+    for rows in zip(*(_chunks(frame[name].array) for name in ("prompt", "image_a", "image_b")), strict=True):
+        digests = []
+        for prompt, a, b in zip(*rows, strict=True):
+            first, second = (a, b) if a < b else (b, a)
+            digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
+            smaller_first.append(a < b)
+        parts.append(np.frombuffer(b"".join(digests), "S32"))
+    identity = np.concatenate(parts)
+    heads = pd.Series(identity.view(">u8")[::4].astype(np.uint64))
+    occurrence = heads.groupby(heads).cumcount().to_numpy()  # pairs that stand in the file more than once stay apart
+    starts = range(0, len(identity), _CHUNK)
+    pair_ids = [_pair_ids(identity[at : at + _CHUNK], occurrence[at : at + _CHUNK]) for at in starts]
+    turn = np.array(smaller_first) != (identity.view("u1")[::32] & 1).astype(bool)
+    frame = frame.assign(pair_id=pd.concat(pair_ids, ignore_index=True), a_listed_first=~turn)
+    frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
+    for name in ("image", "path"):
+        a, b = frame[f"{name}_a"].cat, frame[f"{name}_b"].cat
+        sides = [np.where(turn, b.codes, a.codes), np.where(turn, a.codes, b.codes)]
+        for side, codes in zip("ab", sides, strict=True):
+            frame[f"{name}_{side}"] = pd.Categorical.from_codes(codes, a.categories)
+    a, b = frame["model_a"], frame["model_b"]
+    frame["model_a"], frame["model_b"] = a.mask(turn, b), b.mask(turn, a)
+    return frame
+
+
+def _pair_ids(identity: NDArray[Any], occurrence: IntArray) -> pd.Series:
+    raw = identity.view("u1").reshape(-1, 32)
+    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(raw, occurrence, strict=True))
+    return pd.Series([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts], dtype="str")

@@ -1,0 +1,414 @@
+"""Preference files as tables: JSON Lines, JSON, CSV, Parquet and Arrow, record by record, known columns only.
+
+Texts are kept as Arrow arrays: a million records fit in memory with their prompts and paths. Bytes of images are never
+read here; ``probekit.preferences.packed`` gets at them. n = records.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.lib import ArrowException
+
+from probekit._types import IntArray
+from probekit.errors import PreferenceError
+from probekit.preferences.packed import ArrowRows, ParquetRows, holds_bytes
+
+_CHUNK = 50_000  # records between two conversions to Arrow
+_READ = 4 * 2**20  # characters of a JSON file that are held at once
+_SPACE = re.compile(r"[ \t\n\r]*")
+Records = Iterator[tuple[int, dict[str, Any]]]
+Content = tuple[IntArray, list[str], dict[str, pa.ChunkedArray | list[Any]]]  # places, names found, columns
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where the images of a file are.
+
+    Attributes
+    ----------
+    base
+        The folder to which names of images are relative.
+    inside
+        The folder that images must not leave.
+    packed
+        The folder of images that stand as bytes in the file.
+    prefix
+        What a path in the file begins with, seen from ``base``.
+    """
+
+    base: Path
+    inside: Path
+    packed: Path
+    prefix: str = ""
+
+    @classmethod
+    def beside(cls, file: Path) -> Self:
+        """Images by paths relative to the file; those inside it are named in a folder beside it."""
+        return cls(file.parent, file.parent, file.parent / f"{file.stem}.images")
+
+
+class Table:
+    """Known columns of a preference file, and where each record stands in it.
+
+    Attributes
+    ----------
+    path
+        The file.
+    unit
+        What ``places`` counts: ``line``, ``record`` or ``row``.
+    places
+        Number of each record (n).
+    found
+        Names of all columns of the file.
+    packed
+        Columns that hold images as bytes; they are not read.
+    rows
+        Where these bytes are; None for files that hold none.
+    root
+        Where the images are.
+    """
+
+    def __init__(
+        self, opened: "Opened", unit: str, *, content: Content, wanted: Sequence[str], rows: ArrowRows | None
+    ) -> None:
+        self.path, self.unit, self.rows, self.root = opened.path, unit, rows, opened.root
+        self.places, found, columns = content
+        if not len(self.places):
+            msg = f"{self.path}: holds no pairs; allowed: at least one"
+            raise PreferenceError(msg)
+        self.found = list(dict.fromkeys([*opened.found, *found]))
+        self._columns = {name: columns[name] for name in wanted if name in columns}
+        self.packed = [] if rows is None else [name for name in found if holds_bytes(rows.schema.field(name).type)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def has(self, name: str) -> bool:
+        """Say whether any record has the column; columns of bytes count."""
+        return name in self._columns or name in self.packed
+
+    def fail(self, index: int, what: str) -> NoReturn:
+        """Raise an error about one record."""
+        msg = f"{self.path}, {self.unit} {self.places[index]}: {what}"
+        raise PreferenceError(msg)
+
+    def values(self, name: str) -> list[Any]:
+        """Take a column as it stands in the file (n); None where a record lacks it."""
+        values = self._columns.get(name)
+        if values is None:
+            return [None] * len(self)
+        return values if isinstance(values, list) else values.to_pylist()
+
+    def texts(self, name: str, *, required: bool) -> pd.Series:
+        """Take a column of texts (n); an absent optional value becomes an empty text."""
+        values = self._columns.get(name, [None] * len(self))
+        if isinstance(values, pa.ChunkedArray):
+            wrong = pc.or_(pc.is_null(values), pc.equal(pc.fill_null(values, ""), ""))
+            if required and pc.any(wrong).as_py():
+                index = pc.index(wrong, True).as_py()
+                self.fail(index, f"{name} is {show(values[index].as_py())}; allowed: a text that is not empty")
+            texts: pd.Series = (pc.fill_null(values, "") if values.null_count else values).to_pandas()
+            return texts.astype("str")
+        for i, value in enumerate(values):
+            if required and (not isinstance(value, str) or not value):
+                self.fail(i, f"{name} is {show(value)}; allowed: a text that is not empty")
+            if not isinstance(value, str) and value is not None and not _is_number(value):
+                self.fail(i, f"{name} is {show(value)}; allowed: a text")
+        return pd.Series(["" if value is None or value != value else str(value) for value in values], dtype="str")
+
+    def numbers(self, name: str, *, allowed: str, fits: Callable[[float], bool], default: float | None) -> pd.Series:
+        """Take a column of numbers (n); an absent value becomes the default, and is an error if there is none."""
+        if not self.has(name) and default is not None:
+            return pd.Series(np.full(len(self), default))
+        out = np.empty(len(self))
+        for i, value in enumerate(self.values(name)):
+            number = _number(value)
+            if number is None and default is not None and (value is None or value == "" or value != value):
+                number = default
+            elif number is None or not fits(number):
+                self.fail(i, f"{name} is {show(value)}; allowed: {allowed}")
+            out[i] = number
+        return pd.Series(out)
+
+
+class Opened:
+    """A preference file of which the first record is known, and no more is read yet.
+
+    Attributes
+    ----------
+    path
+        The file.
+    found
+        Names of the columns of its first record, or of its schema.
+    root
+        Where its images are.
+    """
+
+    def __init__(self, path: Path, root: Root | None = None, rows: ArrowRows | None = None) -> None:
+        suffix = path.suffix.lower()
+        self.path, self.root, self._rows = path, root or Root.beside(path), rows
+        self._unit = "row"
+        if rows is None and suffix not in READERS:
+            msg = f"{path}: ends in {suffix!r}; allowed: {', '.join(READERS)}"
+            raise PreferenceError(msg)
+        with _Refusals(path):
+            if rows is None and suffix == ".parquet":
+                self._rows = ParquetRows(path)
+            if self._rows is not None:
+                self.found = list(self._rows.schema.names)
+                return
+            self._unit, reader = READERS[suffix]
+            records = reader(path)
+            first = next(records, None)
+            self.found = [] if first is None else list(first[1])
+            self._records = records if first is None else chain([first], records)
+
+    def read(self, wanted: Sequence[str]) -> Table:
+        """Read the wanted columns of all records."""
+        with _Refusals(self.path):
+            content = _of_records(self._records, wanted) if self._rows is None else _of_arrow(self._rows, wanted)
+            return Table(self, self._unit, content=content, wanted=wanted, rows=self._rows)
+
+
+class _Refusals:
+    """Turns what goes wrong in reading into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        match error:
+            case UnicodeDecodeError():
+                what = f"not UTF-8 text ({error})"
+            case ArrowException():
+                what = f"not a Parquet file ({str(error).splitlines()[0]})"
+            case OSError():
+                what = f"cannot be read ({error.strerror or error})"
+            case _:
+                return
+        msg = f"{self._path}: {what}"
+        raise PreferenceError(msg) from None
+
+
+def _of_records(records: Records, wanted: Sequence[str]) -> Content:
+    """Take the wanted columns out of records; those without a column have None there."""
+    parts: dict[str, list[pa.Array | list[Any]]] = {}
+    columns: dict[str, list[Any]] = {}
+    seen: dict[str, None] = {}
+    places: list[IntArray] = []
+    chunk: list[int] = []
+
+    def flush() -> None:
+        for name, values in columns.items():
+            parts[name].append(_compact(values))
+            values.clear()
+        places.append(np.array(chunk, np.int64))
+        chunk.clear()
+
+    for place, record in records:
+        if record.keys() - seen.keys():
+            seen |= dict.fromkeys(record)
+            for name in wanted:
+                if name in record and name not in parts:
+                    done = sum(map(len, places))
+                    parts[name] = [pa.nulls(done, pa.large_string())] if done else []
+                    columns[name] = [None] * len(chunk)
+        chunk.append(place)
+        for name, values in columns.items():
+            values.append(record.get(name))
+        if len(chunk) == _CHUNK:
+            flush()
+    flush()
+    return np.concatenate(places), list(seen), {name: _joined(values) for name, values in parts.items()}
+
+
+def _of_arrow(rows: ArrowRows, wanted: Sequence[str]) -> Content:
+    """Take the wanted columns as they are, but for images as bytes."""
+    kinds = {field.name: field.type for field in rows.schema}
+    present = [name for name in wanted if name in kinds and not holds_bytes(kinds[name])]
+    parts: dict[str, list[pa.Array | list[Any]]] = {name: [] for name in present}
+    count = 0
+    for batch in rows.batches(present or [], size=_CHUNK):
+        count += batch.num_rows
+        for name in present:
+            column = batch.column(name)
+            text = pa.types.is_string(kinds[name]) or pa.types.is_large_string(kinds[name])
+            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            parts[name].append(column.cast(pa.large_string()) if text else column.to_pylist())
+    return np.arange(1, count + 1), list(kinds), {name: _joined(values) for name, values in parts.items()}
+
+
+def _compact(values: list[Any]) -> pa.Array | list[Any]:
+    """Texts as Arrow, which takes a third of the memory; anything else stays as it is, for messages."""
+    if set(map(type, values)) <= {str, type(None)}:
+        try:
+            return pa.array(values, pa.large_string())
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can say
+            pass
+    return list(values)
+
+
+def _joined(parts: list[pa.Array | list[Any]]) -> pa.ChunkedArray | list[Any]:
+    if all(isinstance(part, pa.Array) for part in parts):
+        return pa.chunked_array(parts, pa.large_string())
+    return list(chain.from_iterable(part.to_pylist() if isinstance(part, pa.Array) else part for part in parts))
+
+
+def _json_lines(path: Path) -> Records:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _json_record(path, f"line {number}", _parse(path, f"line {number}", line))
+
+
+def _json_array(path: Path) -> Records:
+    """Take the records of a list one by one; the file is never in memory as a whole."""
+    decoder = json.JSONDecoder(object_pairs_hook=_keys_once)
+    with path.open(encoding="utf-8-sig") as file:
+        text, at, ended, number = "", 0, False, 0
+
+        def more(least: int) -> None:
+            nonlocal text, at, ended
+            new = file.read(max(_READ, least))
+            text, at, ended = text[at:] + new, 0, not new
+
+        def skip() -> str:
+            nonlocal at
+            while True:
+                match = _SPACE.match(text, at)
+                at = match.end() if match else at
+                if at < len(text) or ended:
+                    return text[at : at + 1]
+                more(0)
+
+        if not (first := skip()):
+            return
+        if first != "[":
+            text += file.read()
+            msg = f"{path}: holds {show(_parse(path, 'whole file', text))}; allowed: a list of records"
+            raise PreferenceError(msg)
+        at += 1
+        if skip() == "]":
+            at += 1
+        else:
+            while True:
+                skip()
+                number += 1
+                place = f"record {number}"
+                while True:
+                    try:
+                        value, end = decoder.raw_decode(text, at)
+                        if end < len(text) or ended:
+                            break
+                        more(len(text))
+                    except json.JSONDecodeError as error:
+                        if ended:
+                            _not_json(path, place, error.msg)
+                        more(len(text))
+                    except (ValueError, RecursionError) as error:
+                        _not_json(path, place, error)
+                yield number, _json_record(path, place, value)
+                at = end
+                mark = skip()
+                at += 1
+                if mark == "]":
+                    break
+                if mark != ",":
+                    _not_json(path, f"after {place}", f"{mark!r} in place of ',' or ']'" if mark else "the file ends")
+        if rest := skip():
+            _not_json(path, "after the list", f"{rest!r} follows")
+
+
+def _parse(path: Path, place: str, text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_keys_once)
+    except (ValueError, RecursionError) as error:
+        _not_json(path, place, error)
+
+
+def _not_json(path: Path, place: str, why: object) -> NoReturn:
+    msg = f"{path}, {place}: not JSON ({why}); allowed: a list of records in .json, a record a line in .jsonl"
+    raise PreferenceError(msg) from None
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):  # the last one would win silently
+        names = [name for name, _ in pairs]
+        msg = f"key {next(name for name in names if names.count(name) > 1)!r} stands twice"
+        raise ValueError(msg)
+    return record
+
+
+def _json_record(path: Path, place: str, record: object) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        msg = f"{path}, {place}: is {show(record)}; allowed: a record with prompt, chosen, rejected or alike"
+        raise PreferenceError(msg)
+    return record
+
+
+def _csv_rows(path: Path) -> Records:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            for name in header:
+                if header.count(name) > 1:
+                    msg = f"{path}: column {name!r} stands twice in the header; allowed: each column once"
+                    raise PreferenceError(msg)
+            for row in rows:
+                if len(row) != len(header) and row:
+                    msg = f"{path}, line {rows.line_num}: {len(row)} fields; allowed: {len(header)}, as in the header"
+                    raise PreferenceError(msg)
+                if row:
+                    yield rows.line_num, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            msg = f"{path}, line {rows.line_num}: not CSV ({error})"
+            raise PreferenceError(msg) from None
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Records]]] = {
+    ".jsonl": ("line", _json_lines),
+    ".json": ("record", _json_array),
+    ".csv": ("line", _csv_rows),
+    ".parquet": ("row", lambda _: iter(())),  # read by columns
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: object) -> float | None:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def is_count(number: float) -> bool:
+    """Say whether a number is whole and not negative."""
+    return 0 <= number < 2**53 and number == int(number)
+
+
+def show(value: object) -> str:
+    """Write a value into a message."""
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
