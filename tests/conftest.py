@@ -3,16 +3,18 @@ from pathlib import Path
 
 import pytest
 
-N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores, also those that tests start
-    os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two spinning thread pools on two cores are many times slower
 
 from jaxtyping import install_import_hook
 
 install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only
+
+N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if (
+    "PYTEST_XDIST_WORKER_COUNT" in os.environ
+):  # the processes share the cores, also those that tests start; torch comes later
+    os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 LONGEST = ["families", "dump", "docs"]
 """Test files that begin first, so that no process is left alone with one of them."""
