@@ -11,9 +11,7 @@ from jaxtyping import install_import_hook
 install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-if (
-    "PYTEST_XDIST_WORKER_COUNT" in os.environ
-):  # the processes share the cores, also those that tests start; torch comes later
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start; read when torch is loaded
     os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 LONGEST = ["families", "dump", "docs"]
