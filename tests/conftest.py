@@ -10,6 +10,27 @@ from jaxtyping import install_import_hook
 
 install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only
 
+N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start; read when torch is loaded
+    os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+LONGEST = ["families", "dump", "docs"]
+"""Test files that begin first, so that no process is left alone with one of them."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Use a process for each core, at most four (each takes 1.5 GB); none beside this one for a single file."""
+    named = [Path(name.partition("::")[0]) for name in config.option.file_or_dir]
+    files = N_CORES if any(path.is_dir() for path in named) or not named else len(set(named))
+    processes = min(files, N_CORES, 4)
+    return processes if processes > 1 else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of the longest files to the front."""
+    first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:

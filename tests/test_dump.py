@@ -1,17 +1,20 @@
 """A dump holds what the backbone computes, once for each row, and survives being killed at any moment."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from test_cli import probekit as run_here
 
 import probekit
 from probekit.backbones import noise
@@ -20,6 +23,8 @@ from probekit.playground import base_folder, models
 from probekit.playground.pairs import write_pairs
 
 TORCH = torch.__version__.partition("+")[0]
+ROWS = 16
+"""Rows of a shard where a dump is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -129,35 +134,74 @@ def test_random_weights_are_recorded_and_change_the_features(backbone, prefs_fil
     assert all(not np.allclose(a, b, atol=1e-3) for i, a in enumerate(last) for b in last[:i])
 
 
-def test_killed_or_stopped_at_random_moments_it_ends_with_the_same_bytes(backbone, prefs_file, tmp_path):
-    command = [
-        sys.executable, "-m", "probekit", "dump", "--backbone", str(base_folder()),
-        "--transformer", str(models()[0].folder), "--max-tokens", "0", "--prefs", str(prefs_file),
-        "--batch-size", "4", "--shard-size", "1", "--device", "cpu",
-        *(option for level in range(7) for option in ("--sigma", f"0.{level}")),
-    ]  # fmt: skip
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+FORKS = """
+import json, os, sys
+import diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3, transformers
+import probekit.backbones, probekit.dump.plan
+from probekit import cli
+
+rows = int(sys.argv[1])
+probekit.dump.plan.rows_per_shard = lambda **_: rows
+for line in sys.stdin:
+    arguments, said = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["probekit", *arguments]
+        cli.main()
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def commands():
+    """Return a function that starts a command in a process of its own, forked from one that has imported everything."""
+    server = [sys.executable, "-c", FORKS, str(ROWS)]
+    with subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def start(arguments: list[object], said: Path) -> tuple[int, Callable[[], int]]:
+            process.stdin.write(json.dumps([[*map(str, arguments)], str(said)]) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline()), lambda: int(process.stdout.readline())
+
+        yield start
+        process.stdin.close()
+
+
+def test_killed_or_stopped_at_random_moments_it_ends_with_the_same_bytes(pairs, dump, commands, monkeypatch, tmp_path):
+    monkeypatch.setattr("probekit.dump.plan.rows_per_shard", lambda **_: ROWS)
+    levels = [option for level in range(3) for option in ("--sigma", f"0.{level}")]
+    command = [*dump, "--batch-size", 8, "--device", "cpu", *levels]
+    done = run_here(*command, "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
     chance = random.Random(0)
     shards = len(list((tmp_path / "whole").rglob("*.h5")))
     assert shards >= 7
-    killed = tmp_path / "killed"
+    killed, said = tmp_path / "killed", tmp_path / "said"
     numbers = [signal.SIGKILL] * 3 + [signal.SIGINT, signal.SIGTERM]
-    for wanted, number in enumerate(numbers, start=1):
-        process = subprocess.Popen([*command, "--out", killed], stderr=subprocess.PIPE, text=True)
+    for place, number in enumerate(numbers):
+        wanted = 1 + place * shards // 8  # half of them are left at the last signal: a busy machine looks late
+        pid, exit_code = commands([*command, "--out", killed], said)
         deadline = time.monotonic() + 120
         while len(list((killed / "shards").rglob("[!.]*.json"))) < wanted and time.monotonic() < deadline:
+            os.kill(pid, 0)  # an error if it has ended already
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
-        process.send_signal(number)
-        _, said = process.communicate()
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, number)
+        code = exit_code()
+        assert len(list(killed.rglob("*.h5"))) < shards
         if number == signal.SIGKILL:
+            assert code == -number
             continue
-        assert process.returncode == 128 + number
-        assert "rows are stored" in said
-        assert "the same command resumes" in said.splitlines()[-1]
-        assert "Traceback" not in said
+        assert code == 128 + number
+        assert "rows are stored" in said.read_text()
+        assert "the same command resumes" in said.read_text().splitlines()[-1]
+        assert "Traceback" not in said.read_text()
         assert not list(killed.rglob(".tmp-*"))
-    subprocess.run([*command, "--out", killed], check=True, capture_output=True)
+    done = run_here(*command, "--out", killed)
+    assert done.returncode == 0, done.stderr
     assert feature_bytes(killed) == feature_bytes(tmp_path / "whole")
     assert not list(killed.rglob(".tmp-*"))
 

@@ -57,7 +57,7 @@ class Loaded:
     def __init__(self, builder: Builder, folder: Path) -> None:
         self.builder, self.folder = builder, folder
         self.height, self.width = builder.size
-        self.backbone = Backbone.from_pretrained(folder, resolution=max(builder.size))
+        self.backbone = Backbone.from_pretrained(folder, resolution=max(builder.size), max_tokens=builder.max_tokens)
         self.shape = self.backbone._latent_shape(self.height, self.width)
         generator = torch.Generator().manual_seed(3)
         self.latents = [torch.randn(*self.shape, generator=generator) for _ in PROMPTS]
@@ -183,7 +183,8 @@ def test_a_dump_of_pictures_of_several_shapes_equals_one_image_at_a_time(
     side = loaded.builder.size[0]
     sizes = ((2 * side, side), (side, 2 * side))
     prefs = load_preferences(write_rankings(tmp_path / "pairs", {"a red dog": 2, "tree": 2}, sizes))
-    backbone = Backbone.from_pretrained(loaded.folder, resolution=side, resize=loaded.builder.resize)
+    options = {"resize": loaded.builder.resize, "max_tokens": loaded.builder.max_tokens}
+    backbone = Backbone.from_pretrained(loaded.folder, resolution=side, **options)
     stores = [
         dump_features(backbone, prefs, tmp_path / str(batch_size), sigmas=[SIGMA], batch_size=batch_size)
         for batch_size in (1, 4)

@@ -30,6 +30,8 @@ class Builder:
         default was ever seen of image tokens.
     resize
         How the tests give pictures of several shapes their size; ``pad`` where a bucket does not fit the tiny model.
+    max_tokens
+        Places for text, where the pipeline's default takes long.
     note
         What is peculiar.
     """
@@ -41,6 +43,7 @@ class Builder:
     size: tuple[int, int] = (16, 16)
     tolerance: float = 2e-6
     resize: str = "bucket"
+    max_tokens: int | None = None
     note: str = ""
 
 

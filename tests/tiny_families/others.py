@@ -258,7 +258,8 @@ PIPELINES = {
         others_by_hand.ideogram4,
         (16, 24),
         tolerance=1e-5,
-        note="attention over 2048 places for text, whose order of summation depends on the batch",
+        max_tokens=256,
+        note="attention over all places for text (2048 by default), whose order of summation depends on the batch",
     ),
     "joyimage": Builder(
         "JoyImageEditTransformer3DModel", "JoyImageEditPipeline", joyimage, others_by_hand.joyimage, (16, 24)

@@ -130,7 +130,7 @@ def kandinsky5(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma: f
 
 
 def ideogram4(parts: dict[str, Any], prompt: str, noisy: torch.Tensor, sigma: float) -> Means:
-    transformer, k, places = parts["transformer"], len(noisy), 2048
+    transformer, k, places = parts["transformer"], len(noisy), 256
     text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     ids = parts["tokenizer"]([text], return_tensors="pt").input_ids
     states: list[torch.Tensor] = []
