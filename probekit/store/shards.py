@@ -24,7 +24,7 @@ from probekit.store.files import open_regular, read_small
 from probekit.store.half import convert
 from probekit.store.records import Sidecar, parse_plan, parse_sidecar, parse_store_file
 
-CHUNK_BYTES = 2**18  # read at once: still in the cache when it is summed and converted
+CHUNK_BYTES = 2**20  # read at once: few system calls, and still in the cache when it is summed and converted
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 _SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
 MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
