@@ -23,8 +23,9 @@ from probekit._types import canonical_sigma, row_id
 from probekit.errors import ConfigError, FingerprintError, StoreError
 from probekit.store import FeatureStore, canonical_json, open_store, rows_per_shard, verify_store
 from probekit.store import format as fmt
+from probekit.store.blocks import _pack
 from probekit.store.files import TEMP
-from probekit.store.writer import _pack
+from probekit.store.settings import differing
 
 CONFIG = {
     "layers": [{"index": i, "name": f"transformer_blocks.{i - 1}", "stream": "image"} for i in (0, 1, 2)],
@@ -252,7 +253,7 @@ def test_every_flipped_byte_is_found(tmp_path):
         intact = path.read_bytes()
         for position in random.sample(range(len(intact)), 60):
             path.write_bytes(intact[:position] + bytes([intact[position] ^ 16]) + intact[position + 1 :])
-            with pytest.raises(StoreError, match=h5.stem + ".*run the same dump command again"):
+            with pytest.raises(StoreError, match=h5.stem + ".*run the same probekit command again"):
                 read_everything(tmp_path)
         path.write_bytes(intact)
     read_everything(tmp_path)
@@ -291,7 +292,7 @@ def test_damaged_shards_are_refused_and_redone(tmp_path, damage):
     if damage == "no sidecar":  # never committed: simply not there
         assert len(FeatureStore(path).rows) == 12
     else:
-        with pytest.raises(StoreError, match=first.stem + ".*run the same dump command again"):
+        with pytest.raises(StoreError, match=first.stem + ".*run the same probekit command again"):
             FeatureStore(path)
     dump(path, table(6))
     assert shard_bytes(path) == intact
@@ -564,7 +565,7 @@ json_values = st.recursive(
 def test_fingerprint_survives_json_and_order(config):
     again = dict(reversed(json.loads(json.dumps(config)).items()))
     assert fmt.fingerprint(again) == fmt.fingerprint(config)
-    assert not list(fmt.differences(config, again))
+    assert not list(differing(config, again))
     unsealed = fmt.unseal(fmt.seal(config))
     assert {key: value for key, value in unsealed.items() if key != fmt.SEAL} == config
     assert canonical_json(config).encode()
@@ -641,7 +642,9 @@ def test_failure_at_each_stage_loses_nothing(tmp_path, monkeypatch, stage, call)
 def test_small_disk_is_said_before_writing(tmp_path, monkeypatch):
     writer = dump(tmp_path, table(2))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StoreError, match=r"to spare, 1,000 are free; make space and run the same command again"):
+    with pytest.raises(
+        StoreError, match=r"needs up to 16.8 MB, 1 kB are free; make space and run the same"
+    ):
         dump(tmp_path, table(4))
     assert writer.plan(table(2), sigma="0.005", rows_per_shard=6) == []
 

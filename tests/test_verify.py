@@ -20,11 +20,11 @@ from test_cli import probekit
 from test_hostile import sample
 from test_store import CONFIG, WIDTH, dump, judged, shard_bytes, table
 
-from probekit.errors import ConfigError, StoreError
+from probekit.errors import NoStoreError, StoreError
 from probekit.store import Block, FeatureStore, open_store, verify_store
 from probekit.store import format as fmt
 from probekit.store.files import LOCK, TEMP, locked, temporary
-from probekit.store.pairs import read_judgements
+from probekit.store.judgements import read_judgements
 
 UNFINISHED = "a dump is not finished, or did not name this sigma and draw"
 AGAIN = "run the same probekit dump command again"
@@ -463,7 +463,7 @@ def test_an_imported_store_is_imported_again(tmp_path):
     bad, _ = sorted(tmp_path.rglob("*.h5"))
     os.truncate(bad, 100)
     (problem,) = verify_store(tmp_path).problems
-    assert problem.mend == "run the same probekit import command again"
+    assert problem.mend == "run the same probekit import-features command again"
 
 
 def test_a_bad_disk_is_no_reason_to_forget(tmp_path, monkeypatch):
@@ -526,7 +526,7 @@ def test_store_json(tmp_path):
     file.unlink()  # what the messages say
     dump(path, table(4))
     assert found(path, deep=True) == []
-    with pytest.raises(ConfigError, match=r"no store.json"):
+    with pytest.raises(NoStoreError, match=r"no store.json"):
         verify_store(tmp_path / "nothing")
 
 

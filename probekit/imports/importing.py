@@ -25,7 +25,15 @@ from probekit.errors import FeatureFileError, StoreError
 from probekit.imports.feature_files import CHUNK_BYTES, file_sha256, open_features
 from probekit.imports.plan import POOLING, ImportPlan, number_layers
 from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import STATUS_OK, STATUS_UNREADABLE, FeatureStore, StoreWriter, open_store, rows_per_shard
+from probekit.store import (
+    IMAGE_DIGESTS,
+    STATUS_OK,
+    STATUS_UNREADABLE,
+    FeatureStore,
+    StoreWriter,
+    open_store,
+    rows_per_shard,
+)
 
 SIGMA = "0"  # no noise of ours, so one draw
 _NAMED = 10
@@ -197,7 +205,7 @@ class _Job:
 
     @cached_property
     def digests(self) -> dict[str, bytes]:
-        cache = self.out / "image_digests.parquet"
+        cache = self.out / IMAGE_DIGESTS
         with self.writer.alone(cache.name):  # of several processes one hashes, the others read that
             return self.prefs.image_digests(cache, max_bad=self.asked.max_bad)
 

@@ -3,6 +3,7 @@
 m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,8 +20,10 @@ from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
 from probekit.store.half import convert
-from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
-from probekit.store.shards import MEND, Shard, no_folder, read_store_file, scan
+from probekit.store.judgements import read_judgements
+from probekit.store.mend import AGAIN, MEND_SHARD
+from probekit.store.pairs import BoundJudgements, Pairs
+from probekit.store.shards import Shard, no_folder, read_store_file, refuse_other_folder, scan
 
 ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
 T = TypeVar("T")
@@ -79,14 +82,18 @@ class FeatureStore:
 
     Raises
     ------
+    NoStoreError
+        If there is no store.
     StoreError
-        If it is no store, is of a newer major version, or a shard is damaged; names the file and what mends it.
+        If it lacks its ``store.json``, is of a newer major version, or a shard is damaged; names the file and what
+        mends it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        if not (self.path / "store.json").exists():
-            msg = f"{self.path}: no store.json; allowed: the folder of a feature store"
+        refuse_other_folder(self.path)
+        if not os.path.lexists(self.path / "store.json"):
+            msg = f"{self.path}: holds shards and no store.json; {AGAIN}: it writes it"
             raise StoreError(msg)
         content = read_store_file(self.path / "store.json")
         self.config: dict[str, Any] = content["config"]
@@ -107,6 +114,7 @@ class FeatureStore:
         self.coordinates = sorted(held, key=lambda place: (float(place[0]), place[1]))
         self.sigmas = list(dict.fromkeys(sigma for sigma, _ in self.coordinates))
         self.draws = sorted({draw for _, draw in held})
+        self._named = set[str]()  # pairs without rows that were logged: once is enough
 
     def layers_of(self, pooling: str) -> list[LayerPoint]:
         """Layers at which a pooling exists: all of ``layers`` for most.
@@ -355,7 +363,7 @@ class FeatureStore:
         StoreError
             If a column or a value that pairs need is missing; names it.
         """
-        return BoundJudgements(self.path, self.rows, frame)
+        return BoundJudgements(self.path, self.rows, frame, self._named)
 
     def summary(self) -> dict[str, Any]:
         """Plain facts of the store for ``inspect``."""
@@ -457,7 +465,7 @@ class FeatureStore:
         for shard in self._shards:
             place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
             if seen[place].any():
-                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND}"
+                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND_SHARD}"
                 raise StoreError(msg)
             seen[place] = True
             here = shard.table("rows/status")
