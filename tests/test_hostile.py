@@ -346,7 +346,7 @@ def test_a_lost_head_is_written_again_for_the_same_shards_only(store, caplog):
     bad.write_bytes(whole)
     open_store(store, config=damages.CONFIG, describe={}, dry_run=True)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{file}: is missing; a dump writes it again, and what was recorded in it is lost"
+        f"{file}: is missing; without --dry-run it is written again, and what was recorded in it is lost"
     ]
     assert not file.exists()
     assert damages.planned(store) == []

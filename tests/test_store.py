@@ -642,9 +642,7 @@ def test_failure_at_each_stage_loses_nothing(tmp_path, monkeypatch, stage, call)
 def test_small_disk_is_said_before_writing(tmp_path, monkeypatch):
     writer = dump(tmp_path, table(2))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        StoreError, match=r"needs up to 16.8 MB, 1 kB are free; make space and run the same"
-    ):
+    with pytest.raises(StoreError, match=r"needs up to 16.8 MB, 1 kB are free; make space and run the same"):
         dump(tmp_path, table(4))
     assert writer.plan(table(2), sigma="0.005", rows_per_shard=6) == []
 

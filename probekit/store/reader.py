@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,11 +21,11 @@ from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
 from probekit.store.half import convert
 from probekit.store.judgements import read_judgements
-from probekit.store.mend import AGAIN, MEND_SHARD
+from probekit.store.mend import AGAIN
 from probekit.store.pairs import BoundJudgements, Pairs
+from probekit.store.row_index import RowIndex, index_rows
 from probekit.store.shards import Shard, no_folder, read_store_file, refuse_other_folder, scan
 
-ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
 T = TypeVar("T")
 
 
@@ -39,17 +39,6 @@ class Setting(_Layer, total=False):
     sigma: str
     pooling: str
     draw: int
-
-
-class _Index(NamedTuple):
-    """The rows of a store, where those of each block stand among them, and which of them need features (m,).
-
-    A row that is missing or unreadable wherever it is stored needs none at other noise levels and draws.
-    """
-
-    rows: pd.DataFrame
-    places: dict[str, slice | NDArray[np.int64]]
-    needed: NDArray[np.bool_]
 
 
 class FeatureStore:
@@ -444,34 +433,8 @@ class FeatureStore:
         return value
 
     @cached_property
-    def _index(self) -> _Index:
-        position: dict[str, int] = {}
-        places: dict[str, slice | NDArray[np.int64]] = {}
-        tables = []
-        for shard in sorted(self._shards, key=lambda shard: shard.sidecar.block):
-            if shard.sidecar.block not in places:
-                ids, first = shard.row_ids(), len(position)
-                fresh = np.array([row not in position for row in ids], bool)
-                for row in ids:
-                    position.setdefault(row, len(position))
-                if fresh.all():
-                    places[shard.sidecar.block] = slice(first, len(position))
-                else:  # other blocks at another noise level, where rows were added in between
-                    places[shard.sidecar.block] = np.array([position[row] for row in ids], np.int64)
-                tables.append(_row_table(shard, ids)[fresh])
-        frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
-        status, needed = np.zeros(len(frame), np.uint8), np.zeros(len(frame), bool)
-        held = {coordinates: np.zeros(len(frame), bool) for coordinates in self.coordinates}
-        for shard in self._shards:
-            place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
-            if seen[place].any():
-                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND_SHARD}"
-                raise StoreError(msg)
-            seen[place] = True
-            here = shard.table("rows/status")
-            status[place] = np.maximum(status[place], here)
-            needed[place] |= here != fmt.STATUS_UNREADABLE
-        return _Index(frame.assign(status=status), places, needed)
+    def _index(self) -> RowIndex:
+        return index_rows(self._shards)
 
 
 def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
@@ -484,10 +447,3 @@ def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> 
 
 def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:
     return [LayerPoint(layer["index"], layer["name"], layer["stream"]) for layer in layers]
-
-
-def _row_table(shard: Shard, ids: list[str]) -> pd.DataFrame:
-    numbers = {column: shard.table(f"rows/{column}") for column in ("width", "height", "file_bytes")}
-    images = shard.texts("rows/image_id_utf8", "rows/image_id_offsets")
-    columns = {"row_id": ids, "prompt": shard.row_prompts(), "image_id": images, "status": np.uint8(0), **numbers}
-    return pd.DataFrame(columns)
