@@ -20,6 +20,7 @@ from test_cli import probekit
 from test_hostile import sample
 from test_store import CONFIG, WIDTH, dump, judged, shard_bytes, table
 
+from probekit._types import scaled
 from probekit.errors import NoStoreError, StoreError
 from probekit.store import Block, FeatureStore, open_store, verify_store
 from probekit.store import format as fmt
@@ -173,8 +174,8 @@ def test_exit_codes_and_output(tmp_path):
     done = probekit("verify", path)
     assert (done.returncode, done.stdout) == (
         0,
-        f"{path}: 0 problems; 3 good shards, 18 rows, {sum(p.stat().st_size for p in path.rglob('*.h5')):,} bytes "
-        "looked at; --deep reads them\n",
+        f"{path}: 0 problems; 3 good shards, 18 rows, "
+        f"{scaled(sum(p.stat().st_size for p in path.rglob('*.h5')), 'B')} looked at; --deep reads them\n",
     )
     (bad, *_) = sorted(path.rglob("*.h5"))
     flip(bad, offset(bad, "features/mean/002"))
