@@ -71,3 +71,14 @@ def canonical_sigma(text: str) -> str:
         message = f"sigma is {text!r}; allowed: a decimal number from 0 to 1, such as 0.005"
         raise ConfigError(message)
     return format(abs(value).normalize(), "f")
+
+
+def scaled(value: int | None, unit: str) -> str:
+    """Write a number with three digits and a decimal prefix up to T; one below a thousand as it is."""
+    if value is None:
+        return "unknown"
+    if value < 1000:
+        return f"{value} {unit}"
+    rounded = float(f"{value:.3g}")  # first, since 999,999 is 1 M and not 1e+03 k
+    factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rounded >= pair[0]), (1e3, "k"))
+    return f"{rounded / factor:.3g} {prefix}{unit}"

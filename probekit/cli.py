@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer, main_thread
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from pydantic import BaseModel
@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from probekit._types import scaled
 from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
@@ -45,6 +46,22 @@ out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
 
 
+def _existing(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Refuse a path that is not there: a mistake of usage, whichever command it is given to."""
+    for path in given if isinstance(given, list) else [given]:
+        if path is not None and not path.exists():
+            message = f"{path}: no such file or folder"
+            raise ConfigError(message)
+    return given
+
+
+def _preferences(given: Path | None) -> Path | None:
+    """Refuse preferences that are neither there nor named like a data set on the Hub."""
+    from probekit.preferences.hub import seems_hub_id
+
+    return given if given is not None and seems_hub_id(given) else cast("Path | None", _existing(given))
+
+
 def _help(field: str, of: type[BaseModel] = DumpConfig) -> str:
     return of.model_fields[field].description or ""
 
@@ -52,14 +69,14 @@ def _help(field: str, of: type[BaseModel] = DumpConfig) -> str:
 FormatOption = Annotated[str, typer.Option(help=_help("format"))]
 ColumnsOption = Annotated[str | None, typer.Option(metavar="OURS=THEIRS,...", help=_help("columns"))]
 ConfidenceOption = Annotated[float | None, typer.Option(metavar="X", help=_help("min_confidence"))]
-SplitFileOption = Annotated[Path | None, typer.Option(help=_help("split_file"))]
+SplitFileOption = Annotated[Path | None, typer.Option(help=_help("split_file"), callback=_existing)]
 
 
 @app.command()
 def dump(
     *,
     backbone: Annotated[str | None, typer.Option(help=_help("backbone"))] = None,
-    prefs: Annotated[Path | None, typer.Option(help=_help("prefs"))] = None,
+    prefs: Annotated[Path | None, typer.Option(help=_help("prefs"), callback=_preferences)] = None,
     split_file: SplitFileOption = None,
     format: Annotated[str | None, typer.Option(help=_help("format"))] = None,
     columns: ColumnsOption = None,
@@ -95,7 +112,8 @@ def dump(
     worker: Annotated[str | None, typer.Option(metavar="RANK/WORLD", help=_help("worker"))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it costs")] = False,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these options; options given here win")
+        Path | None,
+        typer.Option(help="YAML file with any of these options; options given here win", callback=_existing),
     ] = None,
 ) -> None:
     """Run a frozen DiT on near-clean latents and store pooled features of every layer.
@@ -109,6 +127,7 @@ def dump(
     from_file = {} if config is None else load_yaml(config)
     source = "options" if config is None else f"{config} and options"
     settings = DumpConfig.checked(from_file | given, source=source)
+    _existing(settings.prefs)  # that of a YAML file too
 
     import probekit.dump
 
@@ -123,8 +142,8 @@ def dump(
 @app.command()
 def import_features(
     *,
-    file: Annotated[Path, typer.Argument(help=_help("file", ImportConfig), show_default=False)],
-    prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig))],
+    file: Annotated[Path, typer.Argument(help=_help("file", ImportConfig), show_default=False, callback=_existing)],
+    prefs: Annotated[Path, typer.Option(help=_help("prefs", ImportConfig), callback=_preferences)],
     out: Annotated[Path, typer.Option(help=_help("out", ImportConfig))],
     definition: Annotated[str, typer.Option(help=_help("definition", ImportConfig))],
     split_file: SplitFileOption = None,
@@ -165,10 +184,15 @@ def import_features(
 @app.command()
 def sweep(
     *,
-    config: Annotated[Path, typer.Argument(help="YAML file: heads and layer sets", show_default=False)],
-    store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: heads and layer sets", show_default=False, callback=_existing)
+    ],
+    store: Annotated[list[Path], typer.Option(help="feature store; repeatable", callback=_existing)],
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
-    prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
+    prefs: Annotated[
+        Path | None,
+        typer.Option(help="preference file in place of the judgements in the stores", callback=_preferences),
+    ] = None,
     split_file: SplitFileOption = None,
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
@@ -188,7 +212,7 @@ def sweep(
 @app.command()
 def report(
     *,
-    run: Annotated[Path, typer.Argument(help="folder of a sweep", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="folder of a sweep", show_default=False, callback=_existing)],
     out: Annotated[Path, typer.Option(help="the page; figures and their data go beside it")],
 ) -> None:
     """Draw accuracy against depth and backbone size, and write one self-contained page."""
@@ -239,9 +263,11 @@ def backbones(
 @app.command()
 def lint(
     *,
-    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False)],
+    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False, callback=_preferences)],
     images: Annotated[bool, typer.Option("--images", help="open every image file as well")] = False,
-    against: Annotated[Path | None, typer.Option(help="another preference file that should share nothing")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="another preference file that should share nothing", callback=_preferences)
+    ] = None,
     ties: Annotated[Ties, typer.Option(help="how labels count: without ties, winners and half, vote shares")] = "soft",
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
@@ -268,7 +294,7 @@ def lint(
 @app.command()
 def split(
     *,
-    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False)],
+    prefs: Annotated[Path, typer.Argument(help="preference file", show_default=False, callback=_preferences)],
     out: Annotated[Path, typer.Option(help="the split file: JSON")],
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
@@ -309,7 +335,7 @@ def split(
 @app.command()
 def verify(
     *,
-    store: Annotated[Path, typer.Argument(help="feature store", show_default=False)],
+    store: Annotated[Path, typer.Argument(help="feature store", show_default=False, callback=_existing)],
     deep: Annotated[bool, typer.Option("--deep", help="read and recompute every byte")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="forget bad shards; the dump command redoes them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -324,9 +350,10 @@ def verify(
     else:
         for problem in found.problems:
             typer.echo(f"{problem.path}: {problem.problem}\n    {problem.mend}")
+        problems = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
         typer.echo(
-            f"{store}: {len(found.problems)} problems; {found.shards:,} good shards, {found.rows:,} rows, "
-            f"{found.bytes:,} bytes {'read' if deep else 'looked at; --deep reads them'}"
+            f"{store}: {problems}; {found.shards:,} good shards, {found.rows:,} rows, "
+            f"{scaled(found.bytes, 'B')} {'read' if deep else 'looked at; --deep reads them'}"
         )
     if found.problems:
         raise typer.Exit(1)
@@ -335,7 +362,7 @@ def verify(
 @app.command()
 def export(
     *,
-    store: Annotated[Path, typer.Argument(help="feature store", show_default=False)],
+    store: Annotated[Path, typer.Argument(help="feature store", show_default=False, callback=_existing)],
     to: Annotated[ExportFormat, typer.Option(help="a column for each layer, or a file for each")],
     out: Annotated[Path, typer.Option(help="the export: a new folder, or one that it was written to before")],
     layer: Annotated[list[int] | None, typer.Option(help="layer number; repeatable; default all")] = None,
@@ -362,13 +389,13 @@ def export(
         if left:
             typer.echo(f"{judgements}: pairs left out: {left}")
     kept = f", {len(made.kept)} were there" if made.kept else ""
-    typer.echo(f"{out}: {len(made.written)} files written{kept}, {made.nbytes:,} bytes in all")
+    typer.echo(f"{out}: {len(made.written)} files written{kept}, {scaled(made.nbytes, 'B')} in all")
 
 
 @app.command()
 def inspect(
     *,
-    path: Annotated[Path, typer.Argument(help="feature store or run", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="feature store or run", show_default=False, callback=_existing)],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what a feature store or a run holds."""
@@ -376,6 +403,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
+    if "bytes" in facts:
+        facts["bytes"] = scaled(facts["bytes"], "B")
     _print_lines(
         (key, json.dumps(value) if isinstance(value, dict | list) else str(value)) for key, value in facts.items()
     )
@@ -482,7 +511,7 @@ def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    if (path / "store.json").is_file():
+    if (path / "store.json").is_file() or (path / "shards").is_dir():
         from probekit.store import FeatureStore
 
         return FeatureStore(path).summary()

@@ -44,6 +44,12 @@ class StoreError(ProbekitError):
     """A feature store that is damaged, or was asked for something it does not hold."""
 
 
+class NoStoreError(StoreError):
+    """A path that was given for a feature store and holds none: a mistake of usage, like a path that is not there."""
+
+    exit_code = 2
+
+
 class VersionError(StoreError):
     """A feature store of a major version that this probekit does not read."""
 

@@ -20,10 +20,10 @@ from tiny_families.qwen_kind import PIPELINES as QWEN
 from tiny_models import tiny_pipeline, tiny_transformer
 from tiny_parts import RESOLUTION
 
+from probekit._types import scaled
 from probekit.backbones import Backbone, noise
 from probekit.backbones.catalogue import FAMILIES, family_of
 from probekit.backbones.latents import mix
-from probekit.backbones.plan import scaled
 from probekit.errors import BackboneError, ConfigError
 
 PROMPTS = ["a red dog", "a red dog", "a blue cat, left of 2 birds", "tree", "tree", "tree"]
@@ -237,8 +237,8 @@ def test_weights_are_here_if_all_files_of_all_models_are(own_base: Path) -> None
     ("value", "text"),
     [
         (None, "unknown"),
-        (0, "0 kB"),
-        (12, "0.012 kB"),
+        (0, "0 B"),
+        (12, "12 B"),
         (999_499, "999 kB"),
         (999_999, "1 MB"),
         (1_234_567, "1.23 MB"),

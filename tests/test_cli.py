@@ -65,6 +65,40 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> N
     assert done.returncode == code
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["verify", "none"],
+        ["inspect", "none"],
+        ["report", "none", "--out", "page.html"],
+        ["export", "none", "--to", "parquet", "--out", "out"],
+        ["sweep", "sweeps/depth.yaml", "--store", "none", "--out", "out"],
+        ["sweep", "sweeps/depth.yaml", "--store", "sweeps", "--prefs", "none", "--out", "out"],
+        ["sweep", "none", "--store", "sweeps", "--out", "out"],
+        ["dump", "--backbone", "b", "--prefs", "none", "--out", "out"],
+        ["dump", "--config", "none"],
+        ["import-features", "none", "--prefs", "sweeps/depth.yaml", "--out", "out", "--definition", "x"],
+        ["import-features", "sweeps/depth.yaml", "--prefs", "none", "--out", "out", "--definition", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_is_not_there_is_a_usage_error(command):
+    refused(probekit(*command), 2, "none: no such file or folder")
+
+
+def test_a_folder_without_a_store_is_a_usage_error_and_a_store_without_its_head_a_failure(store, tmp_path):
+    sweep = ["sweep", "sweeps/depth.yaml", "--out", tmp_path / "run", "--store"]
+    export = ["export", "--to", "parquet", "--out", tmp_path / "out"]
+    for command in (["verify"], ["inspect"], export, sweep):
+        refused(probekit(*command, tmp_path), 2, str(tmp_path), "no store.json")
+    shutil.copytree(store, tmp_path / "headless")
+    (tmp_path / "headless" / "store.json").unlink()
+    again = "holds shards and no store.json; run the same probekit command again that made the store: it writes it"
+    for command in (["inspect"], export, sweep):
+        refused(probekit(*command, tmp_path / "headless"), 1, again)
+    assert probekit("verify", tmp_path / "headless").returncode == 1
+
+
 def test_the_same_dump_again_changes_nothing(dump, store):
     before = tree(store)
     assert probekit(*dump, "--out", store).returncode == 0

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from test_cli import probekit
 from test_store import CONFIG, dump, expected, judged, table
 
+from probekit._types import scaled
 from probekit.errors import StoreError
 from probekit.store import FeatureStore, export_store, open_store
 from probekit.store.files import TEMP
@@ -237,7 +238,7 @@ def test_command(store, tmp_path):
     done = probekit(*options, "--layer", 3, "--layer", 1, "--sigma", "0.1", "--pooling", "mean", "--draw", 0)
     assert done.returncode == 0, done.stderr
     size = sum(p.stat().st_size for p in out.rglob("*.parquet"))
-    assert done.stdout == f"planted: pairs left out: 3 bad_status\n{out}: 2 files written, {size:,} bytes in all\n"
+    assert done.stdout == f"planted: pairs left out: 3 bad_status\n{out}: 2 files written, {scaled(size, 'B')} in all\n"
     (file,) = (out / "features").rglob("*.parquet")
     assert file == out / "features" / "sigma-0.1" / "draw-0" / "mean.parquet"
     assert pq.read_schema(file).names == [*store.rows.columns, "layer_001", "layer_003"]

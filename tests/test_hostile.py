@@ -25,7 +25,7 @@ from campaigns.damaged_copies import run
 from probekit.errors import StoreError
 from probekit.store import Block, FeatureStore, open_store, records
 from probekit.store import format as fmt
-from probekit.store.pairs import read_judgements
+from probekit.store.judgements import read_judgements
 
 SECRET = b"root:x:0:0:a file that belongs to somebody else" * 50
 
@@ -346,7 +346,7 @@ def test_a_lost_head_is_written_again_for_the_same_shards_only(store, caplog):
     bad.write_bytes(whole)
     open_store(store, config=damages.CONFIG, describe={}, dry_run=True)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{file}: is missing; a dump writes it again, and what was recorded in it is lost"
+        f"{file}: is missing; without --dry-run it is written again, and what was recorded in it is lost"
     ]
     assert not file.exists()
     assert damages.planned(store) == []
@@ -382,11 +382,11 @@ def test_judgements_are_what_their_sidecar_says(store):
 @pytest.mark.parametrize("at", ["fsync", "unlink", "replace", "sidecar"])
 def test_killed_while_judgements_are_replaced(store, monkeypatch, at):
     """At every step there are the old pairs or the new ones, and never a sidecar of the others."""
-    from probekit.store import writer
+    from probekit.store import judgements
 
     frame, path = pairs(store), store / "judgements" / "votes.parquet"
     handle = open_store(store, config=damages.CONFIG, describe={"name": "tiny"})
-    where = {"fsync": os, "sidecar": writer}.get(at, Path)
+    where = {"fsync": os, "sidecar": judgements}.get(at, Path)
     name = "write_atomically" if at == "sidecar" else at
     genuine, killed = getattr(where, name), []
 

@@ -294,7 +294,12 @@ def test_rows_without_features_are_counted_and_named_unless_a_share_is_accepted(
     table[(table["image"] != "7-a.png") | (table["layer"] != "late")].to_parquet(file)  # one layer of it is there
     command = ["import-features", file, "--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
     rows = ["6 of 242 rows", "5 absent", "1 not finite", "'0-a.png'", "'1-b.png'", "'5-a.png'", "'9-b.png'"]
-    refused(probekit(*command), 1, *rows, "1 other keys, such as 'elsewhere.png'", "a share of 0 ")
+    done = probekit(*command)
+    refused(done, 1, *rows, "1 other keys, such as 'elsewhere.png'", "a share of 0 (--max-bad)")
+    assert done.stderr.count("'0-a.png'") == 1  # a key is named once, however many rows it is
+    assert "1 of the file are not in the preference file, such as 'elsewhere.png'" in " ".join(
+        probekit(*command, "--dry-run").stdout.split()
+    )
     refused(probekit(*command, "--max-bad", 5.9 / 242), 1, *rows)
     assert not (tmp_path / "store").exists()
     asked = {"file": file, "prefs": prefs.path, "out": tmp_path / "store", **WORDS}
@@ -411,7 +416,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_written(prefs, tmp_path):
     options = ["--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
     command = [sys.executable, "-c", code, "import-features", file, *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    refused(done, 1, str(tmp_path), "480,000 bytes", "File too large")
+    refused(done, 1, str(tmp_path), "480 kB", "File too large")
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 
@@ -561,7 +566,7 @@ def test_a_dry_run_says_what_there_is_and_writes_nothing(prefs, tmp_path):
     command = ["import-features", file, "--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
     done = probekit(*command, "--dry-run")
     assert done.returncode == 0, done.stderr
-    for part in ("242", "0 in the store", "0 (early, 3 channels) to 1 (late, 5 channels)", f"{242 * 8 * 4:,} bytes"):
+    for part in ("242", "0 in the store", "0 (early, 3 channels) to 1 (late, 5 channels)", "at most 7.74 kB"):
         assert part in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
     assert probekit(*command).returncode == 0
@@ -632,7 +637,17 @@ def test_an_import_hashes_the_pictures_once_while_no_other_process_does(prefs, t
     ],
 )
 def test_a_wrong_option_is_a_usage_error(prefs, tmp_path, options, parts):
-    command = ["import-features", "f.npz", "--prefs", prefs.path, "--out", tmp_path / "store", "--definition", "x"]
+    (tmp_path / "f.npz").touch()
+    command = [
+        "import-features",
+        tmp_path / "f.npz",
+        "--prefs",
+        prefs.path,
+        "--out",
+        tmp_path / "s",
+        "--definition",
+        "x",
+    ]
     refused(probekit(*command, *options), 2, *parts)
 
 

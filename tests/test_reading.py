@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_store import dump, table
 
 from probekit.errors import StoreError
-from probekit.store import FeatureStore, differences, half
+from probekit.store import FeatureStore, differences, half, shards
 
 LAYERS = [{"layer": layer} for layer in (0, 1, 2)]
 
@@ -91,6 +91,24 @@ def test_neither_side_is_held_whole(tmp_path, monkeypatch):
     assert peak < 1.3 * found.nbytes  # a side is as large as the result
 
 
+def test_a_layer_of_several_chunks_is_what_was_written(tmp_path):
+    width = 4097
+    whole = np.random.default_rng(0).integers(-2048, 2048, (600, width)).astype(np.float32) / 8  # float16 holds these
+
+    def wide(part, features):
+        at = part["row_id"].map(lambda key: int(key[:8], 16) % len(whole)).to_numpy()
+        for layer in range(3):
+            features["mean", layer] = whole[at] + (layer == 1) * np.float32(40_000)
+
+    dump(tmp_path / "s", table(100), size=190, change=wide)
+    store = FeatureStore(tmp_path / "s")
+    assert {"float16", "float32"} == set(store.summary()["datasets"])
+    assert 2 * 190 * width > shards.CHUNK_BYTES
+    at = store.rows["row_id"].map(lambda key: int(key[:8], 16) % len(whole)).to_numpy()
+    np.testing.assert_array_equal(store.read(layer=0), whole[at])
+    np.testing.assert_array_equal(store.read(layer=1), whole[at] + np.float32(40_000))
+
+
 def reading_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("probekit-read")]
 
@@ -142,7 +160,8 @@ def test_leaving_early_ends_the_thread(store):
 
 
 def sums(store: FeatureStore, layer: int) -> tuple[float, float, int]:
-    """Run in a worker: a layer, differences, and the iterator's."""
+    """Run in a worker: a layer, differences, the iterator's, and more values than torch converts without threads."""
+    half.convert(np.ones(2**17, np.float16), np.empty(2**17, np.float32))
     pairs = np.array([[0, 1], [5, 3]])
     each = [values for _, values in store.read_each([{"layer": layer, "sigma": "0.1"}] * 2, pairs=pairs)]
     read = store.read(layer=layer, sigma="0.1")

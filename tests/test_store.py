@@ -21,10 +21,11 @@ from hypothesis.extra.numpy import arrays
 
 from probekit._types import canonical_sigma, row_id
 from probekit.errors import ConfigError, FingerprintError, StoreError
-from probekit.store import FeatureStore, canonical_json, open_store, rows_per_shard, verify_store
+from probekit.store import FeatureStore, blocks, canonical_json, open_store, rows_per_shard, verify_store
 from probekit.store import format as fmt
+from probekit.store.blocks import _pack
 from probekit.store.files import TEMP
-from probekit.store.writer import _pack
+from probekit.store.settings import differing
 
 CONFIG = {
     "layers": [{"index": i, "name": f"transformer_blocks.{i - 1}", "stream": "image"} for i in (0, 1, 2)],
@@ -211,9 +212,76 @@ def test_blocks_hold_whole_prompts(sizes, size):
 def test_other_settings_are_refused(tmp_path, config, message):
     dump(tmp_path / "s", table(2))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(FingerprintError, match=message + "; use another --out, or the store's value"):
+    with pytest.raises(FingerprintError, match=message + ".*; use another --out, or the store's value"):
         open_store(tmp_path / "s", config=CONFIG | config, describe={})
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_all_settings_that_differ_are_named(tmp_path):
+    dump(tmp_path / "s", table(2))
+    config = {"noise": {"seed": 1, "scheme": "none"}, "new": True}
+    text = (
+        "new is absent in this store, true was asked for; "
+        'noise.scheme is "shared" in this store, "none" was asked for; '
+        "noise.seed is 0 in this store, 1 was asked for; use another --out"
+    )
+    with pytest.raises(FingerprintError, match=text):
+        open_store(tmp_path / "s", config=CONFIG | config, describe={})
+    many = {f"new{i}": {"x": i} for i in range(8)}
+    with pytest.raises(
+        FingerprintError, match=r"new4 is absent .* was asked for; more differs in new5, new6, new7; use"
+    ):
+        open_store(tmp_path / "s", config=CONFIG | many, describe={})
+
+
+def test_damage_that_a_command_does_not_mend_is_said_at_its_start(tmp_path, caplog):
+    path, rows = tmp_path / "s", table(6)
+    dump(path, rows, sigma="0.1")
+    assert not caplog.records
+    bad, other, *_ = sorted(path.rglob("*.h5"))
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-1])
+    writer = dump(path, rows, sigma="0.005")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{bad}: {len(whole) - 1} bytes instead of {len(whole)}; this command does not ask for its noise level and "
+        "draw, and leaves it so: delete it and its .json or .h5 companion, and run the same probekit command again "
+        "that made the store"
+    )
+    os.truncate(other, 9)
+    assert writer.plan(rows, sigma="0.005", rows_per_shard=6) == []
+    assert f"{len(whole) - 1} bytes instead of {len(whole)} (and 1 more); this" in caplog.text
+    caplog.clear()
+    dump(path, rows, sigma="0.1")  # this one does it again
+    assert not caplog.records
+    assert bad.read_bytes() == whole
+
+
+def test_all_noise_levels_are_planned_with_one_scan(tmp_path, monkeypatch):
+    path, rows = tmp_path / "s", table(7)
+    writer = dump(path, table(3), sigma="0.1")
+    scans, scan = [], blocks.scan
+    monkeypatch.setattr(blocks, "scan", lambda *args, **kwargs: scans.append(args) or scan(*args, **kwargs))
+    places = [("0.005", 0), ("0.1", 0), ("0.1", 1)]
+    dry = open_store(path, config=CONFIG, describe={"name": "tiny"}, dry_run=True)
+    planned = dry.blocks(rows, places=places, rows_per_shard=6)
+    assert len(scans) == 1
+    assert list(planned) == places
+    assert writer.blocks(rows, places=places, rows_per_shard=6) == planned  # and it writes its plans
+    for sigma, draw in places:
+        assert writer.blocks(rows, places=[(sigma, draw)], rows_per_shard=6) == {(sigma, draw): planned[sigma, draw]}
+
+
+def test_pairs_without_rows_are_named_once(tmp_path, caplog):
+    rows = table(4, images=2)
+    dump(tmp_path / "s", rows[:6])
+    store = FeatureStore(tmp_path / "s")
+    frame = judged(rows, 4)
+    assert store.bind(frame).pairs().left_out["missing_rows"] == 1
+    assert store.bind(frame).pairs(split="train").left_out["missing_rows"] == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{store.path}: 1 judged pair has no rows in this store: pair 3"
+    ]
 
 
 def test_foreign_folders_are_refused(tmp_path):
@@ -252,7 +320,7 @@ def test_every_flipped_byte_is_found(tmp_path):
         intact = path.read_bytes()
         for position in random.sample(range(len(intact)), 60):
             path.write_bytes(intact[:position] + bytes([intact[position] ^ 16]) + intact[position + 1 :])
-            with pytest.raises(StoreError, match=h5.stem + ".*run the same dump command again"):
+            with pytest.raises(StoreError, match=h5.stem + ".*run the same probekit command again"):
                 read_everything(tmp_path)
         path.write_bytes(intact)
     read_everything(tmp_path)
@@ -291,7 +359,7 @@ def test_damaged_shards_are_refused_and_redone(tmp_path, damage):
     if damage == "no sidecar":  # never committed: simply not there
         assert len(FeatureStore(path).rows) == 12
     else:
-        with pytest.raises(StoreError, match=first.stem + ".*run the same dump command again"):
+        with pytest.raises(StoreError, match=first.stem + ".*run the same probekit command again"):
             FeatureStore(path)
     dump(path, table(6))
     assert shard_bytes(path) == intact
@@ -564,7 +632,7 @@ json_values = st.recursive(
 def test_fingerprint_survives_json_and_order(config):
     again = dict(reversed(json.loads(json.dumps(config)).items()))
     assert fmt.fingerprint(again) == fmt.fingerprint(config)
-    assert not list(fmt.differences(config, again))
+    assert not list(differing(config, again))
     unsealed = fmt.unseal(fmt.seal(config))
     assert {key: value for key, value in unsealed.items() if key != fmt.SEAL} == config
     assert canonical_json(config).encode()
@@ -641,7 +709,7 @@ def test_failure_at_each_stage_loses_nothing(tmp_path, monkeypatch, stage, call)
 def test_small_disk_is_said_before_writing(tmp_path, monkeypatch):
     writer = dump(tmp_path, table(2))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StoreError, match=r"to spare, 1,000 are free; make space and run the same command again"):
+    with pytest.raises(StoreError, match=r"needs up to 16.8 MB, 1 kB are free; make space and run the same"):
         dump(tmp_path, table(4))
     assert writer.plan(table(2), sigma="0.005", rows_per_shard=6) == []
 

@@ -20,11 +20,12 @@ from test_cli import probekit
 from test_hostile import sample
 from test_store import CONFIG, WIDTH, dump, judged, shard_bytes, table
 
-from probekit.errors import ConfigError, StoreError
+from probekit._types import scaled
+from probekit.errors import NoStoreError, StoreError
 from probekit.store import Block, FeatureStore, open_store, verify_store
 from probekit.store import format as fmt
 from probekit.store.files import LOCK, TEMP, locked, temporary
-from probekit.store.pairs import read_judgements
+from probekit.store.judgements import read_judgements
 
 UNFINISHED = "a dump is not finished, or did not name this sigma and draw"
 AGAIN = "run the same probekit dump command again"
@@ -173,8 +174,8 @@ def test_exit_codes_and_output(tmp_path):
     done = probekit("verify", path)
     assert (done.returncode, done.stdout) == (
         0,
-        f"{path}: 0 problems; 3 good shards, 18 rows, {sum(p.stat().st_size for p in path.rglob('*.h5')):,} bytes "
-        "looked at; --deep reads them\n",
+        f"{path}: 0 problems; 3 good shards, 18 rows, "
+        f"{scaled(sum(p.stat().st_size for p in path.rglob('*.h5')), 'B')} looked at; --deep reads them\n",
     )
     (bad, *_) = sorted(path.rglob("*.h5"))
     flip(bad, offset(bad, "features/mean/002"))
@@ -463,7 +464,7 @@ def test_an_imported_store_is_imported_again(tmp_path):
     bad, _ = sorted(tmp_path.rglob("*.h5"))
     os.truncate(bad, 100)
     (problem,) = verify_store(tmp_path).problems
-    assert problem.mend == "run the same probekit import command again"
+    assert problem.mend == "run the same probekit import-features command again"
 
 
 def test_a_bad_disk_is_no_reason_to_forget(tmp_path, monkeypatch):
@@ -526,7 +527,7 @@ def test_store_json(tmp_path):
     file.unlink()  # what the messages say
     dump(path, table(4))
     assert found(path, deep=True) == []
-    with pytest.raises(ConfigError, match=r"no store.json"):
+    with pytest.raises(NoStoreError, match=r"no store.json"):
         verify_store(tmp_path / "nothing")
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from probekit._types import LayerPoint
+from probekit._types import LayerPoint, scaled
 from probekit.backbones.catalogue import FAMILIES
 from probekit.backbones.counting import Counts, count
 from probekit.backbones.devices import DTYPES
@@ -211,12 +211,3 @@ def _ranges(points: list[LayerPoint]) -> str:
             f"{first.index} {first.name}" if single else f"{first.index}-{last.index} {first.name} to {last.name}"
         )
     return "; ".join(found)
-
-
-def scaled(value: int | None, unit: str) -> str:
-    """Write a number with three digits and a decimal prefix from k to T."""
-    if value is None:
-        return "unknown"
-    rounded = float(f"{value:.3g}")  # first, since 999,999 is 1 M and not 1e+03 k
-    factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rounded >= pair[0]), (1e3, "k"))
-    return f"{rounded / factor:.3g} {prefix}{unit}"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from probekit._types import scaled
 from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS
-from probekit.backbones.plan import scaled
 from probekit.config import DumpConfig
 from probekit.dump.bad_rows import BadRows
 from probekit.dump.plan import DumpPlan, Work, work
@@ -21,7 +21,7 @@ from probekit.dump.workers import worker_of
 from probekit.errors import ImageError
 from probekit.preferences import PreferenceSet
 from probekit.stats import planned_difference
-from probekit.store import STATUS_OK, open_store, stored_config
+from probekit.store import IMAGE_DIGESTS, STATUS_OK, open_store, stored_config
 
 _NAMED = 10
 
@@ -145,7 +145,7 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
 
 def _digests(prefs: PreferenceSet, settings: DumpConfig) -> dict[str, bytes]:
     """Hash the images, with what the store remembers of them."""
-    cache = settings.out / "image_digests.parquet"
+    cache = settings.out / IMAGE_DIGESTS
     with tempfile.TemporaryDirectory(prefix="probekit-") as folder:
         copy = Path(folder) / cache.name
         if cache.is_file():

@@ -96,10 +96,7 @@ class DumpPlan:
     def blocks(self, writer: StoreWriter, rows: pd.DataFrame) -> dict[Coordinates, list[Block]]:
         """List the blocks of all noise levels and draws, done or to be done."""
         keys = rows[["row_id", "prompt"]]
-        return {
-            (sigma, draw): writer.blocks(keys, sigma=sigma, draw=draw, rows_per_shard=self.rows_per_shard)
-            for sigma, draw in self.coordinates
-        }
+        return writer.blocks(keys, places=self.coordinates, rows_per_shard=self.rows_per_shard)
 
 
 def work(blocks: Mapping[Coordinates, Sequence[Block]], worker: tuple[int, int]) -> list[Work]:

@@ -33,7 +33,7 @@ from probekit.dump.tally import Tally
 from probekit.dump.workers import local_device, worker_of
 from probekit.errors import ImageError
 from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import STATUS_OK, Block, FeatureStore, StoreWriter, open_store
+from probekit.store import IMAGE_DIGESTS, STATUS_OK, Block, FeatureStore, StoreWriter, open_store
 
 RESOLUTION_ROWS = 8
 """Rows on which the effect of a noise level is compared with that of rounding."""
@@ -218,7 +218,7 @@ def _dump(
     """Store what is missing of a worker's share; return the blocks of all workers."""
     plan = DumpPlan.of(backbone, prefs, settings)
     writer = open_store(settings.out, config=plan.config, describe=plan.describe)
-    cache = settings.out / "image_digests.parquet"
+    cache = settings.out / IMAGE_DIGESTS
     with backbone.clock.part("read"), writer.alone(cache.name):  # of several workers one hashes, the others read that
         prefs.unpack_images(progress)
         digests = prefs.image_digests(cache, max_bad=settings.max_bad)

@@ -19,13 +19,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probekit._types import Progress
+from probekit._types import Progress, scaled
 from probekit.config import SHARD_MIB, ImportConfig
 from probekit.errors import FeatureFileError, StoreError
 from probekit.imports.feature_files import CHUNK_BYTES, file_sha256, open_features
 from probekit.imports.plan import POOLING, ImportPlan, number_layers
 from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import STATUS_OK, STATUS_UNREADABLE, FeatureStore, StoreWriter, open_store, rows_per_shard
+from probekit.store import (
+    IMAGE_DIGESTS,
+    STATUS_OK,
+    STATUS_UNREADABLE,
+    FeatureStore,
+    StoreWriter,
+    open_store,
+    rows_per_shard,
+)
 
 SIGMA = "0"  # no noise of ours, so one draw
 _NAMED = 10
@@ -198,7 +206,7 @@ class _Job:
 
     @cached_property
     def digests(self) -> dict[str, bytes]:
-        cache = self.out / "image_digests.parquet"
+        cache = self.out / IMAGE_DIGESTS
         with self.writer.alone(cache.name):  # of several processes one hashes, the others read that
             return self.prefs.image_digests(cache, max_bad=self.asked.max_bad)
 
@@ -222,12 +230,12 @@ class _Job:
         if plan.absent + plan.not_finite > self.asked.max_bad * plan.rows:
             more = f" and {len(plan.bad) - _NAMED} more" if len(plan.bad) > _NAMED else ""
             msg = (
-                f"{self.asked.file}: {len(plan.bad):,} of {plan.rows:,} rows of {self.prefs.path} have no features "
-                f"({plan.absent:,} absent, {plan.not_finite:,} not finite): {', '.join(plan.bad[:_NAMED])}{more}; "
-                f"allowed: a share of {self.asked.max_bad:g} (max_bad)"
+                f"{self.asked.file}: {plan.absent + plan.not_finite:,} of {plan.rows:,} rows of {self.prefs.path} "
+                f"have no features ({plan.absent:,} absent, {plan.not_finite:,} not finite): "
+                f"{', '.join(plan.bad[:_NAMED])}{more}; allowed: a share of {self.asked.max_bad:g} (--max-bad)"
             )
             if found.unused:
-                msg += f"; the file has {plan.unused:,} other keys, such as {_in_words(min(found.unused))}"
+                msg += f"; the file has {plan.unused:,} other keys, such as {plan.other}"
             raise FeatureFileError(msg)
         if plan.bad:
             text = "%s: %d rows without features, %d not finite: %d of %d pairs are left out"
@@ -235,7 +243,8 @@ class _Job:
                 text, self.asked.file, plan.absent, plan.not_finite, plan.pairs_left_out, len(self.prefs.pairs)
             )
         if plan.unused:
-            logger.info("%s: %d keys are not in %s", self.asked.file, plan.unused, self.prefs.path)
+            text = "%s: %d keys are not in %s, such as %s"
+            logger.info(text, self.asked.file, plan.unused, self.prefs.path, plan.other)
         if rounded := self.source.dtypes & {"float64", "double", "F64"}:
             logger.info("%s: %s is rounded to float32", self.asked.file, ", ".join(sorted(rounded)))
 
@@ -249,10 +258,11 @@ class _Job:
             rows=len(of_item),
             absent=int(found.absent[of_item].sum()),
             not_finite=int((bad & ~found.absent[of_item]).sum()),
-            bad=tuple(_in_words(self.key(item.image, item.prompt)) for item in items.itertuples()),
+            bad=tuple(dict.fromkeys(_in_words(self.key(item.image, item.prompt)) for item in items.itertuples())),
             pairs=len(lost),
             pairs_left_out=int(lost.sum()),
             unused=len(found.unused),
+            other=_in_words(min(found.unused)) if found.unused else None,
             layers=tuple(
                 (point.index, point.name, self.source.layers[name])
                 for name, point in sorted(self.points.items(), key=lambda entry: entry[1].index)
@@ -331,7 +341,7 @@ def _spool(folder: Path, layers: Mapping[str, int], keys: int) -> Iterator[Spool
             file.flush()
         except OSError as error:
             msg = (
-                f"{folder}: no room for a temporary copy of the vectors, {total:,} bytes ({error.strerror}); make "
+                f"{folder}: no room for a temporary copy of the vectors, {scaled(total, 'B')} ({error.strerror}); make "
                 "space for it and for the store, and run the same command again"
             )
             raise StoreError(msg) from None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from probekit._types import LayerPoint
+from probekit._types import LayerPoint, scaled
 from probekit.errors import ConfigError, FeatureFileError
 from probekit.imports.feature_files import FeatureFile
 
@@ -21,11 +21,13 @@ class ImportPlan:
     absent, not_finite
         Rows without a vector at some layer, and rows with a value that is not finite.
     bad
-        Keys of these rows, in words.
+        Keys of these rows, in words, each once.
     pairs, pairs_left_out
         Pairs of the preference file, and those of them with such a row.
     unused
         Keys of the file that the preference file does not name.
+    other
+        One of these, in words.
     layers
         Layer number, name and channels.
     n_blocks
@@ -47,6 +49,7 @@ class ImportPlan:
     pairs: int
     pairs_left_out: int
     unused: int
+    other: str | None
     layers: tuple[tuple[int, str, int], ...]
     n_blocks: int
     keys: str
@@ -63,13 +66,17 @@ class ImportPlan:
             span += f" to {last[0]} ({last[1]}, {last[2]} channels)"
         depth = f"relative depth = number / {self.n_blocks}" if self.n_blocks else "one layer, without a depth"
         bad = f"{self.absent:,} without features, {self.not_finite:,} not finite"
+        such_as = f", such as {self.other}" if self.other else ""
         return [
-            ("keys", f"{self.keys}; {self.unused:,} of the file are not in the preference file"),
+            ("keys", f"{self.keys}; {self.unused:,} of the file are not in the preference file{such_as}"),
             ("rows", f"{self.rows:,}; {self.held:,} in the store already; {bad}"),
             ("pairs", f"{self.pairs:,}; {self.pairs_left_out:,} left out for their rows"),
             ("layers", f"{len(self.layers)}: {span}; {depth}"),
             ("numbers", f"{', '.join(self.dtypes)}, read as float32"),
-            ("store", f"{self.shards:,} shards, at most {self.nbytes:,} bytes of features, and as much while it runs"),
+            (
+                "store",
+                f"{self.shards:,} shards, at most {scaled(self.nbytes, 'B')} of features, and as much while it runs",
+            ),
         ]
 
 

@@ -13,7 +13,6 @@ Row i is the same row in all files. m = rows of the store, d = channels of a fea
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +29,18 @@ from safetensors.numpy import save_file
 from probekit._types import Progress, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
-from probekit.store.files import LOCK, TEMP, publish, read_small, remove_dead_files, temporary, write_atomically
+from probekit.store.files import (
+    LOCK,
+    TEMP,
+    check_space,
+    publish,
+    read_small,
+    remove_dead_files,
+    temporary,
+    write_atomically,
+)
 from probekit.store.reader import FeatureStore
+from probekit.store.settings import refusal
 
 FORMAT = "probekit-export/1"
 To = Literal["parquet", "safetensors"]
@@ -203,10 +212,8 @@ def _claim(path: Path, store: FeatureStore, own: dict[str, Any]) -> None:
         except (ValueError, AttributeError, RecursionError):
             msg = f"{file}: damaged; delete the folder, or use another --out"
             raise StoreError(msg) from None
-        for key, old, new in fmt.differences(stored, own):
-            msg = (
-                f"{file}: {key} is {json.dumps(old)} in this export, {json.dumps(new)} was asked for; use another --out"
-            )
+        if (wrong := refusal(stored, own, of="export")) is not None:
+            msg = f"{file}: {wrong}; use another --out"
             raise StoreError(msg)
     elif foreign:
         msg = f"{path}: holds {foreign[0]!r} and no export.json; {allowed}"
@@ -245,7 +252,7 @@ def _write_parquet(path: Path, rows: pa.Table, batches: Batches, facts: dict[str
     """Write one row group for each batch; yield the rows that are done."""
     place, features = next(batches)
     part = _table(rows, place, features)
-    _check_space(path, part.nbytes * -(-len(rows) // len(part)))
+    check_space(path, part.nbytes * -(-len(rows) // len(part)))
     # Features do not compress (their entropy is nine tenths of their size); texts repeat.
     codecs = dict.fromkeys(rows.column_names, "zstd")
     codecs |= {f"{_column(layer)}.list.element": "none" for layer in features}
@@ -279,7 +286,7 @@ def _write_safetensors(path: Path, rows: pa.Table, batches: Batches, facts: dict
     (layer,) = facts["layers"]
     place, features = next(batches)
     out = np.empty((len(rows), features[layer].shape[1]), features[layer].dtype)
-    _check_space(path, out.nbytes)
+    check_space(path, out.nbytes)
     out[place] = features[layer]
     for place, features in batches:
         yield place.start
@@ -296,11 +303,3 @@ def _write_table(root: Path, name: str, table: pa.Table) -> str:
         pq.write_table(table.replace_schema_metadata(None), temp, compression="zstd")
         publish(temp, descriptor, path)
     return name
-
-
-def _check_space(path: Path, needed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        msg = f"{path}: needs about {needed} bytes, {free} are free; make space and run the same command again"
-        raise StoreError(msg)

@@ -5,11 +5,13 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from probekit._types import scaled
 from probekit.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,24 @@ def reserve(descriptor: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse to begin a file that the disk has no room for; its folder is made.
+
+    Raises
+    ------
+    StoreError
+        If fewer than `needed` bytes are free.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        msg = (
+            f"{target}: needs up to {scaled(needed, 'B')}, {scaled(free, 'B')} are free; make space and run the same "
+            "command again"
+        )
+        raise StoreError(msg)
 
 
 def sync_folder(folder: Path) -> None:

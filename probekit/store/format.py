@@ -6,7 +6,7 @@ m = rows of a shard, d = channels of a feature vector.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from probekit.store.half import convert
 FORMAT = "probekit-features"
 FORMAT_VERSION = "1.2"
 FORMAT_MAJOR = 1
-DEFAULT_SHARD_BYTES = 512 * 2**20
+IMAGE_DIGESTS = "image_digests.parquet"  # a dump's cache beside the shards
 STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
 
 FP16_LIMIT = 32752.0  # half of float16's largest value
@@ -192,18 +192,7 @@ def check_pooling_layers(config: Mapping[str, Any]) -> None:
             raise ValueError(msg)
 
 
-def differences(stored: object, asked: object, path: str = "") -> Iterator[tuple[str, object, object]]:
-    """Yield (dotted path, stored value, asked value) wherever two JSON values differ, in key order."""
-    if isinstance(stored, list) and isinstance(asked, list):
-        stored, asked = ({f"{i:03d}": v for i, v in enumerate(values)} for values in (stored, asked))
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in sorted(stored.keys() | asked.keys()):
-            yield from differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
-    elif stored != asked or type(stored) is not type(asked):
-        yield path, stored, asked
-
-
-def rows_per_shard(*, values_per_row: int, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+def rows_per_shard(*, values_per_row: int, shard_bytes: int) -> int:
     """Rows that fit into one shard when every value takes 4 bytes.
 
     Parameters

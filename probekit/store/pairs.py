@@ -4,22 +4,16 @@ n = pairs, m = rows of the store.
 """
 
 import logging
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow.parquet import ParquetFile
 
 from probekit.errors import StoreError
 from probekit.store import format as fmt
-from probekit.store.files import open_regular, read_small
-from probekit.store.records import parse_judgements_sidecar
-from probekit.store.shards import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -27,79 +21,6 @@ JUDGEMENT_COLUMNS = ("pair_id", "row_a", "row_b", "label", "group", "split")
 SPLITS = ("train", "validation", "test")
 DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
 REASONS = ("missing_rows", "bad_status", "no_label")
-_BATCH = 4096  # pairs that are unpacked before their size is looked at
-_UNPACKED = 256  # bytes of a table for each byte of its file; real ones take up to 10
-_PLAIN = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_boolean,
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_null,
-)
-MEND = "delete it and its .json companion, and run the same dump command again"
-
-
-# What pyarrow and pandas raise on bytes that are not what they say.
-_DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeError)
-
-
-def read_judgements(path: Path) -> pd.DataFrame:
-    """Read a set of judgements.
-
-    Raises
-    ------
-    StoreError
-        If it is missing, a link, not what its sidecar says or not Parquet.
-    """
-    descriptor, size = open_regular(path)
-    try:
-        sidecar = path.with_suffix(".json")
-        if os.path.lexists(sidecar):  # formats 1.0 and 1.1 have none
-            said = parse_judgements_sidecar(read_small(sidecar, limit=2**16))
-            if (said.name, said.bytes, said.sha256) != (path.stem, size, file_digest(descriptor, size)):
-                msg = f"not the file of {sidecar}"
-                raise ValueError(msg)
-        with (
-            open(descriptor, "rb", closefd=False) as file,
-            ParquetFile(file, page_checksum_verification=True) as parquet,
-        ):
-            frame: pd.DataFrame = _plain_table(parquet, size).to_pandas()
-        if not frame.columns.is_unique:
-            msg = "a column stands there twice"
-            raise ValueError(msg)
-        return frame
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())
-        msg = f"{path}: cannot be read as judgements ({reason}); {MEND}"
-        raise StoreError(msg) from None
-    finally:
-        os.close(descriptor)
-
-
-def _plain_table(parquet: ParquetFile, size: int) -> pa.Table:
-    """Read a Parquet file of ``size`` bytes that holds texts and numbers only and does not unpack without bound."""
-    for column in parquet.schema_arrow:
-        if not any(fits(column.type) for fits in _PLAIN):
-            msg = f"column {column.name!r} is {column.type}; allowed: texts and numbers"
-            raise ValueError(msg)
-    if parquet.metadata.num_rows > size:  # each has a name of its own, which takes a byte at least
-        msg = f"says that its {size} bytes hold {parquet.metadata.num_rows} pairs"
-        raise ValueError(msg)
-    batches, unpacked = [], 0
-    for batch in parquet.iter_batches(_BATCH):
-        batches.append(batch)
-        unpacked += batch.nbytes
-        if unpacked > _UNPACKED * size:
-            msg = f"unpacks to more than {_UNPACKED} times its {size} bytes"
-            raise ValueError(msg)
-    count = sum(batch.num_rows for batch in batches)
-    if count != parquet.metadata.num_rows:  # at some damage pyarrow ends without an error
-        msg = f"{count} of its {parquet.metadata.num_rows} pairs can be read"
-        raise ValueError(msg)
-    # The metadata of the schema is advice of whoever wrote it on which Python types to make: it is not followed.
-    schema = parquet.schema_arrow.remove_metadata()
-    return pa.Table.from_batches([batch.cast(schema) for batch in batches], schema)
 
 
 @dataclass(frozen=True)
@@ -144,11 +65,14 @@ class BoundJudgements:
     frame
         Judgements with ``pair_id``, ``row_a``, ``row_b``, ``label``, ``group``, ``split`` and whatever else they carry.
         Where they give no ``source`` it is empty, where they give no ``weight`` it is 1.
+    named
+        ``pair_id`` of the pairs without rows that were logged already.
     """
 
     path: Path
     store_rows: pd.DataFrame
     frame: pd.DataFrame
+    named: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         absent = [column for column in JUDGEMENT_COLUMNS if column not in self.frame]
@@ -209,24 +133,24 @@ class BoundJudgements:
         no_label = frame["label"].isna().to_numpy() & ~missing & ~bad
         reason = np.select([missing, bad, no_label], REASONS, "")
         keep = reason == ""
-        if missing.any():
-            lost = frame[missing]
-            named = "image_a" in lost and "image_b" in lost
-            names = (
-                lost["image_a"].astype(str) + " and " + lost["image_b"].astype(str) if named else lost["pair_id"]
-            ).head(3)
-            more = ", ..." if len(lost) > len(names) else ""
-            logger.warning(
-                "%s: %d %s pairs have no rows in this store: %s%s",
-                self.path,
-                len(lost),
-                split or "judged",
-                ", ".join(names),
-                more,
-            )
+        self._name(frame[missing & ~frame["pair_id"].isin(self.named).to_numpy()], split or "judged")
         return Pairs(
             rows=rows[keep],
             label=frame["label"].to_numpy(np.float64)[keep],
             frame=frame[keep].reset_index(drop=True),
             excluded=frame[["pair_id", "source", "split"]].assign(reason=reason)[~keep].reset_index(drop=True),
         )
+
+    def _name(self, lost: pd.DataFrame, kind: str) -> None:
+        """Log pairs that have no rows in the store, by their pictures where these are known."""
+        if lost.empty:
+            return
+        self.named.update(lost["pair_id"])
+        if "image_a" in lost and "image_b" in lost:
+            names = lost["image_a"].astype(str) + " and " + lost["image_b"].astype(str)
+        else:
+            names = lost["pair_id"]
+        more = ", ..." if len(lost) > 3 else ""
+        have = "pair has" if len(lost) == 1 else "pairs have"
+        text = "%s: %d %s %s no rows in this store: %s%s"
+        logger.warning(text, self.path, len(lost), kind, have, ", ".join(names.head(3)), more)

@@ -3,11 +3,12 @@
 m = rows of the store, n = pairs, d = channels of a feature vector.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,12 @@ from probekit.store import format as fmt
 from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
 from probekit.store.half import convert
-from probekit.store.pairs import BoundJudgements, Pairs, read_judgements
-from probekit.store.shards import MEND, Shard, no_folder, read_store_file, scan
+from probekit.store.judgements import read_judgements
+from probekit.store.mend import AGAIN
+from probekit.store.pairs import BoundJudgements, Pairs
+from probekit.store.row_index import RowIndex, index_rows
+from probekit.store.shards import Shard, no_folder, read_store_file, refuse_other_folder, scan
 
-ROW_COLUMNS = ("row_id", "prompt", "image_id", "status", "width", "height", "file_bytes")
 T = TypeVar("T")
 
 
@@ -36,17 +39,6 @@ class Setting(_Layer, total=False):
     sigma: str
     pooling: str
     draw: int
-
-
-class _Index(NamedTuple):
-    """The rows of a store, where those of each block stand among them, and which of them need features (m,).
-
-    A row that is missing or unreadable wherever it is stored needs none at other noise levels and draws.
-    """
-
-    rows: pd.DataFrame
-    places: dict[str, slice | NDArray[np.int64]]
-    needed: NDArray[np.bool_]
 
 
 class FeatureStore:
@@ -79,14 +71,18 @@ class FeatureStore:
 
     Raises
     ------
+    NoStoreError
+        If there is no store.
     StoreError
-        If it is no store, is of a newer major version, or a shard is damaged; names the file and what mends it.
+        If it lacks its ``store.json``, is of a newer major version, or a shard is damaged; names the file and what
+        mends it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        if not (self.path / "store.json").exists():
-            msg = f"{self.path}: no store.json; allowed: the folder of a feature store"
+        refuse_other_folder(self.path)
+        if not os.path.lexists(self.path / "store.json"):
+            msg = f"{self.path}: holds shards and no store.json; {AGAIN}: it writes it"
             raise StoreError(msg)
         content = read_store_file(self.path / "store.json")
         self.config: dict[str, Any] = content["config"]
@@ -107,6 +103,7 @@ class FeatureStore:
         self.coordinates = sorted(held, key=lambda place: (float(place[0]), place[1]))
         self.sigmas = list(dict.fromkeys(sigma for sigma, _ in self.coordinates))
         self.draws = sorted({draw for _, draw in held})
+        self._named = set[str]()  # pairs without rows that were logged: once is enough
 
     def layers_of(self, pooling: str) -> list[LayerPoint]:
         """Layers at which a pooling exists: all of ``layers`` for most.
@@ -355,7 +352,7 @@ class FeatureStore:
         StoreError
             If a column or a value that pairs need is missing; names it.
         """
-        return BoundJudgements(self.path, self.rows, frame)
+        return BoundJudgements(self.path, self.rows, frame, self._named)
 
     def summary(self) -> dict[str, Any]:
         """Plain facts of the store for ``inspect``."""
@@ -436,34 +433,8 @@ class FeatureStore:
         return value
 
     @cached_property
-    def _index(self) -> _Index:
-        position: dict[str, int] = {}
-        places: dict[str, slice | NDArray[np.int64]] = {}
-        tables = []
-        for shard in sorted(self._shards, key=lambda shard: shard.sidecar.block):
-            if shard.sidecar.block not in places:
-                ids, first = shard.row_ids(), len(position)
-                fresh = np.array([row not in position for row in ids], bool)
-                for row in ids:
-                    position.setdefault(row, len(position))
-                if fresh.all():
-                    places[shard.sidecar.block] = slice(first, len(position))
-                else:  # other blocks at another noise level, where rows were added in between
-                    places[shard.sidecar.block] = np.array([position[row] for row in ids], np.int64)
-                tables.append(_row_table(shard, ids)[fresh])
-        frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
-        status, needed = np.zeros(len(frame), np.uint8), np.zeros(len(frame), bool)
-        held = {coordinates: np.zeros(len(frame), bool) for coordinates in self.coordinates}
-        for shard in self._shards:
-            place, seen = places[shard.sidecar.block], held[shard.sidecar.sigma, shard.sidecar.draw]
-            if seen[place].any():
-                msg = f"{shard.path}: holds rows of another shard of its noise level and draw; {MEND}"
-                raise StoreError(msg)
-            seen[place] = True
-            here = shard.table("rows/status")
-            status[place] = np.maximum(status[place], here)
-            needed[place] |= here != fmt.STATUS_UNREADABLE
-        return _Index(frame.assign(status=status), places, needed)
+    def _index(self) -> RowIndex:
+        return index_rows(self._shards)
 
 
 def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
@@ -476,10 +447,3 @@ def _copy(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> 
 
 def _points(layers: Sequence[Mapping[str, Any]]) -> list[LayerPoint]:
     return [LayerPoint(layer["index"], layer["name"], layer["stream"]) for layer in layers]
-
-
-def _row_table(shard: Shard, ids: list[str]) -> pd.DataFrame:
-    numbers = {column: shard.table(f"rows/{column}") for column in ("width", "height", "file_bytes")}
-    images = shard.texts("rows/image_id_utf8", "rows/image_id_offsets")
-    columns = {"row_id": ids, "prompt": shard.row_prompts(), "image_id": images, "status": np.uint8(0), **numbers}
-    return pd.DataFrame(columns)

@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probekit._types import canonical_sigma
-from probekit.errors import ConfigError, StoreError
+from probekit.errors import ConfigError, NoStoreError, StoreError
 from probekit.store import format as fmt
 from probekit.store.files import open_regular, read_small
 from probekit.store.half import convert
+from probekit.store.mend import MEND_PLAN, MEND_SHARD, MEND_STORE_FILE
 from probekit.store.records import Sidecar, parse_plan, parse_sidecar, parse_store_file
 
-CHUNK_BYTES = 2**18  # read at once: still in the cache when it is summed and converted
+CHUNK_BYTES = 2**20  # read at once: few system calls, and still in the cache when it is summed and converted
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 _SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
-MEND = "delete it and its .json or .h5 companion, and run the same dump command again"
 
 
 def shard_path(root: Path, sigma: str, draw: int, block: str) -> Path:
@@ -47,15 +47,28 @@ def read_store_file(path: Path) -> dict[str, Any]:
     try:
         content = fmt.unseal(read_small(path, limit=2**24))
     except ValueError as error:
-        msg = f"{path}: {error}; delete it and run the same probekit command again that made the store: it writes it"
+        msg = f"{path}: {error}; {MEND_STORE_FILE}"
         raise StoreError(msg) from None
     fmt.check_version(str(path), content)
     try:
         parse_store_file(content)
     except ValueError as error:
-        msg = f"{path}: {error}; delete it and run the same probekit command again that made the store: it writes it"
+        msg = f"{path}: {error}; {MEND_STORE_FILE}"
         raise StoreError(msg) from None
     return content
+
+
+def refuse_other_folder(root: Path) -> None:
+    """Refuse a path at which there is no store, not even one that lost its ``store.json``.
+
+    Raises
+    ------
+    NoStoreError
+        If there is neither ``store.json`` nor a folder of shards.
+    """
+    if not os.path.lexists(root / "store.json") and not (root / "shards").is_dir():
+        msg = f"{root}: no store.json; allowed: the folder of a feature store"
+        raise NoStoreError(msg)
 
 
 def stored_config(root: Path) -> dict[str, Any] | None:
@@ -80,7 +93,7 @@ def read_plan(path: Path) -> list[list[str]]:
     try:
         return parse_plan(read_small(path, limit=2**30), name=path.stem)
     except ValueError as error:
-        msg = f"{path}: {error}; delete it and run the same dump command again"
+        msg = f"{path}: {error}; {MEND_PLAN}"
         raise StoreError(msg) from None
 
 
@@ -135,7 +148,7 @@ class Shard:
     _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def _refuse(self, what: str) -> NoReturn:
-        msg = f"{self.path}: {what}; {MEND}"
+        msg = f"{self.path}: {what}; {MEND_SHARD}"
         raise StoreError(msg)
 
     def chunks(self, name: str, *, size: int = CHUNK_BYTES) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -318,7 +331,7 @@ def scan(root: Path, *, fingerprint: str) -> tuple[list[Shard], list[str]]:
         if isinstance(found, Shard):
             shards.append(found)
         elif found:
-            problems.append(f"{found}; {MEND}")
+            problems.append(f"{found}; {MEND_SHARD}")
     return shards, problems
 
 

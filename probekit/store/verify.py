@@ -16,24 +16,25 @@ import numpy as np
 import pandas as pd
 
 from probekit._types import Progress
-from probekit.errors import ConfigError, StoreError, VersionError
+from probekit.errors import StoreError, VersionError
 from probekit.store import format as fmt
 from probekit.store.deep import content_problems, hdf5_request, matches_digest
 from probekit.store.files import LINK, dead_files, is_locked, locked, sync_folder
 from probekit.store.hdf5_check import Hdf5Checker
-from probekit.store.pairs import BoundJudgements, read_judgements
+from probekit.store.judgements import read_judgements
+from probekit.store.mend import AGAIN, MEND_SHARD, command_again
+from probekit.store.pairs import BoundJudgements
 from probekit.store.shards import (
-    MEND,
     Shard,
     check_shard,
     no_folder,
     plan_files,
     read_plan,
     read_store_file,
+    refuse_other_folder,
     shard_files,
 )
 
-MADE = "run the same probekit command again that made the store"
 FOLDER = "put the folder in its place"
 
 
@@ -109,13 +110,11 @@ def verify_store(
 
     Raises
     ------
-    ConfigError
+    NoStoreError
         If there is no store at the path. Whatever is wrong inside a store is a problem and no error.
     """
     root = Path(path).absolute()
-    if not os.path.lexists(root / "store.json") and not (root / "shards").is_dir():
-        msg = f"{path}: no store.json; allowed: the folder of a feature store"
-        raise ConfigError(msg)
+    refuse_other_folder(root)
     check = _Check(root, deep=deep)
     try:
         check.run(progress)
@@ -138,7 +137,8 @@ class _Check:
         self._said: set[Path] = set()  # shards with a problem
         self._bad: dict[Path, list[Problem]] = {}  # those that can be forgotten
         self._dead: list[tuple[Path, Problem]] = []
-        self._dump = "run the same probekit dump command again"
+        self._dump = AGAIN
+        self._unfinished = "a dump is not finished, or did not name this sigma and draw"
 
     @property
     def _again(self) -> str:
@@ -159,11 +159,12 @@ class _Check:
             return
         except StoreError as error:
             delete = "delete it and " if os.path.lexists(file) else ""
-            mend = f"{delete}{MADE}: it writes it; no shard was checked, and none is lost"
+            mend = f"{delete}{AGAIN}: it writes it; no shard was checked, and none is lost"
             self.add(file, _without_path(str(error), file).partition("; delete")[0], mend)
             return
+        self._dump = command_again(stored["describe"])
         if stored["describe"].get("imported"):
-            self._dump = "run the same probekit import command again"
+            self._unfinished = "an import is not finished"
         if self._is_folder("judgements"):
             self._judgements(sidecars=stored["format_version"] not in fmt.UNBOUND)
         plans = self._plans() if self._is_folder("plans") else []
@@ -343,14 +344,14 @@ class _Check:
             if lacking:
                 count = sum(not lacking.isdisjoint(block) for block in blocks.values())
                 text = f"{len(lacking)} of {len(wanted)} rows have no features here ({count} of {len(blocks)} blocks)"
-                self.add(folder, f"{text}: a dump is not finished, or did not name this sigma and draw", self._dump)
+                self.add(folder, f"{text}: {self._unfinished}", self._dump)
 
     def _forget_later(self, path: Path, problem: str, mend: str) -> None:
         """Note a problem of a shard that is mended by forgetting it."""
         sidecar = path.with_suffix(".json")
         about = sidecar if problem.startswith(f"{sidecar}: ") else path
         self._said.add(path)
-        entry = self.add(about, _without_path(problem, about).removesuffix(f"; {MEND}"), mend)
+        entry = self.add(about, _without_path(problem, about).removesuffix(f"; {MEND_SHARD}"), mend)
         self._bad.setdefault(path, []).append(entry)
 
     def repair(self) -> None:

@@ -3,16 +3,9 @@
 m = rows of a shard, d = channels of a feature vector.
 """
 
-import json
-import logging
 import os
-import re
-import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,156 +14,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit._types import RESOLVED_RATIO, canonical_sigma
-from probekit.errors import FingerprintError, StoreError
+from probekit.errors import StoreError
 from probekit.store import format as fmt
-from probekit.store.files import (
-    LOCK,
-    TEMP,
-    is_locked,
-    locked,
-    publish,
-    remove_dead_files,
-    sync_folder,
-    temporary,
-    write_atomically,
-)
-from probekit.store.hdf5 import provenance, write_hdf5, writer_name
-from probekit.store.pairs import read_judgements
-from probekit.store.shards import (
-    Shard,
-    check_shard,
-    file_digest,
-    file_digests,
-    plan_files,
-    read_plan,
-    read_store_file,
-    scan,
-    shard_path,
-)
+from probekit.store.blocks import Block, Place, find_blocks
+from probekit.store.files import check_space, locked, publish, sync_folder, temporary, write_atomically
+from probekit.store.hdf5 import write_hdf5, writer_name
+from probekit.store.judgements import check_judgements, write_judgements
+from probekit.store.shards import Shard, check_shard, file_digests, read_store_file, scan, shard_path
 
-logger = logging.getLogger(__name__)
-
-DIGESTS = "image_digests.parquet"  # a dump's cache beside the shards, no part of the format
 MARGIN_BYTES = 16 * 2**20  # tables and metadata of a shard, sidecar, judgements
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows that go into one shard, in this order.
-
-    Attributes
-    ----------
-    name
-        Digest of the row keys, and the file name of the shard.
-    row_ids
-        Row keys (hex), rows of one prompt adjacent.
-    number
-        Its place among all blocks of the rows that were asked for, whether they are done or not; so several workers
-        share the blocks without talking to each other.
-    state
-        ``done``, ``new``, or what is wrong with the shard that is there.
-    """
-
-    name: str
-    row_ids: tuple[str, ...]
-    number: int = 0
-    state: str = "new"
-
-
-def open_store(
-    path: str | Path, *, config: dict[str, Any], describe: dict[str, Any], dry_run: bool = False
-) -> "StoreWriter":
-    """Create a store, or open one that was made with the same configuration.
-
-    Parameters
-    ----------
-    path
-        Folder of the store; new, empty or a store.
-    config
-        JSON-plain values of everything that changes the numbers; ``layers`` is a list of
-        ``{"index", "name", "stream"}``, ``poolings`` maps names to definitions, ``pooling_layers`` maps the names of
-        poolings that do not exist at all layers to the layers at which they do.
-    describe
-        JSON-plain facts of the backbone for readers; where they differ from those in the store, they replace them.
-        What `StoreWriter.record_resolution` recorded stays.
-    dry_run
-        Write nothing, now or in `StoreWriter.plan`; nothing else can be done with the result.
-
-    Raises
-    ------
-    FingerprintError
-        If the store was made with another configuration; names the first key that differs and both values.
-    StoreError
-        If the folder holds something else, or a store of another major version.
-    """
-    root, full = Path(path).absolute(), fmt.full_config(config)
-    if root.exists() and not root.is_dir():
-        msg = f"{root}: a file; allowed: a new folder or a feature store"
-        raise StoreError(msg)
-    names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
-    foreign = [name for name in names if not name.startswith((TEMP, LOCK))]
-    if foreign and "store.json" not in foreign and not _lacks_only_its_head(root, foreign, fmt.fingerprint(full)):
-        msg = f"{root}: holds {foreign[0]!r} and no store.json; allowed: a new or empty folder, or a feature store"
-        raise StoreError(msg)
-    content = {
-        "format": fmt.FORMAT,
-        "format_version": fmt.FORMAT_VERSION,
-        "fingerprint": fmt.fingerprint(full),
-        "config": full,
-        "describe": describe,
-        "provenance": provenance(),
-    }
-    file = root / "store.json"
-    if dry_run:
-        if file.exists():
-            _refuse_other_settings(file, full)
-        elif foreign:
-            logger.warning("%s: is missing; a dump writes it again, and what was recorded in it is lost", file)
-        return StoreWriter(root, content, dry_run=True)
-    remove_dead_files(root)
-    with locked(file):
-        if not os.path.lexists(file):  # a link is refused below
-            if foreign:
-                logger.warning("%s: is missing and is written again; what was recorded in it is lost", file)
-            write_atomically(file, fmt.seal(content))
-        stored = _refuse_other_settings(file, full)
-        recorded = {key: value for key, value in stored["describe"].items() if key == fmt.SIGMA_RESOLUTION}
-        facts = json.loads(fmt.canonical_json(describe)) | recorded
-        changes = list(fmt.differences(stored["describe"], facts))
-        for key, old, new in changes:
-            logger.warning("%s: %s was %s, is now %s", file, key, _short(old), _short(new))
-        if changes:
-            stored["describe"] = facts
-            write_atomically(file, fmt.seal(stored))
-    return StoreWriter(root, stored)
-
-
-def _refuse_other_settings(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of ``store.json`` if it was made with this configuration."""
-    stored = read_store_file(file)
-    for key, old, new in fmt.differences(stored["config"], config):
-        msg = (
-            f"{file}: {key} is {_short(old)} in this store, {_short(new)} was asked for; "
-            "use another --out, or the store's value"
-        )
-        raise FingerprintError(msg)
-    return stored
-
-
-def _lacks_only_its_head(root: Path, names: list[str], fingerprint: str) -> bool:
-    """Whether a folder is a store of this configuration, all of its shards done, without its ``store.json``.
-
-    Raises
-    ------
-    StoreError
-        If some shards are done and another is damaged.
-    """
-    if not {"shards", "judgements", "plans", DIGESTS}.issuperset(names):
-        return False
-    shards, problems = scan(root, fingerprint=fingerprint)
-    if shards and problems:
-        raise StoreError(problems[0])
-    return bool(shards)
 
 
 class StoreWriter:
@@ -207,91 +59,47 @@ class StoreWriter:
 
     def plan(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
         """Cut the rows that are missing into blocks: those of `blocks` that are not done."""
-        found = self.blocks(rows, sigma=sigma, draw=draw, rows_per_shard=rows_per_shard)
+        place = (canonical_sigma(sigma), draw)
+        found = self.blocks(rows, places=[place], rows_per_shard=rows_per_shard)[place]
         return [block for block in found if block.state != "done"]
 
-    def blocks(self, rows: pd.DataFrame, *, sigma: str, draw: int = 0, rows_per_shard: int) -> list[Block]:
-        """List the blocks that hold the rows at one noise level and draw, done or to be done.
+    def blocks(self, rows: pd.DataFrame, *, places: Sequence[Place], rows_per_shard: int) -> dict[Place, list[Block]]:
+        """List the blocks that hold the rows at some noise levels and draws, done or to be done.
 
         Blocks of committed shards and of earlier plans are taken again where all their rows are missing here, so a
         killed dump goes on with the same blocks and a further noise level gets the blocks of the first. The rest is
-        cut anew, whole prompts together, and written once under ``plans/``.
+        cut anew, whole prompts together, and written once under ``plans/``. Damaged shards at other noise levels and
+        draws are logged: nothing mends them here.
 
         Parameters
         ----------
         rows
             Columns ``row_id`` and ``prompt``; order decides the order of new blocks.
+        places
+            Noise levels and draws.
         rows_per_shard
             Largest block.
 
         Returns
         -------
-        list of Block
-            In the order of their first rows; the same for every worker that asks for the same rows.
+        dict
+            Place -> its blocks in the order of their first rows; the same for every worker that asks for the same rows.
 
         Raises
         ------
         StoreError
             If a shard is damaged whose block is not one of them, so that it would not be written again.
         """
-        sigma = canonical_sigma(sigma)
-        # Rows of one prompt come together, prompts in the order of their first row.
-        ordered = rows.assign(_prompt=pd.factorize(rows["prompt"])[0]).sort_values("_prompt", kind="stable")
-        position = {row: i for i, row in reversed(list(enumerate(ordered["row_id"])))}
-        missing, states = dict.fromkeys(position), {}
-        with nullcontext() if self._dry_run else locked(self.path / "plans" / "all"):  # else rows are cut in two ways
-            shards = scan(self.path, fingerprint=self.fingerprint)[0]
-            here = [shard for shard in shards if (shard.sidecar.sigma, shard.sidecar.draw) == (sigma, draw)]
-            for shard in here:
-                row_ids = tuple(shard.row_ids())
-                self._keys[shard.sidecar.block] = frozenset(row_ids)
-                if any(row in position for row in row_ids):
-                    states[row_ids] = "done"
-                    for row in row_ids:
-                        missing.pop(row, None)
-            others = {shard.sidecar.block: shard for shard in shards}.values() if missing else ()
-            for row_ids in chain((tuple(shard.row_ids()) for shard in others), self._planned() if missing else ()):
-                if len(row_ids) <= rows_per_shard and all(row in missing for row in row_ids):
-                    states[row_ids] = "new"
-                    for row in row_ids:
-                        del missing[row]
-            prompts: dict[int, list[str]] = {}
-            for row, prompt in zip(ordered["row_id"], ordered["_prompt"], strict=True):
-                if row in missing:  # a row that is given twice is stored once
-                    del missing[row]
-                    prompts.setdefault(prompt, []).append(row)
-            new = [tuple(ids) for ids in _pack(list(prompts.values()), rows_per_shard)]
-            if new and not self._dry_run:
-                self._write_plan(new)
-            states |= dict.fromkeys(new, "new")
-        first = {ids: min(position.get(row, len(position)) for row in ids) for ids in states}
-        found = [
-            Block(name := fmt.block_name(ids), ids, number, self._state(name, states[ids], sigma, draw))
-            for number, ids in enumerate(sorted(states, key=lambda ids: first[ids]))
-        ]
-        known = {block.name for block in found} | {shard.sidecar.block for shard in here}
-        self._refuse_damaged(known, sigma, draw)
-        return found
-
-    def _refuse_damaged(self, known: set[str], sigma: str, draw: int) -> None:
-        """Refuse a damaged shard, at one noise level and draw, of a block that is not known."""
-        for sidecar in sorted(shard_path(self.path, sigma, draw, "").parent.glob("[!.]*.json")):
-            path = sidecar.with_suffix(".h5")
-            if sidecar.stem not in known and not is_locked(path):
-                found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
-                if isinstance(found, str):
-                    msg = (
-                        f"{found}; its rows are not asked for, or cut into other blocks, so it would not be done "
-                        f"again: run probekit verify {shlex.quote(str(self.path))} --repair first"
-                    )
-                    raise StoreError(msg)
-
-    def _state(self, block: str, state: str, sigma: str, draw: int) -> str:
-        if state == "done":
-            return state
-        path = shard_path(self.path, sigma, draw, block)
-        found = check_shard(path, fingerprint=self.fingerprint, sigma=sigma, draw=draw)
-        return found if isinstance(found, str) else state
+        found = find_blocks(
+            self.path,
+            rows,
+            places,
+            fingerprint=self.fingerprint,
+            rows_per_shard=rows_per_shard,
+            dry_run=self._dry_run,
+        )
+        self._keys |= found.keys
+        return found.blocks
 
     @contextmanager
     def claim(self, block: Block, *, sigma: str, draw: int = 0) -> Iterator[bool]:
@@ -377,14 +185,7 @@ class StoreWriter:
         sigma = canonical_sigma(sigma)
         path = shard_path(self.path, sigma, draw, block.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        planned = sum(values.size for values in features.values()) * 4
-        free = shutil.disk_usage(path.parent).free
-        if free < planned + MARGIN_BYTES:
-            msg = (
-                f"{path}: needs up to {planned:,} bytes and {MARGIN_BYTES:,} to spare, {free:,} are free; make space "
-                "and run the same command again"
-            )
-            raise StoreError(msg)
+        check_space(path, sum(values.size for values in features.values()) * 4 + MARGIN_BYTES)
         identity = {
             "format": fmt.FORMAT,
             "format_version": fmt.FORMAT_VERSION,
@@ -469,69 +270,12 @@ class StoreWriter:
         self.describe = stored["describe"]
 
     def write_judgements(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write a set of pairs beside the shards, in place of an older one of the same name with no other pairs.
-
-        Labels, splits and the like may differ from the older set, and there may be more pairs.
-
-        Raises
-        ------
-        StoreError
-            If the name cannot be a file name everywhere, or pairs of the older set would be lost.
-        """
-        path = self.path / "judgements" / f"{name}.parquet"
-        with locked(path):
-            self.check_judgements(name, frame)
-            with temporary(path) as (temp, descriptor):
-                frame.to_parquet(temp, index=False, write_page_checksum=True)
-                os.fsync(descriptor)
-                size = os.fstat(descriptor).st_size
-                sidecar = {
-                    "format": fmt.FORMAT,
-                    "format_version": fmt.FORMAT_VERSION,
-                    "name": name,
-                    "bytes": size,
-                    "sha256": file_digest(descriptor, size),
-                }
-                # As with shards: an old sidecar must never vouch for the new file.
-                path.with_suffix(".json").unlink(missing_ok=True)
-                sync_folder(path.parent)
-                publish(temp, descriptor, path)
-            write_atomically(path.with_suffix(".json"), fmt.seal(sidecar))
-        return path
+        """Write a set of pairs beside the shards; see `probekit.store.judgements.write_judgements`."""
+        return write_judgements(self.path, name, frame)
 
     def check_judgements(self, name: str, frame: pd.DataFrame) -> None:
-        """Refuse a set of pairs that `write_judgements` would refuse; the store stays as it is.
-
-        Raises
-        ------
-        StoreError
-            If the name cannot be a file name everywhere, or pairs of the older set would be lost.
-        """
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
-            msg = f"judgements are named {name!r}; allowed: letters, digits, '.', '_' and '-'"
-            raise StoreError(msg)
-        path = self.path / "judgements" / f"{name}.parquet"
-        if os.path.lexists(path):
-            old = read_judgements(path).reindex(columns=["pair_id"])
-            lost = int((~old["pair_id"].isin(frame["pair_id"])).sum())
-            if lost:
-                msg = (
-                    f"{path}: {lost} of its {len(old)} pairs are not in the new set of this name; "
-                    f"use a preference file of another name, or delete {path} to replace it"
-                )
-                raise StoreError(msg)
-
-    def _planned(self) -> Iterator[tuple[str, ...]]:
-        """Row keys of the blocks of earlier plans."""
-        for path in plan_files(self.path):
-            yield from map(tuple, read_plan(path))
-
-    def _write_plan(self, blocks: list[tuple[str, ...]]) -> None:
-        content = [list(row_ids) for row_ids in blocks]
-        path = self.path / "plans" / f"{fmt.plan_name(content)}.json"
-        head = {"format": fmt.FORMAT, "format_version": fmt.FORMAT_VERSION}
-        if not path.exists():  # named by its content: whoever is first writes the same bytes
-            write_atomically(path, fmt.seal(head | {"blocks": content}))
+        """Refuse a set of pairs that `write_judgements` would refuse; the store stays as it is."""
+        check_judgements(self.path, name, frame)
 
 
 def _refuse_rows_of_others(path: Path, rows: set[str]) -> None:
@@ -541,19 +285,3 @@ def _refuse_rows_of_others(path: Path, rows: set[str]) -> None:
             "run the same command again, which goes on with the rest"
         )
         raise StoreError(msg)
-
-
-def _pack(prompts: list[list[str]], size: int) -> list[list[str]]:
-    """Fill blocks with whole prompts in order; a prompt larger than a block spills over several."""
-    blocks: list[list[str]] = []
-    for row_ids in prompts:
-        if blocks and len(blocks[-1]) + len(row_ids) <= size:
-            blocks[-1] += row_ids
-        else:
-            blocks += [row_ids[i : i + size] for i in range(0, len(row_ids), size)]
-    return blocks
-
-
-def _short(value: object) -> str:
-    text = "absent" if value is None else fmt.canonical_json(value)
-    return text if len(text) <= 80 else text[:77] + "..."
