@@ -1,0 +1,191 @@
+"""What a linear head on any subset of layers would lose on held-out pairs, from one Gram matrix and no pass over pairs.
+
+Shapes: n pairs, L layers, k = L + 4 basis columns a layer, p = L k, q = k times the layers of a subset.
+
+Per fold and layer l, the *basis* spans the directions in which a head on several layers can want to use layer l: its
+own heads at neighbouring strengths, and for every layer j, (S_l + mu)^-1 D_l' m_j, the answer of layer l's ridge
+problem to the margins m_j of layer j's head: what block elimination takes from w_l when layer j joins. Channels enter
+scaled, and columns are orthonormal, so the ridge penalty on weights is the ridge penalty on coordinates. The basis has
+seen the labels of its fold's training pairs, and only these.
+
+With P (n, p) the differences in all bases, G = P'P and b = P'(y - 1/2), as weighted means over the training pairs and
+over the held-out pairs of the fold, a subset is a submatrix. For Gaussian margins (Stein's lemma) the head is
+a = t (G + mu)^-1 b with one scalar t, and with z the held-out margins
+
+    log-loss = E[log(2 cosh(z / 2))] - E[(y - 1/2) z],
+
+where the second mean is b_held'a exactly, and the first that over N(0, a' G_held a).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit._types import FloatArray, IntArray
+from probekit.heads.cross_fit import NEIGHBOURS, LayerFit
+
+_ROWS = 8192  # of a float32 Gram matrix before it is added up in float64
+_SUBMATRICES = 32 * 2**20  # numbers in the submatrices that are solved together
+_NODES, _WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(24))
+_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class JointGram:
+    """Second moments of the differences in the bases of all layers, by fold.
+
+    Attributes
+    ----------
+    train, held_out
+        G (folds, p, p).
+    pull, held_out_pull
+        b (folds, p).
+    total
+        (folds,): summed weights of the training pairs.
+    slope
+        Where the mean of sigmoid' starts from.
+    columns
+        k: of each layer.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    pull: Tensor
+    held_out_pull: Tensor
+    total: Tensor
+    slope: float
+    columns: int
+
+
+def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tensor) -> Tensor:
+    """Orthonormal columns (folds, r, k) in the axes of one layer.
+
+    Parameters
+    ----------
+    fit
+        Of the layer.
+    scaled
+        Its differences as `LayerFit.rotated` gives them.
+    answers
+        (folds, n, L) float32: margins of all layers, weighted, zero outside the fold's training pairs.
+    ridge
+        mu (folds,).
+    """
+    folds, n, layers = answers.shape
+    product = scaled.T @ answers.transpose(0, 1).reshape(n, -1)
+    product = (fit.vectors.T @ product if fit.primal else product).reshape(-1, folds, layers).transpose(0, 1).double()
+    product /= (fit.eigenvalues + ridge[:, None])[:, :, None]
+    columns = torch.cat([fit.heads, product], dim=2)
+    # Columns of one length, or those of weak layers would be lost in rounding; a zero column stays what it is.
+    columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.linalg.qr(columns).Q
+
+
+def project(fit: LayerFit, scaled: Tensor, basis: Tensor) -> Tensor:
+    """Differences in the basis of each fold (folds, n, L + 4) float32; where r is smaller, the last columns are 0."""
+    folds, _, columns = basis.shape
+    flat = basis.float().transpose(0, 1).reshape(len(fit.eigenvalues), -1)
+    found = scaled @ (fit.vectors @ flat if fit.primal else flat)
+    return found.reshape(len(scaled), folds, columns).transpose(0, 1)
+
+
+def joint_gram(
+    projected: Tensor, folds: Sequence[int], fold_of: IntArray, label: FloatArray, weight: FloatArray, slope: float
+) -> JointGram:
+    """Second moments of training and held-out pairs.
+
+    Parameters
+    ----------
+    projected
+        P (folds, L, n, k) float32.
+    folds
+        Numbers of its folds.
+    fold_of, label, weight
+        (n,): the fold in which a pair is held out, P(first preferred), pair weight.
+    """
+    layers, columns = projected.shape[1], projected.shape[3]
+    shape = (len(folds), layers * columns, layers * columns)
+    gram, pull = torch.zeros(2, *shape, dtype=torch.float64), torch.zeros(2, *shape[:2], dtype=torch.float64)
+    totals = torch.zeros(2, len(folds), dtype=torch.float64)
+    for at, fold in enumerate(folds):
+        for side, inside in enumerate((fold_of != fold, fold_of == fold)):
+            total = weight[inside].sum()
+            totals[side, at] = total
+            for some in np.array_split(np.flatnonzero(inside), -(-int(inside.sum()) // _ROWS)):
+                share = torch.from_numpy(weight[some] / total).float()
+                # a gather of (L, rows, k), so that a layer's rows are read in order
+                block = projected[at][:, torch.from_numpy(some)].transpose(0, 1).reshape(len(some), -1)
+                pull[side, at] += (share * torch.from_numpy(label[some] - 0.5).float()) @ block
+                block *= share.sqrt()[:, None]
+                gram[side, at] += block.T @ block
+    return JointGram(gram[0], gram[1], pull[0], pull[1], totals[0], slope, columns)
+
+
+def expected_losses(gram: JointGram, subsets: IntArray, strengths: FloatArray) -> FloatArray:
+    """Expected held-out log-loss, a mean over folds, of heads on subsets of one size.
+
+    Parameters
+    ----------
+    gram
+        Of all layers.
+    subsets
+        (m, s) places of layers.
+    strengths
+        C (m, candidates).
+
+    Returns
+    -------
+    FloatArray
+        (m, candidates).
+    """
+    k = gram.columns
+    q = k * subsets.shape[1]
+    places = torch.from_numpy((subsets[:, :, None] * k + np.arange(k)).reshape(len(subsets), q))
+    losses = torch.zeros(strengths.shape, dtype=torch.float64)
+    candidates = torch.from_numpy(strengths)
+    for some in torch.split(torch.arange(len(subsets)), max(1, _SUBMATRICES // q**2)):
+        rows, columns = places[some][:, :, None], places[some][:, None, :]
+        for fold in range(len(gram.total)):
+            train, held_out = gram.train[fold][rows, columns], gram.held_out[fold][rows, columns]
+            pull, outer_pull = gram.pull[fold][places[some]], gram.held_out_pull[fold][places[some]]
+            # float32 sums: below this the matrix may have eigenvalues that are not positive
+            floor = 1e-6 * train.diagonal(dim1=1, dim2=2).amax(1)
+            for candidate in range(strengths.shape[1]):
+                ridge = 1 / (candidates[some, candidate] * gram.total[fold] * gram.slope)
+                losses[some, candidate] += _loss(train, held_out, pull, outer_pull, torch.maximum(ridge, floor), gram)
+    return (losses / len(gram.total)).numpy()
+
+
+def _loss(train: Tensor, held_out: Tensor, pull: Tensor, outer_pull: Tensor, ridge: Tensor, gram: JointGram) -> Tensor:
+    """Expected held-out log-loss (m,) of the heads t (G + mu)^-1 b."""
+    shifted = train.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    u = torch.cholesky_solve(pull[:, :, None], torch.linalg.cholesky(shifted))[:, :, 0]
+    penalty = ridge * u.square().sum(1)
+    variance = (u * pull).sum(1) - penalty  # u'Gu
+    t = torch.ones_like(variance)
+    for _ in range(12):  # where the derivative of the training loss along u is 0; it converges from below
+        t = (variance + penalty) / (_slope(t.square() * variance) * variance + gram.slope * penalty)
+    outer = (torch.bmm(held_out, u[:, :, None])[:, :, 0] * u).sum(1)
+    return _softplus(t.square() * outer) - t * (u * outer_pull).sum(1)
+
+
+def _slope(variance: Tensor) -> Tensor:
+    """E[sigmoid'(z)] for z from N(0, variance)."""
+    z = variance.clamp(min=0).sqrt()[:, None] * _NODES
+    return (z.sigmoid() * (-z).sigmoid()) @ _WEIGHTS
+
+
+def _softplus(variance: Tensor) -> Tensor:
+    """E[log(2 cosh(z / 2))] for z from N(0, variance): the even part of softplus."""
+    z = variance.clamp(min=0).sqrt()[:, None] * _NODES
+    return (torch.nn.functional.softplus(z) - z / 2) @ _WEIGHTS
+
+
+def basis_width(n_layers: int, n_strengths: int) -> int:
+    """Basis columns of one layer."""
+    return n_layers + min(NEIGHBOURS, n_strengths)
