@@ -1,12 +1,13 @@
 """What a linear head on any subset of layers would lose on held-out pairs, from one Gram matrix and no pass over pairs.
 
-Shapes: n pairs, L layers, k = L + 4 basis columns a layer, p = L k, q = k times the layers of a subset.
+Shapes: n pairs, L layers, k basis columns a layer (L + 4 for 17 layers and more), p = L k, q = k times the layers of a
+subset.
 
 Per fold and layer l, the *basis* spans the directions in which a head on several layers can want to use layer l: its
 own heads at neighbouring strengths, and for every layer j, (S_l + mu)^-1 D_l' m_j, the answer of layer l's ridge
-problem to the margins m_j of layer j's head: what block elimination takes from w_l when layer j joins. Channels enter
-scaled, and columns are orthonormal, so the ridge penalty on weights is the ridge penalty on coordinates. The basis has
-seen the labels of its fold's training pairs, and only these.
+problem to the margins m_j of layer j's head: what block elimination takes from w_l when layer j joins. Few layers give
+few columns, so they answer at several mu. Channels enter scaled, and columns are orthonormal, so the ridge penalty on
+weights is the ridge penalty on coordinates. The basis has seen the labels of its fold's training pairs, and only these.
 
 With P (n, p) the differences in all bases, G = P'P and b = P'(y - 1/2), as weighted means over the training pairs and
 over the held-out pairs of the fold, a subset is a submatrix. For Gaussian margins (Stein's lemma) the head is
@@ -78,15 +79,17 @@ def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tens
     folds, n, layers = answers.shape
     product = scaled.T @ answers.transpose(0, 1).reshape(n, -1)
     product = (fit.vectors.T @ product if fit.primal else product).reshape(-1, folds, layers).transpose(0, 1).double()
-    product /= (fit.eigenvalues + ridge[:, None])[:, :, None]
-    columns = torch.cat([fit.heads, product], dim=2)
+    answered = [
+        product / (fit.eigenvalues + factor * ridge[:, None])[:, :, None] for factor in ridge_factors(layers)
+    ]
+    columns = torch.cat([fit.heads, *answered], dim=2)
     # Columns of one length, or those of weak layers would be lost in rounding; a zero column stays what it is.
     columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.linalg.qr(columns).Q
 
 
 def project(fit: LayerFit, scaled: Tensor, basis: Tensor) -> Tensor:
-    """Differences in the basis of each fold (folds, n, L + 4) float32; where r is smaller, the last columns are 0."""
+    """Differences in the basis of each fold (folds, n, k) float32."""
     folds, _, columns = basis.shape
     flat = basis.float().transpose(0, 1).reshape(len(fit.eigenvalues), -1)
     found = scaled @ (fit.vectors @ flat if fit.primal else flat)
@@ -186,6 +189,11 @@ def _softplus(variance: Tensor) -> Tensor:
     return (torch.nn.functional.softplus(z) - z / 2) @ _WEIGHTS
 
 
+def ridge_factors(n_layers: int) -> tuple[float, ...]:
+    """Multiples of mu at which layers answer: enough for a basis of about 32 columns."""
+    return (1.0, 10.0, 0.1, 100.0)[: max(1, min(4, 32 // n_layers))]
+
+
 def basis_width(n_layers: int, n_strengths: int) -> int:
-    """Basis columns of one layer."""
-    return n_layers + min(NEIGHBOURS, n_strengths)
+    """Basis columns k of one layer."""
+    return n_layers * len(ridge_factors(n_layers)) + min(NEIGHBOURS, n_strengths)

@@ -59,8 +59,9 @@ def screen_subsets(
     Cs, cv
         Candidate strengths and folds, as there; pass the same to `refit_subsets`.
     memory
-        Bytes for the projected differences, of n (L + 4) L numbers a fold; with less than all folds take, layers are
-        asked for more often. Besides, min(n, d) d (or n n) numbers a layer are kept, and 2 (L + 4)^2 L^2 a fold.
+        Bytes for the projected differences, of n k L float32 numbers a fold with k = max(L + 4, about 32); with less
+        than all folds take, layers are asked for once more for every part. Besides, min(n, d)^2 float32 numbers a layer
+        are kept, and twice (k L)^2 float64 numbers a fold.
 
     Returns
     -------
