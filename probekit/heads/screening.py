@@ -10,15 +10,15 @@ few columns, so they answer at several mu. Channels enter scaled, and columns ar
 weights is the ridge penalty on coordinates. The basis has seen the labels of its fold's training pairs, and only these.
 
 With P (n, p) the differences in all bases, G = P'P and b = P'(y - 1/2), as weighted means over the training pairs and
-over the held-out pairs of the fold, a subset is a submatrix. For Gaussian margins (Stein's lemma) the head is
+over the held-out pairs of the fold, a subset is a submatrix. For elliptical differences (Stein's lemma) the head is
 a = t (G + mu)^-1 b with one scalar t, and with z the held-out margins
 
-    log-loss = E[log(2 cosh(z / 2))] - E[(y - 1/2) z],
+    log-loss = E[log(2 cosh(z / 2))] - E[(y - 1/2) z].
 
-where the second mean is b_held'a exactly, and the first that over N(0, a' G_held a).
+The second mean is b_held'a exactly. The first is even in z and needs the distribution of |z|: its scale is that of
+a' G_held a, its shape that of the margins of single layers, whose tails tell easy pairs from hard ones.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +31,7 @@ from probekit.heads.cross_fit import NEIGHBOURS, LayerFit
 
 _ROWS = 8192  # of a float32 Gram matrix before it is added up in float64
 _SUBMATRICES = 32 * 2**20  # numbers in the submatrices that are solved together
-_NODES, _WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(24))
-_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+_NODES = 32  # that stand for the distribution of margins
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ class JointGram:
     total
         (folds,): summed weights of the training pairs.
     slope
-        Where the mean of sigmoid' starts from.
+        Of the layers on average: relates a strength to mu.
+    shape
+        (nodes,): sizes of margins, of mean square 1.
     columns
         k: of each layer.
     """
@@ -59,6 +60,7 @@ class JointGram:
     held_out_pull: Tensor
     total: Tensor
     slope: float
+    shape: Tensor
     columns: int
 
 
@@ -96,8 +98,23 @@ def project(fit: LayerFit, scaled: Tensor, basis: Tensor) -> Tensor:
     return found.reshape(len(scaled), folds, columns).transpose(0, 1)
 
 
+def margin_shape(fits: Sequence[LayerFit]) -> Tensor:
+    """Sizes of margins (nodes,) of mean square 1: quantiles over all pairs, layers and folds."""
+    margins = torch.cat([fit.margins.reshape(-1) / fit.margins.square().mean().sqrt() for fit in fits]).abs()
+    places = (torch.arange(_NODES) + 0.5) / _NODES * (len(margins) - 1)
+    nodes = margins.sort().values[places.long()].double()
+    return nodes / nodes.square().mean().sqrt()
+
+
 def joint_gram(
-    projected: Tensor, folds: Sequence[int], fold_of: IntArray, label: FloatArray, weight: FloatArray, slope: float
+    projected: Tensor,
+    folds: Sequence[int],
+    fold_of: IntArray,
+    label: FloatArray,
+    weight: FloatArray,
+    *,
+    slope: float,
+    shape: Tensor,
 ) -> JointGram:
     """Second moments of training and held-out pairs.
 
@@ -111,8 +128,8 @@ def joint_gram(
         (n,): the fold in which a pair is held out, P(first preferred), pair weight.
     """
     layers, columns = projected.shape[1], projected.shape[3]
-    shape = (len(folds), layers * columns, layers * columns)
-    gram, pull = torch.zeros(2, *shape, dtype=torch.float64), torch.zeros(2, *shape[:2], dtype=torch.float64)
+    size = (len(folds), layers * columns, layers * columns)
+    gram, pull = torch.zeros(2, *size, dtype=torch.float64), torch.zeros(2, *size[:2], dtype=torch.float64)
     totals = torch.zeros(2, len(folds), dtype=torch.float64)
     for at, fold in enumerate(folds):
         for side, inside in enumerate((fold_of != fold, fold_of == fold)):
@@ -125,7 +142,7 @@ def joint_gram(
                 pull[side, at] += (share * torch.from_numpy(label[some] - 0.5).float()) @ block
                 block *= share.sqrt()[:, None]
                 gram[side, at] += block.T @ block
-    return JointGram(gram[0], gram[1], pull[0], pull[1], totals[0], slope, columns)
+    return JointGram(gram[0], gram[1], pull[0], pull[1], totals[0], slope, shape, columns)
 
 
 def expected_losses(gram: JointGram, subsets: IntArray, strengths: FloatArray) -> FloatArray:
@@ -172,21 +189,21 @@ def _loss(train: Tensor, held_out: Tensor, pull: Tensor, outer_pull: Tensor, rid
     variance = (u * pull).sum(1) - penalty  # u'Gu
     t = torch.ones_like(variance)
     for _ in range(12):  # where the derivative of the training loss along u is 0; it converges from below
-        t = (variance + penalty) / (_slope(t.square() * variance) * variance + gram.slope * penalty)
+        t = (variance + penalty) / (_slope(t.square() * variance, gram.shape) * variance + gram.slope * penalty)
     outer = (torch.bmm(held_out, u[:, :, None])[:, :, 0] * u).sum(1)
-    return _softplus(t.square() * outer) - t * (u * outer_pull).sum(1)
+    return _softplus(t.square() * outer, gram.shape) - t * (u * outer_pull).sum(1)
 
 
-def _slope(variance: Tensor) -> Tensor:
-    """E[sigmoid'(z)] for z from N(0, variance)."""
-    z = variance.clamp(min=0).sqrt()[:, None] * _NODES
-    return (z.sigmoid() * (-z).sigmoid()) @ _WEIGHTS
+def _slope(variance: Tensor, shape: Tensor) -> Tensor:
+    """E[z (sigmoid(z) - 1/2)] / E[z^2] (m,): the mean of sigmoid' where z is Gaussian."""
+    z = variance.clamp(min=1e-12).sqrt()[:, None] * shape
+    return (z * (z.sigmoid() - 0.5)).mean(1) / variance.clamp(min=1e-12)
 
 
-def _softplus(variance: Tensor) -> Tensor:
-    """E[log(2 cosh(z / 2))] for z from N(0, variance): the even part of softplus."""
-    z = variance.clamp(min=0).sqrt()[:, None] * _NODES
-    return (torch.nn.functional.softplus(z) - z / 2) @ _WEIGHTS
+def _softplus(variance: Tensor, shape: Tensor) -> Tensor:
+    """E[log(2 cosh(z / 2))] (m,): the even part of softplus."""
+    z = variance.clamp(min=0).sqrt()[:, None] * shape
+    return (torch.nn.functional.softplus(z) - z / 2).mean(1)
 
 
 def ridge_factors(n_layers: int) -> tuple[float, ...]:

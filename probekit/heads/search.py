@@ -20,7 +20,7 @@ from probekit.heads.base import checked_groups, checked_targets
 from probekit.heads.combine import concatenate
 from probekit.heads.cross_fit import LayerFit, cross_fit
 from probekit.heads.linear import BradleyTerryClassifierCV, _folds
-from probekit.heads.screening import JointGram, basis_width, expected_losses, joint_gram, project, supervised_basis
+from probekit.heads.screening import JointGram, basis_width, expected_losses, joint_gram, margin_shape, project, supervised_basis
 
 Differences = Callable[[int], FloatArray]
 """Differences (n, d_l) of a layer, by its number, first minus second."""
@@ -177,6 +177,7 @@ def _joint(
     width = basis_width(len(fits), len(strengths))
     together = max(1, memory // (4 * n * width * len(fits)))
     slope = float(np.mean([fit.slope for fit in fits.values()]))
+    shape = margin_shape(list(fits.values()))
     parts = []
     for start in range(0, n_folds, together):
         folds = range(start, min(start + together, n_folds))
@@ -190,9 +191,9 @@ def _joint(
             ridge = 1 / (strengths[fit.best] * total * fit.slope)
             basis = supervised_basis(fit, scaled, answers, ridge)
             projected[:, place, :, : basis.shape[2]] = project(fit, scaled, basis)
-        parts.append(joint_gram(projected, folds, fold_of, label, weight, slope))
+        parts.append(joint_gram(projected, folds, fold_of, label, weight, slope=slope, shape=shape))
     tensors = ("train", "held_out", "pull", "held_out_pull", "total")
-    return JointGram(*(torch.cat([getattr(part, name) for part in parts]) for name in tensors), slope, width)
+    return JointGram(*(torch.cat([getattr(part, name) for part in parts]) for name in tensors), slope, shape, width)
 
 
 def _enlarge(
