@@ -81,9 +81,7 @@ def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tens
     folds, n, layers = answers.shape
     product = scaled.T @ answers.transpose(0, 1).reshape(n, -1)
     product = (fit.vectors.T @ product if fit.primal else product).reshape(-1, folds, layers).transpose(0, 1).double()
-    answered = [
-        product / (fit.eigenvalues + factor * ridge[:, None])[:, :, None] for factor in ridge_factors(layers)
-    ]
+    answered = [product / (fit.eigenvalues + factor * ridge[:, None])[:, :, None] for factor in ridge_factors(layers)]
     columns = torch.cat([fit.heads, *answered], dim=2)
     # Columns of one length, or those of weak layers would be lost in rounding; a zero column stays what it is.
     columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -20,7 +20,15 @@ from probekit.heads.base import checked_groups, checked_targets
 from probekit.heads.combine import concatenate
 from probekit.heads.cross_fit import LayerFit, cross_fit
 from probekit.heads.linear import BradleyTerryClassifierCV, _folds
-from probekit.heads.screening import JointGram, basis_width, expected_losses, joint_gram, margin_shape, project, supervised_basis
+from probekit.heads.screening import (
+    JointGram,
+    basis_width,
+    expected_losses,
+    joint_gram,
+    margin_shape,
+    project,
+    supervised_basis,
+)
 
 Differences = Callable[[int], FloatArray]
 """Differences (n, d_l) of a layer, by its number, first minus second."""
@@ -206,7 +214,9 @@ def _enlarge(
         if size <= 3:
             sets = list(combinations(range(len(layers)), size))
         else:
-            sets = sorted({tuple(sorted({*one, more})) for one in last for more in range(len(layers)) if more not in one})
+            sets = sorted(
+                {tuple(sorted({*one, more})) for one in last for more in range(len(layers)) if more not in one}
+            )
         subsets = np.array(sets)
         around = np.median(best[subsets], axis=1).astype(np.int64)[:, None] + np.arange(-1, 2)
         candidates = strengths[np.clip(around, 0, len(strengths) - 1)]
@@ -216,7 +226,5 @@ def _enlarge(
         loss, C = losses[picked, at], candidates[picked, at]
         order = np.argsort(loss, kind="stable")
         last = [sets[place] for place in order[:_BEAM]]
-        found += [
-            (tuple(layers[place] for place in one), float(loss[i]), float(C[i])) for i, one in enumerate(sets)
-        ]
+        found += [(tuple(layers[place] for place in one), float(loss[i]), float(C[i])) for i, one in enumerate(sets)]
     return found

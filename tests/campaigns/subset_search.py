@@ -63,7 +63,13 @@ def scikit_learn(D: np.ndarray, label: np.ndarray, groups: np.ndarray) -> float:
     fold_of = _folds(groups, 5)
     folds = [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(5)]
     model = LogisticRegressionCV(
-        Cs=list(STRENGTHS), cv=folds, fit_intercept=False, scoring="neg_log_loss", max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,)
+        Cs=list(STRENGTHS),
+        cv=folds,
+        fit_intercept=False,
+        scoring="neg_log_loss",
+        max_iter=1000,
+        use_legacy_attributes=False,
+        l1_ratios=(0,),
     )
     start = time.process_time()
     model.fit(Z, (label - 0.5) * sign > 0)
@@ -104,9 +110,11 @@ def main() -> None:
     rank = spearmanr(expected, exact["log_loss"]).statistic
     regret = first["log_loss"].min() - min(exact["log_loss"].min(), first["log_loss"].min())
     say(f"{len(some)} exact pairs, {each:.2f} s each: rank correlation {rank:.4f}, regret {regret:.5f}")
-    say(f"log-loss of pairs {exact['log_loss'].min():.4f} to {exact['log_loss'].max():.4f}; "
+    say(
+        f"log-loss of pairs {exact['log_loss'].min():.4f} to {exact['log_loss'].max():.4f}; "
         f"expected minus exact {np.mean(expected - exact['log_loss']):+.4f}; "
-        f"screened first alone: {refit_subsets(differences, best_subsets(screened, 1)[:1], *given)['log_loss'][0] - first['log_loss'].min():.5f} above")
+        f"screened first alone: {refit_subsets(differences, best_subsets(screened, 1)[:1], *given)['log_loss'][0] - first['log_loss'].min():.5f} above"
+    )
     for size in range(3, options.max_size + 1):
         found = refit_subsets(differences, best_subsets(screened[screened["size"] == size], 3), *given)
         say(f"size {size}: {found.iloc[0].to_dict()}")
@@ -116,7 +124,9 @@ def main() -> None:
             for pair in some[: options.baseline]
         ]
         loop = np.mean(times) * len(pairs)
-        say(f"scikit-learn {np.mean(times):.1f} s a pair, {loop:.0f} s for all {len(pairs)}: {loop / ours:.0f} times ours")
+        say(
+            f"scikit-learn {np.mean(times):.1f} s a pair, {loop:.0f} s for all {len(pairs)}: {loop / ours:.0f} times ours"
+        )
 
 
 def say(text: str) -> None:
