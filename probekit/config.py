@@ -194,12 +194,12 @@ def _allowed_layer_set(value: object) -> object:
     match value:
         case "singles" | "pairs" | "all":
             return value
-        case {"search": dict() as settings} if len(value) == 1:
+        case {"search": dict() as settings, **rest} if not rest:
             return {"search": SubsetSearch.checked(settings, source="search")}
-        case {"relative": [*depths]} if len(value) == 1 and depths:
+        case {"relative": [*depths], **rest} if depths and not rest:
             if all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
                 return value
-        case {"windows": number} | {"strides": number} | {"blocks": number} if len(value) == 1:
+        case {"windows": number, **rest} | {"strides": number, **rest} | {"blocks": number, **rest} if not rest:
             if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
                 return value
         case [*numbers] if numbers and all(isinstance(number, int) and number >= 0 for number in numbers):

@@ -12,7 +12,7 @@ from probekit.config import SubsetSearch
 from probekit.errors import ConfigError, HeadError
 
 LayerSetSpec = str | Sequence[int] | Mapping[Any, Any]
-"""``"singles"``, ``"pairs"``, ``"all"``, layer numbers, or one of ``relative``, ``windows``, ``strides``, ``blocks`` and
+"""``"singles"``, ``"pairs"``, ``"all"``, layer numbers, or one of ``relative``, ``windows``, ``strides``, ``blocks``,
 ``search`` with its value, as `probekit.config.LayerSet` checks them."""
 Rule = Literal["concat", "mean", "scalar-mix", "late-fusion"]
 """How several layers become one score: side by side or averaged before one head, by `BradleyTerryScalarMix`, or by
@@ -164,19 +164,19 @@ def resolve_layer_sets(
                 sets += combinations(inner, 2)
             case "all":
                 sets.append(_present(set(inner), spec, layers))
-            case {"relative": depths} if len(spec) == 1:
+            case {"relative": [*depths], **rest} if not rest:
                 outside = [depth for depth in depths if not 0 <= depth <= 1]
                 if outside:
                     message = f"layer_sets: relative depth {outside[0]} is outside 0 to 1"
                     raise ConfigError(message)
                 sets.append(_present({int(depth * n_blocks + 0.5) for depth in depths}, spec, layers))
-            case {"windows": int(size)} if len(spec) == 1:
+            case {"windows": int(size), **rest} if not rest:
                 _enough(size, inner, spec)
                 sets += [tuple(inner[start : start + size]) for start in range(len(inner) - size + 1)]
-            case {"strides": int(step)} if len(spec) == 1:
+            case {"strides": int(step), **rest} if not rest:
                 _enough(step, inner, spec)
                 sets += [tuple(inner[start::step]) for start in range(step)]
-            case {"blocks": int() as least} | {"search": SubsetSearch(max_size=least)} if len(spec) == 1:
+            case {"blocks": int(least), **rest} | {"search": SubsetSearch(max_size=least), **rest} if not rest:
                 _enough(least, inner, spec)
                 for one in next(answers):
                     sets.append(_present(set(one), spec, layers))

@@ -1,6 +1,5 @@
 """The heads of one layer in every fold: what searches over subsets and late fusion of scores start from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +63,7 @@ class LayerFit:
 
 
 def cross_fit(
-    D: FloatArray, label: FloatArray, weight: FloatArray, folds: IntArray, strengths: Sequence[float]
+    D: FloatArray, label: FloatArray, weight: FloatArray, folds: IntArray, strengths: FloatArray
 ) -> LayerFit | None:
     """Fit one layer in every fold at every strength; None where no pair differs.
 
@@ -75,11 +74,11 @@ def cross_fit(
     label, weight, folds
         (n,).
     strengths
-        C, ascending.
+        C (Cs,), ascending.
     """
     if not D.any():
         return None
-    n_folds, grid = int(folds.max()) + 1, np.asarray(strengths, dtype=np.float64)
+    n_folds, grid = int(folds.max()) + 1, strengths.astype(np.float64)
     scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
     kept = scale > 0
     basis = solvers.factorise(torch.from_numpy(D[:, kept] / scale[kept]))

@@ -151,7 +151,7 @@ class BradleyTerryScalarMix(_SeveralLayers):
         scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
         gain = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
         Z = (D * gain).reshape(len(D), layers, -1)
-        g = np.full(layers, layers**-0.5)
+        g: FloatArray = np.full(layers, layers**-0.5)
         if len(self.Cs) > 1:
             chosen = BradleyTerryClassifierCV(Cs=self.Cs, cv=self.cv, standardize=False)
             chosen.fit_differences(np.tensordot(Z, g, axes=(1, 0)), label, weight, groups)
@@ -160,7 +160,7 @@ class BradleyTerryScalarMix(_SeveralLayers):
             self.C_, self.edge_of_grid_, steps_converged = float(self.Cs[0]), False, True
         exact = BradleyTerryClassifier(C=self.C_, standardize=False)
         self.objective_, self.converged_ = [], False
-        w = np.zeros(Z.shape[2])
+        w: FloatArray = np.zeros(Z.shape[2])
         while len(self.objective_) < self.max_iter and not self.converged_:
             g /= np.linalg.norm(g)
             w = exact.fit_differences(np.tensordot(Z, g, axes=(1, 0)), label, weight).coef_
@@ -243,7 +243,7 @@ class BradleyTerryLateFusion(_SeveralLayers):
         held_out = np.zeros((len(D), len(widths)))
         self.layer_strengths_ = np.full(len(widths), np.nan)
         parts = np.split(D, np.cumsum(widths)[:-1], axis=1)
-        coefs = [np.zeros(width) for width in widths]
+        coefs: list[FloatArray] = [np.zeros(width) for width in widths]
         self.converged_ = True
         for layer, part in enumerate(parts):
             with solvers.one_thread():

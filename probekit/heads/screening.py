@@ -85,7 +85,8 @@ def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tens
     columns = torch.cat([fit.heads, *answered], dim=2)
     # Columns of one length, or those of weak layers would be lost in rounding; a zero column stays what it is.
     columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def project(fit: LayerFit, scaled: Tensor, basis: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def joint_gram(
 
 
 def expected_losses(gram: JointGram, subsets: IntArray, strengths: FloatArray) -> FloatArray:
-    """Expected held-out log-loss, a mean over folds, of heads on subsets of one size.
+    """Score subsets of one size by the held-out log-loss that a head on them is expected to have, a mean over folds.
 
     Parameters
     ----------
@@ -179,7 +180,7 @@ def expected_losses(gram: JointGram, subsets: IntArray, strengths: FloatArray) -
 
 
 def _loss(train: Tensor, held_out: Tensor, pull: Tensor, outer_pull: Tensor, ridge: Tensor, gram: JointGram) -> Tensor:
-    """Expected held-out log-loss (m,) of the heads t (G + mu)^-1 b."""
+    """Give the expected held-out log-loss (m,) of the heads t (G + mu)^-1 b."""
     shifted = train.clone()
     shifted.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     u = torch.cholesky_solve(pull[:, :, None], torch.linalg.cholesky(shifted))[:, :, 0]

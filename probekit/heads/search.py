@@ -32,6 +32,8 @@ from probekit.heads.screening import (
 
 Differences = Callable[[int], FloatArray]
 """Differences (n, d_l) of a layer, by its number, first minus second."""
+_Scored = tuple[tuple[int, ...], float, float]
+"""Layer numbers, log-loss, C."""
 _BEAM = 5
 """Sets of the largest size so far that are extended by every layer; a greedy path would follow one."""
 
@@ -91,7 +93,7 @@ def screen_subsets(
     with solvers.one_thread():
         fits, label, weight, fold_of = _fit_layers(differences, layers, label, sample_weight, groups, strengths, cv)
         varying = list(fits)
-        table = [
+        table: list[_Scored] = [
             ((layer,), float(fit.log_loss[:, fit.best].mean()), float(strengths[fit.best]))
             for layer, fit in fits.items()
         ]
@@ -157,7 +159,8 @@ def _fit_layers(
 ) -> tuple[dict[int, LayerFit], FloatArray, FloatArray, IntArray]:
     """Fit every layer alone in every fold; layers in which no pair differs are left out."""
     fits: dict[int, LayerFit] = {}
-    weight, fold_of = np.zeros(0), np.zeros(0, dtype=np.int64)
+    weight: FloatArray = np.zeros(0)
+    fold_of: IntArray = np.zeros(0, dtype=np.int64)
     for layer in layers:
         D, label, weight = checked_targets(differences(layer), label, sample_weight)
         if not len(fold_of):
@@ -200,13 +203,21 @@ def _joint(
             basis = supervised_basis(fit, scaled, answers, ridge)
             projected[:, place, :, : basis.shape[2]] = project(fit, scaled, basis)
         parts.append(joint_gram(projected, folds, fold_of, label, weight, slope=slope, shape=shape))
-    tensors = ("train", "held_out", "pull", "held_out_pull", "total")
-    return JointGram(*(torch.cat([getattr(part, name) for part in parts]) for name in tensors), slope, shape, width)
+    return JointGram(
+        train=torch.cat([part.train for part in parts]),
+        held_out=torch.cat([part.held_out for part in parts]),
+        pull=torch.cat([part.pull for part in parts]),
+        held_out_pull=torch.cat([part.held_out_pull for part in parts]),
+        total=torch.cat([part.total for part in parts]),
+        slope=slope,
+        shape=shape,
+        columns=width,
+    )
 
 
 def _enlarge(
     gram: JointGram, best: IntArray, strengths: FloatArray, layers: Sequence[int], max_size: int
-) -> list[tuple[tuple[int, ...], float, float]]:
+) -> list[_Scored]:
     """Score sets of 2 to ``max_size`` layers: (layer numbers, expected log-loss, C)."""
     found = []
     last: list[tuple[int, ...]] = []

@@ -14,7 +14,7 @@ S. Arlot, A. Celisse, Z. Harchaoui, "A kernel multiple change-point algorithm vi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 import numpy as np
@@ -69,7 +69,8 @@ def layer_similarity(
                 for i in range(start, min(j + 1, part.stop)):
                     products[i, j] = products[j, i] = np.square(held[i].T @ other, dtype=np.float64).sum()
     norms = np.sqrt(np.diag(products))
-    return np.clip(products / norms[:, None] / norms, 0.0, 1.0)
+    cka: FloatArray = np.clip(products / norms[:, None] / norms, 0.0, 1.0)
+    return cka
 
 
 def _upper(L: int) -> list[tuple[int, int]]:
@@ -135,7 +136,7 @@ def contiguous_blocks(similarity: FloatArray, n_blocks: int) -> list[tuple[int, 
     for cut in reversed(cuts):
         limits.append(int(cut[limits[-1]]))
     limits.append(0)
-    return [(first, after - 1) for after, first in zip(limits, limits[1:], strict=False)][::-1]
+    return [(first, after - 1) for after, first in pairwise(limits)][::-1]
 
 
 def find_blocks(
