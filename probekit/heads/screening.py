@@ -64,13 +64,15 @@ class JointGram:
     columns: int
 
 
-def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tensor) -> Tensor:
+def supervised_basis(fit: LayerFit, folds: range, scaled: Tensor, answers: Tensor, ridge: Tensor) -> Tensor:
     """Orthonormal columns (folds, r, k) in the axes of one layer.
 
     Parameters
     ----------
     fit
         Of the layer.
+    folds
+        Numbers of the folds.
     scaled
         Its differences as `LayerFit.rotated` gives them.
     answers
@@ -78,11 +80,13 @@ def supervised_basis(fit: LayerFit, scaled: Tensor, answers: Tensor, ridge: Tens
     ridge
         mu (folds,).
     """
-    folds, n, layers = answers.shape
+    _, n, layers = answers.shape
     product = scaled.T @ answers.transpose(0, 1).reshape(n, -1)
-    product = (fit.vectors.T @ product if fit.primal else product).reshape(-1, folds, layers).transpose(0, 1).double()
+    product = (
+        (fit.vectors.T @ product if fit.primal else product).reshape(-1, len(folds), layers).transpose(0, 1).double()
+    )
     answered = [product / (fit.eigenvalues + factor * ridge[:, None])[:, :, None] for factor in ridge_factors(layers)]
-    columns = torch.cat([fit.heads, *answered], dim=2)
+    columns = torch.cat([fit.heads[folds.start : folds.stop], *answered], dim=2)
     # Columns of one length, or those of weak layers would be lost in rounding; a zero column stays what it is.
     columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     basis: Tensor = torch.linalg.qr(columns).Q

@@ -166,6 +166,7 @@ def _fit_layers(
         if not len(fold_of):
             fold_of = _folds(np.arange(len(D)) if groups is None else checked_groups(groups, len(D)), cv)
         fit = cross_fit(D, label, weight, fold_of, strengths)
+        del D  # before the next layer is read
         if fit is not None:
             fits[layer] = fit
     if not fits:
@@ -200,8 +201,9 @@ def _joint(
         for place, (layer, fit) in enumerate(fits.items()):
             scaled = fit.rotated(np.asarray(differences(layer)) if fit.primal else np.zeros((0, 0)))
             ridge = 1 / (strengths[fit.best] * total * fit.slope)
-            basis = supervised_basis(fit, scaled, answers, ridge)
+            basis = supervised_basis(fit, folds, scaled, answers, ridge)
             projected[:, place, :, : basis.shape[2]] = project(fit, scaled, basis)
+            del scaled
         parts.append(joint_gram(projected, folds, fold_of, label, weight, slope=slope, shape=shape))
     return JointGram(
         train=torch.cat([part.train for part in parts]),

@@ -83,7 +83,7 @@ def _centred(X: FloatArray, layer: int, m: int | None) -> FloatArray:
     if m is not None and len(X) != m:
         message = f"layer {layer} has {len(X)} rows, layers before it {m}; similarity needs the same rows of each"
         raise HeadError(message)
-    centred = X - X.mean(axis=0, dtype=np.float64)
+    centred: FloatArray = X - X.mean(axis=0, dtype=np.float64)
     size = np.sqrt(np.mean(np.square(centred)))
     if not (np.isfinite(size) and size > 0):
         wrong = "hold NaN or infinity" if not np.isfinite(size) else f"are the same in all {len(X)} rows"
