@@ -202,20 +202,42 @@ class ImportConfig(PreferenceOptions):
     shard_size: ShardSize = SHARD_MIB
 
 
+class SubsetSearch(_Strict):
+    """A search over subsets of layers inside the training pairs: screened by Gram matrices, the best fitted exactly."""
+
+    max_size: int = Field(3, ge=2, description="layers of the largest sets")
+    refit_top: int = Field(5, ge=1, description="sets of each size that are fitted exactly")
+
+
 def _allowed_layer_set(value: object) -> object:
     """Say in one sentence what a layer set may be, in place of one complaint for each member of the union."""
-    if isinstance(value, dict) and set(value) == {"relative"}:
-        numbers, fits = value["relative"], lambda x: isinstance(x, int | float) and 0 <= x <= 1
-    else:
-        numbers, fits = value, lambda x: isinstance(x, int) and x >= 0
-    if value in ("singles", "all") or (isinstance(numbers, list) and numbers and all(map(fits, numbers))):
-        return value
-    message = f"allowed: 'singles', 'all', layer numbers such as [3, 7], or relative: depths from 0 to 1; not {value!r}"
+    match value:
+        case "singles" | "pairs" | "all":
+            return value
+        case {"search": dict() as settings, **rest} if not rest:
+            return {"search": SubsetSearch.checked(settings, source="search")}
+        case {"relative": [*depths], **rest} if depths and not rest:
+            if all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
+                return value
+        case {"windows": number, **rest} | {"strides": number, **rest} | {"blocks": number, **rest} if not rest:
+            if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+                return value
+        case [*numbers] if numbers and all(isinstance(number, int) and number >= 0 for number in numbers):
+            return value
+    message = (
+        "allowed: 'singles', 'pairs', 'all', layer numbers such as [3, 7], relative: depths from 0 to 1, windows: K, "
+        "strides: K or blocks: N with whole numbers from 1, or search: {max_size, refit_top}; "
+        f"not {value!r}"
+    )
     raise ValueError(message)
 
 
 LayerSet = Annotated[
-    Literal["singles", "all"] | LayerNumbers | dict[Literal["relative"], RelativeDepths],
+    Literal["singles", "pairs", "all"]
+    | LayerNumbers
+    | dict[Literal["relative"], RelativeDepths]
+    | dict[Literal["windows", "strides", "blocks"], int]
+    | dict[Literal["search"], SubsetSearch],
     BeforeValidator(_allowed_layer_set),
 ]
 

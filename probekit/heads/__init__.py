@@ -1,15 +1,53 @@
 """What is fitted: Bradley-Terry heads on frozen features, and the layer sets they are fitted on."""
 
-from probekit.heads.combine import combination_name, concatenate, layer_set_name, resolve_layer_sets
+from probekit.heads.combine import (
+    Rule,
+    combination_name,
+    concatenate,
+    depth_layers,
+    layer_set_name,
+    mean_features,
+    most_layer_sets,
+    resolve_layer_sets,
+    side_by_side,
+    specs_with_features,
+)
 from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV
+from probekit.heads.mix import BradleyTerryLateFusion, BradleyTerryScalarMix
 from probekit.heads.mlp import BradleyTerryMLP
+from probekit.heads.search import best_subsets, refit_subsets, screen_subsets
+from probekit.heads.similarity import (
+    block_ranges,
+    compare_pair_kinds,
+    contiguous_blocks,
+    find_blocks,
+    layer_similarity,
+    pair_kinds,
+)
 
 __all__ = [
     "BradleyTerryClassifier",
     "BradleyTerryClassifierCV",
+    "BradleyTerryLateFusion",
     "BradleyTerryMLP",
+    "BradleyTerryScalarMix",
+    "Rule",
+    "best_subsets",
+    "block_ranges",
     "combination_name",
+    "compare_pair_kinds",
     "concatenate",
+    "contiguous_blocks",
+    "depth_layers",
+    "find_blocks",
     "layer_set_name",
+    "layer_similarity",
+    "mean_features",
+    "most_layer_sets",
+    "pair_kinds",
+    "refit_subsets",
     "resolve_layer_sets",
+    "screen_subsets",
+    "side_by_side",
+    "specs_with_features",
 ]

@@ -1,0 +1,116 @@
+"""The heads of one layer in every fold: what searches over subsets and late fusion of scores start from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit._types import FloatArray, IntArray
+from probekit.heads import solvers
+from probekit.heads.linear import _held_out, with_floor
+
+_GAP = 1e-6
+"""Gap to the optimum of a fit inside a fold; its margins are averaged over, so the last digits do not matter."""
+NEIGHBOURS = 4
+"""Own heads of a layer that are kept: at the chosen strength and around it."""
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """A layer's linear heads in every fold, and the axes in which its ridge problems are diagonal.
+
+    Attributes
+    ----------
+    scale
+        (d,): root mean square of the channels; 0 where a channel was dropped.
+    log_loss, accuracy
+        (folds, Cs): on held-out pairs, as `probekit.heads.BradleyTerryClassifierCV` has them.
+    best
+        Place of the strength with the lowest mean log-loss.
+    margins
+        (folds, n) float32: of all pairs, from the head of each fold at that strength.
+    slope
+        Mean of sigmoid' over these margins.
+    heads
+        (folds, r, NEIGHBOURS or fewer): heads in the axes, at neighbouring strengths.
+    eigenvalues
+        (r,): of Z'Z / n, Z being the scaled differences.
+    vectors
+        (d kept, r) where n >= d, else (n, r) with Z in the axes = vectors * n * eigenvalues; float32.
+    converged
+        Whether every fit did.
+    """
+
+    scale: FloatArray
+    log_loss: FloatArray
+    accuracy: FloatArray
+    best: int
+    margins: Tensor
+    slope: float
+    heads: Tensor
+    eigenvalues: Tensor
+    vectors: Tensor
+    primal: bool
+    converged: bool
+
+    def rotated(self, D: FloatArray) -> Tensor:
+        """Scaled differences (n, d kept) float32 where n >= d, else their form in the axes (n, r)."""
+        if self.primal:
+            kept = self.scale > 0
+            return torch.from_numpy(np.asarray(D[:, kept] / self.scale[kept], dtype=np.float32))
+        return self.vectors * (len(self.vectors) * self.eigenvalues).float()
+
+
+def cross_fit(
+    D: FloatArray, label: FloatArray, weight: FloatArray, folds: IntArray, strengths: FloatArray
+) -> LayerFit | None:
+    """Fit one layer in every fold at every strength; None where no pair differs.
+
+    Parameters
+    ----------
+    D
+        (n, d) float64 differences, first minus second.
+    label, weight, folds
+        (n,).
+    strengths
+        C (Cs,), ascending.
+    """
+    if not D.any():
+        return None
+    n_folds, grid = int(folds.max()) + 1, strengths.astype(np.float64)
+    scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
+    kept = scale > 0
+    basis = solvers.factorise(torch.from_numpy(D[:, kept] / scale[kept]))
+    inside = np.where(folds == np.arange(n_folds)[:, None], 0.0, weight)
+    solution = solvers.solve(
+        basis,
+        torch.from_numpy(label),
+        torch.from_numpy(np.repeat(inside, len(grid), axis=0)),
+        torch.from_numpy(np.tile(grid, n_folds)),
+        tol=_GAP,
+        max_iter=500,
+    )
+    margins = solution.margins.numpy().reshape(n_folds, len(grid), -1)
+    log_loss, accuracy = np.empty((2, n_folds, len(grid)))
+    for fold in range(n_folds):
+        out = folds == fold
+        accuracy[fold], log_loss[fold] = _held_out(margins[fold][:, out], label[out], weight[out])
+    best = int(np.argmin(log_loss.mean(axis=0)))
+    first = min(max(best - 1, 0), max(len(grid) - NEIGHBOURS, 0))
+    heads = solution.a.reshape(n_folds, len(grid), -1)[:, first : first + NEIGHBOURS].transpose(1, 2)
+    chosen = solution.margins.reshape(n_folds, len(grid), -1)[:, best]
+    slope = float((chosen.sigmoid() * (-chosen).sigmoid()).mean())
+    return LayerFit(
+        scale,
+        log_loss,
+        accuracy,
+        best,
+        chosen.float(),
+        slope,
+        heads.double(),
+        basis.eigenvalues.double(),
+        basis.vectors.float(),
+        len(D) >= int(kept.sum()),
+        bool(solution.converged.all()),
+    )
