@@ -35,7 +35,7 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
         raise PreferenceError(msg)
     several = len({split for split, _ in files}) > 1  # the one split of an unnamed file is called train
     return [
-        (split_of(split) if several else split_of(file.name), Opened(file, _root(folder, file.parent)))
+        (split_of(str(split)) if several else split_of(file.name), Opened(file, _root(folder, file.parent)))
         for split, file in files
     ]
 
@@ -53,8 +53,8 @@ def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[t
     several = len(parts) > 1
     return [
         (
-            split_of(split) if several or not isinstance(found, datasets.DatasetDict) else "",
-            Opened(named / split if split else named, _root(folder, folder), DatasetRows(part)),
+            split_of(str(split)) if several else "",  # the one split of a set without is called train
+            Opened(named / str(split), _root(folder, folder), DatasetRows(part)),
         )
         for split, part in parts.items()
     ]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from probekit._types import IntArray
@@ -46,10 +45,10 @@ def load_preferences(
     Parameters
     ----------
     path
-        A JSON Lines, JSON, CSV or Parquet file; a folder of such files, or one that `datasets` saved; or the id of a
-        data set on the Hugging Face Hub. General form: ``prompt, chosen, rejected`` or ``prompt, image_a, image_b`` with
-        ``label`` (share of votes for A), ``label_b`` (for B) or ``votes_a, votes_b``. Images are paths relative to the
-        file and lie in its folder, or bytes in Parquet, which become files beside it once they are needed.
+        A JSON Lines, JSON, CSV or Parquet file; a folder of such files or one that `datasets` saved; or the id of a
+        data set on the Hugging Face Hub. General form: ``prompt, chosen, rejected``, or ``prompt, image_a, image_b``
+        with ``label`` (share of votes for A), ``label_b`` (for B) or ``votes_a, votes_b``. Images are paths relative to
+        the file and lie in its folder, or bytes in Parquet, which become files beside it once they are needed.
     format
         ``general``, the name of a published format (`probekit.preferences.formats.FORMATS`), or ``auto``: by the fields
         of the first record.
@@ -82,10 +81,14 @@ def load_preferences(
     frames: list[pd.DataFrame] = []
     packed: list[PackedColumn] = []
     for split, one in opened:
-        frame, columns_of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
-        frames.append(frame)
-        packed += columns_of_bytes
-    del frame
+        pairs, of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        frames.append(pairs)
+        packed += of_bytes
+    del pairs  # the frame alone is kept, and given back step by step
+    given = [bool((frame["split"] != "").any()) for frame in frames]
+    if any(given) and not all(given):
+        msg = f"{file}: {opened[given.index(False)][1].path.name} has no split; allowed: one for each part, or for none"
+        raise PreferenceError(msg)
     return _prepare(file, _together(frames), Packed(packed))
 
 
@@ -243,13 +246,13 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
             first, second = (a, b) if a < b else (b, a)
             digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
             smaller_first.append(a < b)
-        parts.append(np.frombuffer(b"".join(digests), "S32"))
+        parts.append(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
     identity = np.concatenate(parts)
-    heads = pd.Series(identity.view(">u8")[::4].astype(np.uint64))
+    heads = pd.Series(identity[:, :8].copy().view(np.uint64)[:, 0])
     occurrence = heads.groupby(heads).cumcount().to_numpy()  # pairs that stand in the file more than once stay apart
     starts = range(0, len(identity), _CHUNK)
     pair_ids = [_pair_ids(identity[at : at + _CHUNK], occurrence[at : at + _CHUNK]) for at in starts]
-    turn = np.array(smaller_first) != (identity.view("u1")[::32] & 1).astype(bool)
+    turn = np.array(smaller_first) != (identity[:, 0] & 1).astype(bool)
     frame = frame.assign(pair_id=pd.concat(pair_ids, ignore_index=True), a_listed_first=~turn)
     frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
     for name in ("image", "path"):
@@ -262,7 +265,6 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _pair_ids(identity: NDArray[np.bytes_], occurrence: IntArray) -> pd.Series:
-    raw = identity.view("u1").reshape(-1, 32)
-    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(raw, occurrence, strict=True))
+def _pair_ids(identity: IntArray, occurrence: IntArray) -> pd.Series:
+    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(identity, occurrence, strict=True))
     return pd.Series([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts], dtype="str")
