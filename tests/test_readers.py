@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences import load_preferences
 
 
@@ -44,7 +44,7 @@ def picture(colour, kind="PNG", size=(6, 4)):
 
 HPDV2_TRAIN = [
     {"human_preference": [1, 0], "prompt": "a", "file_path": ["train/1.jpg", "train/2.jpg"]},
-    {"human_preference": [0, 1], "prompt": "b", "file_path": ["train/3.jpg", "train/4.jpg"]},
+    {"human_preference": [0, 1], "prompt": "b", "file_path": ["3.jpg", "4.jpg"]},
 ]
 HPDV2_TEST = [
     {
@@ -266,9 +266,9 @@ def test_presets_and_mappings(tmp_path):
         "prompt=caption,image_a=image0,image_b=image0": "each column once on either side",
         "prompt=text": r"no column 'text' for prompt \(found: caption, image0, image1, label\)",
     }.items():
-        with pytest.raises(PreferenceError, match=message):
+        with pytest.raises((ConfigError, PreferenceError), match=message):
             load_preferences(mj, columns=columns)
-    with pytest.raises(PreferenceError, match="columns with format 'hpdv3'; allowed: format general"):
+    with pytest.raises(ConfigError, match="columns with format 'hpdv3'; allowed: format general"):
         load_preferences(mj, columns="mj-bench", format="hpdv3")
 
 

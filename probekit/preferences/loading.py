@@ -16,7 +16,7 @@ import pandas as pd
 from pandas.api.types import union_categoricals
 
 from probekit._types import IntArray
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences.formats import FORMATS, Shape, choose
 from probekit.preferences.groups import assign_groups, assign_splits, placeholder_images
 from probekit.preferences.hub import open_folder, open_hub, seems_hub_id
@@ -60,6 +60,8 @@ def load_preferences(
 
     Raises
     ------
+    ConfigError
+        If there is no such format, or `columns` is no mapping of columns.
     PreferenceError
         If the file or a value in it cannot be used; names the file, the place, the column, the value and what is
         allowed.
@@ -67,7 +69,7 @@ def load_preferences(
     file = Path(path).absolute()
     if format not in ("auto", *FORMATS):
         msg = f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}"
-        raise PreferenceError(msg)
+        raise ConfigError(msg)
     mapping = {} if columns is None else parse_columns(columns)
     if file.is_file():
         opened = [("", Opened(file))]
@@ -179,7 +181,7 @@ def _packed_columns(table: Table, shape: Shape) -> list[PackedColumn]:
     if table.rows is None:
         return []
     uids = dict(shape.packed)
-    return [PackedColumn(table.rows, name, table.root.packed, table.path.stem, uids.get(name)) for name in table.packed]
+    return [PackedColumn(table.rows, name, table.root.packed, table.root.stem, uids.get(name)) for name in table.packed]
 
 
 def _resolve_images(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
