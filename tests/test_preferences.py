@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probekit._types import row_id
-from probekit.errors import ImageError, PreferenceError
+from probekit.errors import ConfigError, ImageError, PreferenceError
 from probekit.preferences import load_preferences
 from probekit.preferences.groups import assign_groups, assign_splits, placeholder_images
 
@@ -440,7 +440,7 @@ def test_bad_files(tmp_path, name, content, message):
 def test_bad_calls(tmp_path):
     with pytest.raises(PreferenceError, match="no such file"):
         load_preferences(tmp_path / "none.json")
-    with pytest.raises(PreferenceError, match="format is 'hpdv9'; allowed: auto, general"):
+    with pytest.raises(ConfigError, match="format is 'hpdv9'; allowed: auto, general"):
         load_preferences(tmp_path / "none.json", format="hpdv9")
     pd.DataFrame([GOOD | {"image_a": ["a.png"]}]).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(PreferenceError, match=r"row 1: image_a is \['a.png'\]; allowed: a text"):

@@ -7,7 +7,7 @@ from functools import partial
 
 import pandas as pd
 
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences import published
 from probekit.preferences.readers import KNOWN, PRESETS, General, parse_columns
 from probekit.preferences.tables import Opened, Table
@@ -93,13 +93,15 @@ def choose(opened: Opened, format: str, mapping: Mapping[str, str]) -> Shape:
 
     Raises
     ------
+    ConfigError
+        If a published format is asked for together with a mapping.
     PreferenceError
         If the file is not of the format asked for.
     """
     if mapping:
         if format not in ("auto", "general"):
             msg = f"{opened.path}: columns with format {format!r}; allowed: format general, or a format alone"
-            raise PreferenceError(msg)
+            raise ConfigError(msg)
         return general_shape(mapping)
     if format == "general":
         return general_shape({})

@@ -35,7 +35,7 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
         raise PreferenceError(msg)
     several = len({split for split, _ in files}) > 1  # the one split of an unnamed file is called train
     return [
-        (split_of(split) if several else split_of(file.name), Opened(file, _root(folder, file.parent)))
+        (split_of(str(split)) if several else split_of(file.name), Opened(file, _root(folder, file)))
         for split, file in files
     ]
 
@@ -53,8 +53,8 @@ def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[t
     several = len(parts) > 1
     return [
         (
-            split_of(split) if several or not isinstance(found, datasets.DatasetDict) else "",
-            Opened(named / split if split else named, _root(folder, folder), DatasetRows(part)),
+            split_of(str(split)) if several else "",  # the one split of a set without is called train
+            Opened(named / str(split), _root(folder, folder / (str(split) or folder.name)), DatasetRows(part)),
         )
         for split, part in parts.items()
     ]
@@ -64,10 +64,14 @@ def _parts(datasets: Any, found: Any) -> dict[str, Any]:
     return dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
 
 
-def _root(folder: Path, beside: Path) -> Root:
-    """Images in the folder by path, and those unpacked beside it: in it, they would be taken for data."""
-    prefix = "" if beside == folder.parent else f"{beside.relative_to(folder.parent).as_posix()}/"
-    return Root(folder.parent, folder, folder.parent / f"{folder.name}.images", prefix)
+def _root(folder: Path, part: Path) -> Root:
+    """Images in the folder, by path from a part of it; those unpacked go beside it: in it, they would be taken for data.
+
+    Parts in several folders may have one name.
+    """
+    prefix = f"{part.parent.relative_to(folder.parent).as_posix()}/"
+    stem = "-".join(part.relative_to(folder).with_suffix("").parts)
+    return Root(folder.parent, folder, folder.parent / f"{folder.name}.images", stem, prefix)
 
 
 def _library(path: Path) -> Any:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from probekit._types import IntArray
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences.formats import FORMATS, Shape, choose
 from probekit.preferences.groups import SPLITS, assign_groups, assign_splits, placeholder_images, split_overlap
 from probekit.preferences.hub import open_folder, open_hub, seems_hub_id
@@ -48,7 +47,7 @@ def load_preferences(
     Parameters
     ----------
     path
-        A JSON Lines, JSON, CSV or Parquet file; a folder of such files, or one that `datasets` saved; or the id of a
+        A JSON Lines, JSON, CSV or Parquet file; a folder of such files or one that `datasets` saved; or the id of a
         data set on the Hugging Face Hub. General form: ``prompt, chosen, rejected``, or ``prompt, image_a, image_b``
         with ``label`` (share of votes for A), ``label_b`` (for B) or ``votes_a, votes_b``. Images are paths relative to
         the file and lie in its folder, or bytes in Parquet, which become files beside it once they are needed.
@@ -65,6 +64,8 @@ def load_preferences(
 
     Raises
     ------
+    ConfigError
+        If there is no such format, or `columns` is no mapping of columns.
     PreferenceError
         If the file or a value in it cannot be used; names the file, the place, the column, the value and what is
         allowed.
@@ -72,7 +73,7 @@ def load_preferences(
     file = Path(path).absolute()
     if format not in ("auto", *FORMATS):
         msg = f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}"
-        raise PreferenceError(msg)
+        raise ConfigError(msg)
     mapping = {} if columns is None else parse_columns(columns)
     if file.is_file():
         opened = [("", Opened(file))]
@@ -86,10 +87,14 @@ def load_preferences(
     frames: list[pd.DataFrame] = []
     packed: list[PackedColumn] = []
     for split, one in opened:
-        frame, columns_of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
-        frames.append(frame)
-        packed += columns_of_bytes
-    del frame
+        pairs, of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        frames.append(pairs)
+        packed += of_bytes
+    del pairs  # the frame alone is kept, and given back step by step
+    given = [bool((frame["split"] != "").any()) for frame in frames]
+    if any(given) and not all(given):
+        msg = f"{file}: {opened[given.index(False)][1].path.name} has no split; allowed: one for each part, or for none"
+        raise PreferenceError(msg)
     return _prepare(file, _together(frames), Packed(packed), split_file)
 
 
@@ -187,7 +192,7 @@ def _packed_columns(table: Table, shape: Shape) -> list[PackedColumn]:
     if table.rows is None:
         return []
     uids = dict(shape.packed)
-    return [PackedColumn(table.rows, name, table.root.packed, table.path.stem, uids.get(name)) for name in table.packed]
+    return [PackedColumn(table.rows, name, table.root.packed, table.root.stem, uids.get(name)) for name in table.packed]
 
 
 def _resolve_images(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
@@ -254,13 +259,13 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
             first, second = (a, b) if a < b else (b, a)
             digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
             smaller_first.append(a < b)
-        parts.append(np.frombuffer(b"".join(digests), "S32"))
+        parts.append(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
     identity = np.concatenate(parts)
-    heads = pd.Series(identity.view(">u8")[::4].astype(np.uint64))
+    heads = pd.Series(identity[:, :8].copy().view(np.uint64)[:, 0])
     occurrence = heads.groupby(heads).cumcount().to_numpy()  # pairs that stand in the file more than once stay apart
     starts = range(0, len(identity), _CHUNK)
     pair_ids = [_pair_ids(identity[at : at + _CHUNK], occurrence[at : at + _CHUNK]) for at in starts]
-    turn = np.array(smaller_first) != (identity.view("u1")[::32] & 1).astype(bool)
+    turn = np.array(smaller_first) != (identity[:, 0] & 1).astype(bool)
     frame = frame.assign(pair_id=pd.concat(pair_ids, ignore_index=True), a_listed_first=~turn)
     frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
     for name in ("image", "path"):
@@ -273,7 +278,6 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _pair_ids(identity: NDArray[Any], occurrence: IntArray) -> pd.Series:
-    raw = identity.view("u1").reshape(-1, 32)
-    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(raw, occurrence, strict=True))
+def _pair_ids(identity: IntArray, occurrence: IntArray) -> pd.Series:
+    texts = (f"{digest.tobytes().hex()}:{number}" for digest, number in zip(identity, occurrence, strict=True))
     return pd.Series([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts], dtype="str")

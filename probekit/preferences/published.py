@@ -29,7 +29,7 @@ def hpdv2_pairs(table: Table) -> pd.DataFrame:
     for i, (paths, chosen) in enumerate(zip(table.values("file_path"), table.values("human_preference"), strict=True)):
         if chosen not in ([1, 0], [0, 1]) or True in map(_is_bool, chosen):
             table.fail(i, f"human_preference is {show(chosen)}; allowed: [1, 0] or [0, 1]")
-        sides.append(_paths(table, i, "file_path", paths, count=2))
+        sides.append(_in_folder("train", _paths(table, i, "file_path", paths, count=2)))
         labels.append(float(chosen[0]))
     image_a, image_b = _columns(table, sides)
     prompt = table.texts("prompt", required=True)
@@ -45,7 +45,7 @@ def hpdv2_rankings(table: Table) -> pd.DataFrame:
     rankings, shares, votes = [], [], []
     annotations = table.values("raw_annotations")
     for i, (paths, ranks) in enumerate(zip(table.values("image_path"), table.values("rank"), strict=True)):
-        images = _paths(table, i, "image_path", paths)
+        images = _in_folder("test", _paths(table, i, "image_path", paths))
         rankings.append((i, images, _ranks(table, i, "rank", ranks, len(images))))
         given = [] if annotations[i] is None else annotations[i]
         if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
@@ -209,6 +209,11 @@ def _paths(table: Table, at: int, key: str, paths: Any, *, count: int | None = N
         if not isinstance(path, str) or not path:
             table.fail(at, f"{key} has {show(path)}; allowed: texts that are not empty")
     return paths
+
+
+def _in_folder(folder: str, paths: list[str]) -> list[str]:
+    """Put bare file names of HPDv2 into the folder in which it publishes them."""
+    return [path if "/" in path else f"{folder}/{path}" for path in paths]
 
 
 def _ranks(table: Table, at: int, key: str, ranks: Any, count: int) -> list[int]:

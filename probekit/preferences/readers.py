@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences.groups import SPLITS
 from probekit.preferences.packed import row_name
 from probekit.preferences.tables import Table, is_count
@@ -41,7 +41,7 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
 
     Raises
     ------
-    PreferenceError
+    ConfigError
         If it is no such mapping, or names a column that the general form does not have.
     """
     if isinstance(columns, str):
@@ -54,10 +54,10 @@ def parse_columns(columns: str | Mapping[str, str]) -> dict[str, str]:
         if ours not in KNOWN or not theirs:
             text = f"{ours}={theirs}" if theirs else ours
             msg = f"columns has {text!r}; allowed: {', '.join(PRESETS)}, or OURS=THEIRS,... with {', '.join(KNOWN)}"
-            raise PreferenceError(msg)
+            raise ConfigError(msg)
     if len(mapping) < len(pairs) or len(set(mapping.values())) < len(pairs):
         msg = f"columns is {columns!r}; allowed: each column once on either side"
-        raise PreferenceError(msg)
+        raise ConfigError(msg)
     return mapping
 
 
@@ -146,7 +146,7 @@ class General:
 def image_names(table: Table, column: str) -> pd.Series:
     """Take the names of images (n) as they stand in the file, or those that images given as bytes get."""
     if column in table.packed:
-        folder, stem = table.root.packed.name, table.path.stem
+        folder, stem = table.root.packed.name, table.root.stem
         return pd.Series([f"{folder}/{row_name(stem, row, column)}" for row in range(len(table))], dtype="str")
     names = table.texts(column, required=True)
     return names.where(names.str.startswith("/"), table.root.prefix + names) if table.root.prefix else names

@@ -43,6 +43,8 @@ class Root:
         The folder that images must not leave.
     packed
         The folder of images that stand as bytes in the file.
+    stem
+        What images begin with that are named by nothing but their row.
     prefix
         What a path in the file begins with, seen from ``base``.
     """
@@ -50,12 +52,13 @@ class Root:
     base: Path
     inside: Path
     packed: Path
+    stem: str
     prefix: str = ""
 
     @classmethod
     def beside(cls, file: Path) -> Self:
         """Images by paths relative to the file; those inside it are named in a folder beside it."""
-        return cls(file.parent, file.parent, file.parent / f"{file.stem}.images")
+        return cls(file.parent, file.parent, file.parent / f"{file.stem}.images", file.stem)
 
 
 class Table:
