@@ -272,7 +272,7 @@ def test_a_sweep_says_by_which_file_it_was_split(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text("heads: [{kind: linear, layer_sets: [singles]}]\nresamples: 200\n")
     command = ["sweep", path, "--store", store, "--out", tmp_path / "run"]
-    refused(probekit(*command, "--split-file", tmp_path / "s.json"), 2, "--split-file with --prefs")
+    refused(probekit(*command, "--split-file", path), 2, "--split-file", "allowed: with --prefs")
     assert probekit(*command).returncode == 0
     found = json.loads(probekit("inspect", tmp_path / "run", "--json").stdout)["splits"]
     assert set(found.values()) == {"by the preference file or by hash"}
