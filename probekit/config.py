@@ -225,7 +225,7 @@ def _allowed_layer_set(value: object) -> object:
         case [*numbers] if numbers and all(isinstance(number, int) and number >= 0 for number in numbers):
             return value
     message = (
-        "allowed: 'singles', 'pairs', 'all', layer numbers such as [3, 7], relative: depths from 0 to 1, windows: K, "
+        "allowed: 'singles', 'all', 'pairs', layer numbers such as [3, 7], relative: depths from 0 to 1, windows: K, "
         "strides: K or blocks: N with whole numbers from 1, or search: {max_size, refit_top}; "
         f"not {value!r}"
     )

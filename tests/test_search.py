@@ -101,11 +101,13 @@ def test_little_memory_changes_no_number_and_no_two_layers_are_held(made):
 
 
 def test_labels_of_held_out_pairs_are_not_seen():
-    """Where nothing is to be found, no subset looks better than chance; a basis of another fold would."""
+    """Where nothing is to be found, screened sets lose as much as exact ones; with bases of other folds, 0.02 less."""
     noise = Depth(6, 300, 60, seed=2)
     label = np.random.default_rng(0).integers(0, 2, 300).astype(float)
-    found = screen_subsets(noise, range(6), label, None, noise.groups, max_size=3)
-    assert found["log_loss"].min() > np.log(2) - 0.006
+    given = (label, None, noise.groups)
+    screened = screen_subsets(noise, range(6), *given, Cs=(0.1,)).query("size == 2")
+    exact = refit_subsets(noise, screened["layers"], *given, Cs=(0.1,))
+    assert screened["log_loss"].mean() > exact["log_loss"].mean() - 0.01
 
 
 def test_where_the_basis_spans_all_channels_projection_loses_nothing(made):
@@ -183,8 +185,10 @@ def test_layers_without_differences_are_in_no_subset(made):
 def test_fewer_pairs_than_channels(made):
     wide = Depth(5, 60, 100, seed=3)
     pairs = list(combinations(range(5), 2))
-    found = screen_subsets(wide, range(5), wide.label, None, wide.groups, cv=3)
-    exact = refit_subsets(wide, pairs, wide.label, None, wide.groups, cv=3).set_index("layers")["log_loss"]
+    found = screen_subsets(wide, range(5), wide.label, None, wide.groups, Cs=(0.01, 0.1, 1.0), cv=3)
+    exact = refit_subsets(wide, pairs, wide.label, None, wide.groups, Cs=(0.01, 0.1, 1.0), cv=3).set_index("layers")[
+        "log_loss"
+    ]
     assert spearmanr(found.set_index("layers")["log_loss"][pairs], exact[pairs]).statistic >= 0.97
 
 

@@ -17,6 +17,7 @@ from probekit.heads.mix import BradleyTerryLateFusion, BradleyTerryScalarMix
 from probekit.heads.mlp import BradleyTerryMLP
 from probekit.heads.search import best_subsets, refit_subsets, screen_subsets
 from probekit.heads.similarity import (
+    PairKindSummary,
     block_ranges,
     compare_pair_kinds,
     contiguous_blocks,
@@ -31,6 +32,7 @@ __all__ = [
     "BradleyTerryLateFusion",
     "BradleyTerryMLP",
     "BradleyTerryScalarMix",
+    "PairKindSummary",
     "Rule",
     "best_subsets",
     "block_ranges",

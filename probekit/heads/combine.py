@@ -184,7 +184,7 @@ def resolve_layer_sets(
                 sets.append(_present(set(spec), spec, layers))
             case _:
                 allowed = (
-                    "'singles', 'pairs', 'all', a list of layer numbers, {'relative': depths}, {'windows': k}, "
+                    "'singles', 'all', 'pairs', a list of layer numbers, {'relative': depths}, {'windows': k}, "
                     "{'strides': k}, {'blocks': n}, {'search': SubsetSearch}"
                 )
                 message = f"layer_sets: {spec!r} is unknown; allowed: {allowed}"

@@ -14,6 +14,7 @@ S. Arlot, A. Celisse, Z. Harchaoui, "A kernel multiple change-point algorithm vi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Literal
 
@@ -69,7 +70,7 @@ def layer_similarity(
                 for i in range(start, min(j + 1, part.stop)):
                     products[i, j] = products[j, i] = np.square(held[i].T @ other, dtype=np.float64).sum()
     norms = np.sqrt(np.diag(products))
-    cka: FloatArray = np.clip(products / norms[:, None] / norms, 0.0, 1.0)
+    cka: FloatArray = np.clip(products / np.outer(norms, norms), 0.0, 1.0)
     return cka
 
 
@@ -159,6 +160,15 @@ def block_ranges(blocks: Sequence[Sequence[int]]) -> str:
 PairKind = Literal["within", "across"]
 
 
+@dataclass(frozen=True)
+class PairKindSummary:
+    """Values of the pairs of layers of one kind: how many, their mean and the largest."""
+
+    n_pairs: int
+    mean: float
+    best: float
+
+
 def pair_kinds(blocks: Sequence[Sequence[int]]) -> dict[tuple[int, int], PairKind]:
     """Tell for every pair of layers (smaller number first) whether both lie within one block or in two."""
     block_of = {layer: number for number, block in enumerate(blocks) for layer in block}
@@ -167,7 +177,7 @@ def pair_kinds(blocks: Sequence[Sequence[int]]) -> dict[tuple[int, int], PairKin
 
 def compare_pair_kinds(
     values: Mapping[tuple[int, ...], float], blocks: Sequence[Sequence[int]]
-) -> dict[PairKind, dict[str, float]]:
+) -> dict[PairKind, PairKindSummary]:
     """Compare pairs of layers within one block with pairs across two, as DiT-Reward does.
 
     Parameters
@@ -181,13 +191,14 @@ def compare_pair_kinds(
     Returns
     -------
     dict
-        For ``within`` and ``across``: ``n_pairs``, ``mean``, ``best`` (largest); a kind without values is left out.
-        Pairs share layers, so these are no independent values: an interval needs the margins of the pairs.
+        For ``within`` and ``across``; a kind without values is left out. Pairs share layers, so these are no
+        independent values: an interval needs the margins of the pairs.
     """
-    found: dict[PairKind, dict[str, float]] = {}
+    found: dict[PairKind, PairKindSummary] = {}
     kinds = pair_kinds(blocks)
-    for kind in ("within", "across"):
+    names: tuple[PairKind, ...] = ("within", "across")
+    for kind in names:
         those = [value for pair, value in values.items() if len(pair) == 2 and kinds.get((pair[0], pair[1])) == kind]
         if those:
-            found[kind] = {"n_pairs": len(those), "mean": float(np.mean(those)), "best": max(those)}
+            found[kind] = PairKindSummary(len(those), float(np.mean(those)), max(those))
     return found
