@@ -24,7 +24,7 @@ from probekit.heads import (
     concatenate,
     layer_set_name,
     resolve_layer_sets,
-    solvers,
+    training,
 )
 from probekit.heads.linear import _folds
 from probekit.stats import accuracy_interval, strict
@@ -123,11 +123,11 @@ def test_cross_validation_equals_a_scikit_learn_loop():
             margins = Z[test] @ reference(Z[train], label[train], C)
             loss[fold, column] = np.mean(np.logaddexp(0, margins) - label[test] * margins)
             accuracy[fold, column] = np.mean((margins > 0) == (label[test] > 0.5))
-    np.testing.assert_allclose(head.cv_log_loss_, loss, atol=2e-5)
+    np.testing.assert_allclose(head.cv_log_loss_, loss, atol=1e-4)
     assert np.abs(head.cv_accuracy_.mean(axis=0) - accuracy.mean(axis=0)).max() <= 0.004  # one of 300 pairs
     assert Cs.index(head.C_) == loss.mean(axis=0).argmin()
     alone = BradleyTerryClassifier(C=head.C_).fit_differences(D, label)
-    np.testing.assert_array_equal(head.coef_, alone.coef_)
+    np.testing.assert_allclose(head.coef_, alone.coef_, atol=1e-4 * np.linalg.norm(alone.coef_))
 
 
 def test_folds_keep_groups_whole_and_even():
@@ -313,7 +313,7 @@ def test_mlp_stops_early_and_keeps_the_best_epoch():
 def test_loss_counts_soft_labels_both_ways():
     margins, label = torch.tensor([2.0]), torch.tensor([0.3])
     both = -0.3 * torch.sigmoid(margins).log() - 0.7 * torch.sigmoid(-margins).log()
-    assert torch.allclose(solvers.bradley_terry_loss(margins, label, torch.ones(1)), both)
+    assert torch.allclose(training.bradley_terry_loss(margins, label, torch.ones(1)), both)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)

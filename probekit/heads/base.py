@@ -78,10 +78,12 @@ class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
 
 
 def differences(X: FloatArray, pairs: IntArray) -> FloatArray:
-    """D (n, d) float64, first minus second; subtracted in float64, as rows may share large offsets."""
+    """D (n, d), first minus second: float32 of float32 or narrower rows (one rounding of each entry), else float64."""
     X = checked_rows(X)
     pairs = checked_pairs(pairs, len(X))
-    return X[pairs[:, 0]].astype(np.float64) - X[pairs[:, 1]]
+    first: FloatArray = X[pairs[:, 0]].astype(np.result_type(X.dtype, np.float32), copy=False)
+    first -= X[pairs[:, 1]]
+    return first
 
 
 def row_groups(pairs: IntArray) -> IntArray:
@@ -126,9 +128,10 @@ def checked_groups(groups: NDArray[Any], n: int) -> NDArray[Any]:
 def checked_targets(
     D: FloatArray, label: FloatArray, sample_weight: FloatArray | None
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return float64 differences (n, d), labels (n,) and weights (n,), or raise HeadError if no head can be fitted."""
+    """Return differences (n, d) float32 or float64, labels (n,) and weights (n,) float64, or raise HeadError."""
+    D = np.asarray(D)
     # "W": pandas hands out read-only arrays, which torch does not take
-    D = np.require(D, dtype=np.float64, requirements="W")
+    D = np.require(D, np.float32 if D.dtype in (np.float16, np.float32) else np.float64, "W")
     label = np.require(label, dtype=np.float64, requirements="W")
     weight = np.ones(len(label)) if sample_weight is None else np.require(sample_weight, np.float64, "W")
     if D.ndim != 2:
