@@ -14,6 +14,8 @@ from sklearn.exceptions import NotFittedError
 from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 
+_BLOCK = 4096  # rows that are checked at a time
+
 
 class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
     """What all heads share: scores of rows in, probabilities of pairs out."""
@@ -144,7 +146,8 @@ def checked_targets(
     if not len(D):
         message = "there are 0 pairs; a head needs at least one"
         raise HeadError(message)
-    finite = np.isfinite(D).all(axis=1)
+    blocks = np.array_split(D, len(D) // _BLOCK + 1)  # D may be as large as memory allows
+    finite = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if not finite.all():
         message = f"the features of pair {int(np.argmin(finite))} hold NaN or infinity; they must be finite"
         raise HeadError(message)

@@ -48,7 +48,7 @@ class Differences:
         w = w * self.gain.to(w.dtype)
         if w.dtype == self.rows.dtype:
             return w @ self.rows.T
-        return torch.cat([w @ block.to(w.dtype).T for block in self.rows.split(_BLOCK)], dim=1)
+        return torch.cat([w @ block.to(w.dtype).T for block in torch.split(self.rows, _BLOCK)], dim=1)
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
@@ -56,7 +56,7 @@ class Differences:
             total = residual @ self.rows
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
-            for block, part in zip(self.rows.split(_BLOCK), residual.split(_BLOCK, dim=1), strict=True):
+            for block, part in zip(torch.split(self.rows, _BLOCK), torch.split(residual, _BLOCK, dim=1), strict=True):
                 total += part @ block.to(residual.dtype)
         return total * self.gain.to(residual.dtype)
 
@@ -240,6 +240,6 @@ def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _squares(rows: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum (d,) float64 of the squares of rows (n, d)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block, part in zip(rows.split(_BLOCK), weight.split(_BLOCK), strict=True):
+    for block, part in zip(torch.split(rows, _BLOCK), torch.split(weight, _BLOCK), strict=True):
         total += part @ block.double().square()
     return total

@@ -21,7 +21,7 @@ from probekit.heads.factorisation import Problem, factorise
 
 MEMORY = float(4 * 2**30)
 """Bytes that a factorisation may take by default: enough for 11,500 channels."""
-_CV_GAP = 1e-6
+INNER_TOL = 1e-6
 """Gap to the optimum of the fits inside a cross-validation; refits go down to the estimator's own ``tol``."""
 
 
@@ -290,7 +290,7 @@ class BradleyTerryClassifierCV(_LinearHead):
             raise HeadError(message)
         with solvers.one_thread():
             problem, columns = self._prepare(D, label, np.where(held_out, 0.0, weight), weight, strengths)
-            inner = solvers.solve(problem, columns, tol=max(self.tol, _CV_GAP), max_iter=self.max_iter)
+            inner = solvers.solve(problem, columns, tol=max(self.tol, INNER_TOL), max_iter=self.max_iter)
             margins = inner.margins.cpu().numpy().reshape(len(held_out), len(strengths), -1)
             scores = [
                 _held_out(margins[fold][:, out].astype(np.float64), label[out], weight[out])

@@ -8,17 +8,17 @@ zero outside the fold, divided by their sum) with a strength. It minimises
 which is scikit-learn's logistic regression without intercept, divided by C times the summed weights; a soft label
 counts both ways round.
 
-All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`), where
-c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
+All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
+where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
 Z w_j (n,) are kept; held-out scores come for free.
 
-The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so w = (c Z'Z/n + lam)^-1 b
-with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit on all pairs would leak
-into held-out scores.
+The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
+w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
+on all pairs would leak into held-out scores.
 
-Precision: iterations run in float32, which resolves the gap of well-conditioned columns to about 1e-9. A column that is
-not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64, and go
-on there if that finds them too far away.
+Precision: iterations run in float32, which resolves the gap of well-conditioned columns to about 1e-9. A column that
+is not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64,
+and go on there if that finds them too far away.
 
 Source: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4.
 """

@@ -1,8 +1,8 @@
 """Training of MLP heads, several at once on the same rows.
 
-All heads see the same pairs in the same order, so their first layers are one matrix product with the rows, which is where
-the time goes: K heads of width h make a (K h, d) matrix. Later layers are small and run head by head; where every head
-has one hidden layer, so are the outputs taken in one product. AdamW works entry by entry, so heads do not influence each
+All heads see the same pairs in the same order, so their first layers are one matrix product with the rows, which is
+where the time goes: K heads of width h make a (K h, d) matrix. Later layers are small and run head by head; where
+every head has one hidden layer, outputs are one product too. AdamW works entry by entry, so heads do not influence each
 other. Each keeps the parameters of its best epoch, and leaves the matrix when it stops.
 
 K = heads, H = sum of their first widths, m = rows of a batch, two to a pair.
@@ -122,7 +122,7 @@ class _Together:
             of_head = owner.repeat_interleave(torch.tensor(self.widths, device=h.device))[:, None] == owner
             return h @ (self.wide[2][:, None] * of_head)
         scores = []
-        for k, (part, layers) in enumerate(zip(h.split(self.widths, dim=1), self.later, strict=True)):
+        for k, (part, layers) in enumerate(zip(torch.split(h, self.widths, dim=1), self.later, strict=True)):
             for weight, bias in layers[:-1]:
                 part = torch.nn.functional.linear(part, weight, bias).relu()
                 if training and self.dropout:
@@ -137,7 +137,7 @@ class _Together:
 
     def layers(self, k: int) -> Layers:
         """Copy of the layers of head k."""
-        weight, bias, *out = (wide.detach().split(self.widths)[k].clone() for wide in self.wide)
+        weight, bias, *out = (torch.split(wide.detach(), self.widths)[k].clone() for wide in self.wide)
         later = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in self.later[k]]
         return [(weight, bias), *([(out[0][None], torch.empty(0))] if self.shallow else later)]
 
@@ -237,6 +237,6 @@ def _losses(
 
 @torch.no_grad()
 def _mean_losses(heads: _Together, rows: Tensor, skip: Tensor | None, batch: PairBatch) -> list[float]:
-    parts = torch.arange(len(batch.label), device=rows.device).split(_VALIDATED_AT_ONCE)
-    total = sum(_losses(heads, rows, skip, batch, at, training=False).double().sum(dim=0) for at in parts)
-    return [float(loss) / len(batch.label) for loss in total]
+    parts = torch.split(torch.arange(len(batch.label), device=rows.device), _VALIDATED_AT_ONCE)
+    sums = [_losses(heads, rows, skip, batch, at, training=False).double().sum(dim=0) for at in parts]
+    return [float(loss) / len(batch.label) for loss in torch.stack(sums).sum(dim=0)]
