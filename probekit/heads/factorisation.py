@@ -4,8 +4,8 @@ D (n, d) holds differences of feature vectors, first minus second, and Z = D / s
 the scale before each product with D, which rounds the same.
 
 With Z'Z / n = V e V', the Hessian of a fit is close to V (c e + lam) V' for a number c of its own, so one symmetric
-eigendecomposition preconditions every fold and strength. It does not enter the objective: its rounding errors slow a fit
-down but do not change what it converges to.
+eigendecomposition preconditions every fold and strength. It does not enter the objective: its rounding errors slow a
+fit down but do not change what it converges to.
 
     n >= d:  Gram matrix Z'Z / n = V e V'         fits on Z                        w
     n <  d:  kernel      Z Z'/ n = U e U'         fits on T = U sqrt(n e) (n, r)   w = Z' U a / sqrt(n e), as long as a
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from probekit.errors import HeadError
 
-_BLOCK = 512  # rows that are converted to float64 at a time: they stay in the cache
+_BLOCK = 512  # rows that are multiplied, or converted to float64, at a time: they stay in the cache
 _SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
 _PANEL = 128  # columns of the Gram matrix in one product
 _COPIES = 4  # matrices of the size of the Gram matrix that an eigendecomposition holds at once
@@ -46,8 +46,6 @@ class Differences:
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
         w = w * self.gain.to(w.dtype)
-        if w.dtype == self.rows.dtype:
-            return w @ self.rows.T
         return torch.cat([w @ block.to(w.dtype).T for block in torch.split(self.rows, _BLOCK)], dim=1)
 
     def gradient(self, residual: Tensor) -> Tensor:

@@ -185,8 +185,8 @@ def fit_together(
 ) -> None:
     """Fit several heads on the same pairs at once, each as `BradleyTerryMLP.fit` would fit it, up to rounding.
 
-    The first layers of all heads run as one matrix product, which takes a fraction of the time of one head after another
-    where the heads are small.
+    The first layers of all heads run as one matrix product, which takes a fraction of the time of one head after
+    another where the heads are small.
 
     Parameters
     ----------
