@@ -465,6 +465,22 @@ def bench_store(
     _show(measured.facts(), measured.lines(), as_json=as_json)
 
 
+@bench.command("sweep")
+def bench_sweep(
+    *,
+    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="one case; repeatable (default: all)")] = None,
+    scale: Annotated[float, typer.Option(metavar="X", help="factor of all numbers of pairs and channels")] = 1.0,
+    layers: Annotated[int, typer.Option(metavar="K", help="layers that each case is run on; ratios are of one")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Time fits of heads against scikit-learn and a plain loop, beside the figures of the design, by CPU time."""
+    from probekit.bench.sweep import bench_sweep
+
+    with _progress("rounds") as progress:
+        measured = bench_sweep(names=case or [], scale=scale, layers=layers, progress=progress)
+    _show(measured.facts(), measured.lines(), as_json=as_json)
+
+
 @playground.command("path")
 def path() -> None:
     """Print the folder of the shipped weights: base/ and transformers/."""

@@ -18,7 +18,8 @@ from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
 from probekit.bench import dump as bench
 from probekit.bench import store as store_bench
-from probekit.bench import store_runs
+from probekit.bench import store_runs, sweep_cases, sweep_runs
+from probekit.bench import sweep as sweep_bench
 
 IMAGES, ROUNDS = 10, 2
 
@@ -195,3 +196,47 @@ def test_the_store_is_measured_where_the_user_says(temporary, tmp_path, few_shar
 def test_wrong_options_of_the_store_are_one_line(temporary, given, message):
     refused(probekit(*SMALL_STORE, *given), 2, message)
     assert not list(temporary.iterdir())
+
+
+def test_the_fits_beside_scikit_learn_as_json(temporary):
+    done = probekit("bench", "sweep", "--scale", 0.01, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found["cases"]) == [case.name for case in sweep_cases.CASES]
+    for case in sweep_cases.CASES:
+        figure = found["cases"][case.name]
+        assert figure["ratio"]["median"] == pytest.approx(figure["seconds"]["theirs"] / figure["seconds"]["ours"])
+        exact = [figure[name] is None or figure[name] <= bound for name, bound in sweep_bench.BOUNDS.items()]
+        assert figure["reached"] == (figure["ratio"]["median"] >= case.asked and all(exact))
+        if not case.hidden:
+            assert figure["loss_gap"] <= 2e-6
+            assert figure["coefficient_error"] <= 1e-3
+
+
+def test_chosen_cases_and_their_words():
+    done = probekit("bench", "sweep", "--scale", 0.01, "--case", "5k-512", "--case", "mlp-16", "--layers", 2)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "5k-512 60 x 5 12" in words
+    assert "mlp-16 60 x 5 4" in words
+    assert "20k-512" not in words
+    assert sweep_cases.RIVALS["logistic-cv"].split(":")[0] in words
+
+
+def test_the_optimum_that_fits_are_judged_by():
+    D, label = sweep_runs.synthetic_differences(200, 8, seed=0)
+    Z = D / np.sqrt(np.mean(D.astype(float) ** 2, axis=0))
+    w = sweep_runs.optimum(Z, label, 10.0, start=np.zeros(8))
+    assert np.linalg.norm(Z.T @ (1 / (1 + np.exp(-Z @ w)) - label) + w / 10) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--case", "nothing"], "case is 'nothing'; allowed: 20k-512, "),
+        (["--scale", 0], "scale is 0; allowed"),
+        (["--layers", 0], "layers is 0; allowed"),
+    ],
+)
+def test_wrong_options_of_the_fits_are_one_line(given, message):
+    refused(probekit("bench", "sweep", *given), 2, message)

@@ -24,9 +24,10 @@ from probekit.heads import (
     concatenate,
     layer_set_name,
     resolve_layer_sets,
-    solvers,
+    training,
 )
 from probekit.heads.linear import _folds
+from probekit.heads.mlp import fit_together
 from probekit.stats import accuracy_interval, strict
 
 HEADS = [
@@ -100,6 +101,42 @@ def test_equals_scikit_learn_with_soft_labels_and_weights(standardize):
     assert head.gradient_norm_ == pytest.approx(np.linalg.norm(gradient), abs=1e-9)
 
 
+@pytest.mark.parametrize(("n", "d"), [(600, 40), (60, 150)])
+@pytest.mark.parametrize("C", [1.0, 1e4])
+def test_float32_channels_that_almost_repeat_each_other(n, d, C):
+    """The condition is 1e8 after standardising too, which float32 iterations alone do not solve."""
+    D, label = synthetic(n, d, spread=4.0)
+    D[:, 1::2] = D[:, ::2] * (1 + 1e-4 * np.random.default_rng(1).normal(size=(n, d // 2)))
+    D = D.astype(np.float32)
+    head = BradleyTerryClassifier(C=C).fit_differences(D, label)
+    rms = np.sqrt(np.mean(D.astype(float) ** 2, axis=0))
+    Z, found = D / rms, head.coef_ * rms
+    # scikit-learn's solvers end at their own precision, so only the optimum's own condition is asked for
+    gradient = Z.T @ (1 / (1 + np.exp(-Z @ found)) - label) / n + found / (C * n)
+    curvature = Z.T * ((p := 1 / (1 + np.exp(-Z @ found))) * (1 - p)) @ Z / n + np.eye(d) / (C * n)
+    step = np.linalg.solve(curvature, gradient)
+    assert head.converged_
+    assert gradient @ step / 2 <= 1e-8
+    assert np.linalg.norm(step) <= 1e-3 * np.linalg.norm(found)
+    assert np.linalg.norm(gradient) == pytest.approx(head.gradient_norm_, rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 20), (40, 90)])
+def test_matrix_free_fits_reach_the_same_optimum(n, d):
+    D, label = synthetic(n, d, spread=6.0)
+    Cs = (0.01, 1.0)
+    known = BradleyTerryClassifierCV(Cs=Cs).fit_differences(D, label)
+    free = BradleyTerryClassifierCV(Cs=Cs, memory=1000.0).fit_differences(D, label)
+    assert free.matrix_free_
+    assert not known.matrix_free_
+    assert free.converged_
+    assert free.C_ == known.C_
+    # the gap is only estimated by a preconditioner that is far from the Hessian
+    assert np.linalg.norm(D @ (free.coef_ - known.coef_)) <= 1e-2 * np.linalg.norm(D @ known.coef_)
+    np.testing.assert_allclose(free.cv_log_loss_, known.cv_log_loss_, atol=1e-2)
+    assert free.n_less_than_d_ == known.n_less_than_d_ == (n < d)
+
+
 def test_separable_and_duplicated_pairs_converge():
     D, _ = synthetic(60, 100)
     D = np.concatenate([D, D, D[:7]])
@@ -123,11 +160,11 @@ def test_cross_validation_equals_a_scikit_learn_loop():
             margins = Z[test] @ reference(Z[train], label[train], C)
             loss[fold, column] = np.mean(np.logaddexp(0, margins) - label[test] * margins)
             accuracy[fold, column] = np.mean((margins > 0) == (label[test] > 0.5))
-    np.testing.assert_allclose(head.cv_log_loss_, loss, atol=2e-5)
+    np.testing.assert_allclose(head.cv_log_loss_, loss, atol=1e-4)
     assert np.abs(head.cv_accuracy_.mean(axis=0) - accuracy.mean(axis=0)).max() <= 0.004  # one of 300 pairs
     assert Cs.index(head.C_) == loss.mean(axis=0).argmin()
     alone = BradleyTerryClassifier(C=head.C_).fit_differences(D, label)
-    np.testing.assert_array_equal(head.coef_, alone.coef_)
+    np.testing.assert_allclose(head.coef_, alone.coef_, atol=1e-4 * np.linalg.norm(alone.coef_))
 
 
 def test_folds_keep_groups_whole_and_even():
@@ -144,6 +181,30 @@ def test_pairs_that_share_rows_stay_in_one_fold():
     BradleyTerryClassifierCV().fit(X, pairs, label)
     with pytest.raises(HeadError, match="1 groups of pairs cannot fill cv=5"):
         BradleyTerryClassifierCV().fit(X, chained, label)
+
+
+def test_a_fold_may_be_one_group():
+    D, label = synthetic(90, 10)
+    groups = np.repeat([0, 1, 2], [10, 30, 50])
+    head = BradleyTerryClassifierCV(Cs=(0.1,), cv=3).fit_differences(D, label, groups=groups)
+    Z = D / np.sqrt(np.mean(D**2, axis=0))
+    for fold, group in enumerate([2, 1, 0]):  # the largest group is dealt first
+        margins = Z[groups == group] @ reference(Z[groups != group], label[groups != group], 0.1)
+        loss = np.mean(np.logaddexp(0, margins) - label[groups == group] * margins)
+        assert head.cv_log_loss_[fold, 0] == pytest.approx(loss, abs=1e-4)
+
+
+def test_repeated_splits_add_folds_to_the_first():
+    D, label = synthetic(200, 10)
+    groups = np.arange(200) // 4
+    once = BradleyTerryClassifierCV(cv=4).fit_differences(D, label, groups=groups)
+    thrice = BradleyTerryClassifierCV(cv=4, n_repeats=3).fit_differences(D, label, groups=groups)
+    assert thrice.cv_accuracy_.shape == thrice.cv_log_loss_.shape == (12, len(once.Cs))
+    np.testing.assert_allclose(thrice.cv_log_loss_[:4], once.cv_log_loss_, atol=1e-4)
+    splits = [_folds(groups, 4, repeat) for repeat in range(3)]
+    for split in splits:
+        assert all(len(set(split[groups == group])) == 1 for group in np.unique(groups))
+    assert len({split.tobytes() for split in splits}) == 3
 
 
 def test_edge_of_the_grid_is_marked():
@@ -209,6 +270,10 @@ def test_channels_of_rounding_noise_are_dropped():
     assert head.n_dropped_ == 2
     assert head.n_parameters_ == 8
     np.testing.assert_array_equal(np.flatnonzero(head.coef_ == 0), [3, 4])
+    noise = np.zeros(10)
+    noise[7] = 0.34 * np.sqrt(np.mean(D[:, 7] ** 2))
+    assert BradleyTerryClassifier(quantisation=noise).fit_differences(D, label).n_dropped_ == 3
+    assert BradleyTerryClassifier(quantisation=noise * 0.9).fit_differences(D, label).n_dropped_ == 2
     X = np.concatenate([D, np.zeros_like(D)])
     mlp = BradleyTerryMLP(hidden=(4,), max_epochs=2).fit(X, np.arange(400).reshape(2, 200).T, label)
     assert mlp.n_dropped_ == 2
@@ -310,10 +375,36 @@ def test_mlp_stops_early_and_keeps_the_best_epoch():
     assert 0.15 * 120 <= held_out.sum() < 0.15 * 120 + 1
 
 
+@pytest.mark.parametrize("shapes", [((24,), (8,), (24,)), ((32, 4), (16,), (8, 8, 4))])
+@pytest.mark.parametrize("linear_skip", [False, True])
+def test_mlps_fitted_together_are_those_fitted_alone(shapes, linear_skip):
+    X, pairs, label = rows_and_pairs(160, 12, signal=0.5)
+    heads = [
+        BradleyTerryMLP(hidden=shape, seed=seed, max_epochs=15, patience=1, learning_rate=1e-2, linear_skip=linear_skip)
+        for seed, shape in enumerate(shapes)
+    ]
+    alone = [clone(head).fit(X, pairs, label) for head in heads]
+    fit_together(heads, X, pairs, label)
+    assert len({head.epochs_ for head in heads}) > 1  # some stopped while others went on
+    for one, other in zip(heads, alone, strict=True):
+        assert (one.epochs_, one.best_epoch_, one.converged_) == (other.epochs_, other.best_epoch_, other.converged_)
+        assert one.best_validation_loss_ == pytest.approx(other.best_validation_loss_, abs=1e-5)
+        margins = other.decision_function(X, pairs)
+        np.testing.assert_allclose(one.decision_function(X, pairs), margins, atol=1e-4 * np.abs(margins).max())
+
+
+def test_mlps_that_differ_in_training_are_not_fitted_together():
+    X, pairs, label = rows_and_pairs(40, 4)
+    with pytest.raises(HeadError, match=r"dropout is 0.05 and 0.2; heads fitted together share it"):
+        fit_together([BradleyTerryMLP(), BradleyTerryMLP(dropout=0.2)], X, pairs, label)
+    with pytest.raises(HeadError, match="hidden is empty"):
+        BradleyTerryMLP(hidden=()).fit(X, pairs, label)
+
+
 def test_loss_counts_soft_labels_both_ways():
     margins, label = torch.tensor([2.0]), torch.tensor([0.3])
     both = -0.3 * torch.sigmoid(margins).log() - 0.7 * torch.sigmoid(-margins).log()
-    assert torch.allclose(solvers.bradley_terry_loss(margins, label, torch.ones(1)), both)
+    assert torch.allclose(training.bradley_terry_loss(margins, label, torch.ones(1)), both)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
@@ -384,6 +475,8 @@ def test_other_bad_input_is_named():
     X, pairs, label = rows_and_pairs(80, 6)
     with pytest.raises(HeadError, match="C is 0"):
         BradleyTerryClassifier(C=0.0).fit(X, pairs, label)
+    with pytest.raises(HeadError, match=r"quantisation has shape \(2,\)"):
+        BradleyTerryClassifier(quantisation=np.zeros(2)).fit(X, pairs, label)
     with pytest.raises(HeadError, match="Cs is nan"):
         BradleyTerryClassifierCV(Cs=(1.0, float("nan"))).fit(X, pairs, label)
     with pytest.raises(HeadError, match="groups has shape"):

@@ -14,6 +14,8 @@ from sklearn.exceptions import NotFittedError
 from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 
+_BLOCK = 4096  # rows that are checked at a time
+
 
 class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
     """What all heads share: scores of rows in, probabilities of pairs out."""
@@ -78,10 +80,12 @@ class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
 
 
 def differences(X: FloatArray, pairs: IntArray) -> FloatArray:
-    """D (n, d) float64, first minus second; subtracted in float64, as rows may share large offsets."""
+    """D (n, d), first minus second: float32 of float32 or narrower rows (one rounding of each entry), else float64."""
     X = checked_rows(X)
     pairs = checked_pairs(pairs, len(X))
-    return X[pairs[:, 0]].astype(np.float64) - X[pairs[:, 1]]
+    first: FloatArray = X[pairs[:, 0]].astype(np.result_type(X.dtype, np.float32), copy=False)
+    first -= X[pairs[:, 1]]
+    return first
 
 
 def row_groups(pairs: IntArray) -> IntArray:
@@ -126,9 +130,10 @@ def checked_groups(groups: NDArray[Any], n: int) -> NDArray[Any]:
 def checked_targets(
     D: FloatArray, label: FloatArray, sample_weight: FloatArray | None
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return float64 differences (n, d), labels (n,) and weights (n,), or raise HeadError if no head can be fitted."""
+    """Return differences (n, d) float32 or float64, labels (n,) and weights (n,) float64, or raise HeadError."""
+    D = np.asarray(D)
     # "W": pandas hands out read-only arrays, which torch does not take
-    D = np.require(D, dtype=np.float64, requirements="W")
+    D = np.require(D, np.float32 if D.dtype in (np.float16, np.float32) else np.float64, "W")
     label = np.require(label, dtype=np.float64, requirements="W")
     weight = np.ones(len(label)) if sample_weight is None else np.require(sample_weight, np.float64, "W")
     if D.ndim != 2:
@@ -141,7 +146,8 @@ def checked_targets(
     if not len(D):
         message = "there are 0 pairs; a head needs at least one"
         raise HeadError(message)
-    finite = np.isfinite(D).all(axis=1)
+    blocks = np.array_split(D, len(D) // _BLOCK + 1)  # D may be as large as memory allows
+    finite = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if not finite.all():
         message = f"the features of pair {int(np.argmin(finite))} hold NaN or infinity; they must be finite"
         raise HeadError(message)

@@ -17,8 +17,11 @@ from probekit.config import STRENGTHS
 from probekit.errors import HeadError
 from probekit.heads import solvers
 from probekit.heads.base import PairHead, checked_groups, checked_targets, differences, row_groups
+from probekit.heads.factorisation import Problem, factorise
 
-_CV_GAP = 1e-7
+MEMORY = float(4 * 2**30)
+"""Bytes that a factorisation may take by default: enough for 11,500 channels."""
+INNER_TOL = 1e-6
 """Gap to the optimum of the fits inside a cross-validation; refits go down to the estimator's own ``tol``."""
 
 
@@ -29,23 +32,58 @@ class _LinearHead(PairHead):
     n_iter_: int
     converged_: bool
     gradient_norm_: float
+    standardize: bool
+    quantisation: float | FloatArray
+    memory: float
+    device: str
     n_dropped_: int
     n_parameters_: int
+    n_less_than_d_: bool
+    matrix_free_: bool
 
     def _score(self, X: FloatArray) -> FloatArray:
         return np.asarray(X @ self.coef_)  # float64 coefficients: rows are not rounded to their own precision
 
-    def _keep(self, solution: solvers.Solution, basis: solvers.Basis, scale: FloatArray) -> None:
+    def _prepare(
+        self, D: FloatArray, label: FloatArray, by_fold: FloatArray, weight: FloatArray, strengths: FloatArray
+    ) -> tuple[Problem, solvers.Columns]:
+        """Factorise D (n, d), and one column for each fold (weights (folds, n)) and strength, in this order."""
+        device = torch.device(self.device)
+        quantisation = np.atleast_1d(np.asarray(self.quantisation, dtype=np.float64))
+        if quantisation.shape not in ((1,), (D.shape[1],)) or not (quantisation >= 0).all():
+            message = (
+                f"quantisation has shape {quantisation.shape} and minimum {quantisation.min():g}; it must be a number "
+                f"from 0, or {D.shape[1]} of them, one per channel"
+            )
+            raise HeadError(message)
+        targets = torch.from_numpy(weight).to(device)
+        problem = factorise(
+            torch.from_numpy(D).to(device),
+            targets,
+            standardize=self.standardize,
+            noise=torch.from_numpy(quantisation).to(device),
+            memory=self.memory,
+            smallest_lam=float(1 / (strengths.max() * weight.sum())),
+        )
+        columns = solvers.Columns(
+            torch.from_numpy(label).to(device),
+            torch.from_numpy(by_fold).to(device),
+            torch.arange(len(by_fold), device=device).repeat_interleave(len(strengths)),
+            torch.from_numpy(strengths).to(device).repeat(len(by_fold)),
+        )
+        return problem, columns
+
+    def _keep(self, problem: Problem, solution: solvers.Solution) -> None:
         """Store a one-column solution in the units of X."""
-        kept = scale > 0
-        self.coef_ = np.zeros(len(scale))
-        self.coef_[kept] = basis.coefficients(solution.a[0]).numpy() / scale[kept]
+        self.coef_ = problem.coefficients(solution.w[0]).cpu().numpy()
         self.n_iter_ = int(solution.n_iter[0])
         self.converged_ = bool(solution.converged[0])
         self.gradient_norm_ = float(solution.gradient_norm[0])
-        self.n_dropped_ = int((~kept).sum())
-        self.n_features_in_ = len(scale)
-        self.n_parameters_ = int(kept.sum())
+        self.n_features_in_ = len(self.coef_)
+        self.n_dropped_ = int((problem.scale == 0).sum())
+        self.n_parameters_ = self.n_features_in_ - self.n_dropped_
+        self.n_less_than_d_ = solution.margins.shape[1] < self.n_parameters_
+        self.matrix_free_ = problem.matrix_free
 
 
 class BradleyTerryClassifier(_LinearHead):
@@ -59,11 +97,19 @@ class BradleyTerryClassifier(_LinearHead):
     standardize
         Divide each channel by the root mean square of its training differences first (the penalty is then the same for
         every channel). Channels below 1e-6 of the median channel are dropped.
+    quantisation
+        Root mean square of what rounding in the store adds to a difference, in the units of X: a number or one for each
+        channel (d,). With ``standardize``, channels below three times it are dropped.
     tol
         The fit has converged when its mean log-loss, penalty included, is estimated to lie at most this above the
         minimum, and its coefficients at most sqrt(tol) from the optimal ones, relative to their length.
     max_iter
         Iterations after which an unconverged fit is kept, with ``converged_`` False.
+    memory
+        Bytes that the factorisation may take; where min(n, d) squared needs more, the fit is matrix-free: the same
+        optimum, by many more iterations.
+    device
+        Where to fit, such as ``cpu`` or ``cuda``; the fitted head lives on the CPU.
 
     Attributes
     ----------
@@ -78,17 +124,33 @@ class BradleyTerryClassifier(_LinearHead):
     n_features_in_ : int
     n_parameters_ : int
         Channels that were fitted.
+    n_less_than_d_ : bool
+        Whether there were fewer pairs than fitted channels: then next to no penalty separates the training pairs.
+    matrix_free_ : bool
 
     References
     ----------
     R. A. Bradley and M. E. Terry, "Rank analysis of incomplete block designs", Biometrika 39 (1952).
     """
 
-    def __init__(self, *, C: float = 1.0, standardize: bool = True, tol: float = 1e-8, max_iter: int = 500) -> None:
+    def __init__(
+        self,
+        *,
+        C: float = 1.0,
+        standardize: bool = True,
+        quantisation: float | FloatArray = 0.0,
+        tol: float = 1e-8,
+        max_iter: int = 500,
+        memory: float = MEMORY,
+        device: str = "cpu",
+    ) -> None:
         self.C = C
         self.standardize = standardize
+        self.quantisation = quantisation
         self.tol = tol
         self.max_iter = max_iter
+        self.memory = memory
+        self.device = device
 
     def fit(self, X: FloatArray, pairs: IntArray, label: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         """Fit on pairs of rows.
@@ -115,17 +177,10 @@ class BradleyTerryClassifier(_LinearHead):
         """Fit on differences D (n, d), first minus second; see `fit`."""
         _positive("C", self.C)
         D, label, weight = checked_targets(D, label, sample_weight)
+        strengths = np.array([self.C], dtype=np.float64)
         with solvers.one_thread():
-            scale, basis = _scaled_basis(D, weight, standardize=self.standardize)
-            solution = solvers.solve(
-                basis,
-                torch.from_numpy(label),
-                torch.from_numpy(weight)[None],
-                torch.tensor([float(self.C)], dtype=torch.float64),
-                tol=self.tol,
-                max_iter=self.max_iter,
-            )
-            self._keep(solution, basis, scale)
+            problem, columns = self._prepare(D, label, weight[None], weight, strengths)
+            self._keep(problem, solvers.solve(problem, columns, tol=self.tol, max_iter=self.max_iter))
         return self
 
 
@@ -141,8 +196,10 @@ class BradleyTerryClassifierCV(_LinearHead):
         Candidates for C.
     cv
         Number of folds. Groups are dealt to folds by size, largest first, so a split depends on the groups alone.
-    standardize, tol, max_iter
-        As in `BradleyTerryClassifier`. ``tol`` is for the refit; fits inside the folds stop at 1e-7 where that is
+    n_repeats
+        How many splits into folds are averaged; later ones deal groups of equal size in another, fixed order.
+    standardize, quantisation, tol, max_iter, memory, device
+        As in `BradleyTerryClassifier`. ``tol`` is for the refit; fits inside the folds stop at 1e-6 where that is
         larger.
 
     Attributes
@@ -151,10 +208,10 @@ class BradleyTerryClassifierCV(_LinearHead):
         The chosen strength.
     edge_of_grid_ : bool
         Whether it is the smallest or largest of several candidates.
-    cv_accuracy_, cv_log_loss_ : ndarray of shape (folds, Cs)
+    cv_accuracy_, cv_log_loss_ : ndarray of shape (n_repeats * cv, Cs)
         Held-out accuracy (ties in the labels left out; NaN where a fold has nothing else) and log-loss, weighted by
         pair weights.
-    coef_, n_iter_, converged_, gradient_norm_, n_dropped_, n_features_in_, n_parameters_
+    coef_, n_iter_, converged_, gradient_norm_, n_dropped_, n_features_in_, n_parameters_, n_less_than_d_, matrix_free_
         Of the refit, as in `BradleyTerryClassifier`; ``converged_`` also needs every fit inside the folds to have
         converged.
     """
@@ -169,15 +226,23 @@ class BradleyTerryClassifierCV(_LinearHead):
         *,
         Cs: Sequence[float] = STRENGTHS,
         cv: int = 5,
+        n_repeats: int = 1,
         standardize: bool = True,
+        quantisation: float | FloatArray = 0.0,
         tol: float = 1e-8,
         max_iter: int = 500,
+        memory: float = MEMORY,
+        device: str = "cpu",
     ) -> None:
         self.Cs = Cs
         self.cv = cv
+        self.n_repeats = n_repeats
         self.standardize = standardize
+        self.quantisation = quantisation
         self.tol = tol
         self.max_iter = max_iter
+        self.memory = memory
+        self.device = device
 
     def fit(
         self,
@@ -217,41 +282,35 @@ class BradleyTerryClassifierCV(_LinearHead):
         for strength in strengths:
             _positive("Cs", strength)
         D, label, weight = checked_targets(D, label, sample_weight)
-        folds = _folds(np.arange(len(label)) if groups is None else checked_groups(groups, len(label)), self.cv)
+        groups = np.arange(len(label)) if groups is None else checked_groups(groups, len(label))
+        folds = np.stack([_folds(groups, self.cv, repeat) for repeat in range(self.n_repeats)])
+        held_out = (folds[:, None] == np.arange(self.cv)[:, None]).reshape(-1, len(label))
+        if not (held_out @ weight).all() or not (~held_out @ weight).all():
+            message = "all pairs of a fold, or all outside it, have weight 0; give every group some weight"
+            raise HeadError(message)
         with solvers.one_thread():
-            scale, basis = _scaled_basis(D, weight, standardize=self.standardize)
-            targets = torch.from_numpy(label)
-            held_out = folds == np.arange(self.cv)[:, None]
-            if not (held_out @ weight).all() or not (~held_out @ weight).all():
-                message = "all pairs of a fold, or all outside it, have weight 0; give every group some weight"
-                raise HeadError(message)
-            columns = np.repeat(np.where(held_out, 0.0, weight), len(strengths), axis=0)
-            inner = solvers.solve(
-                basis,
-                targets,
-                torch.from_numpy(columns),
-                torch.from_numpy(np.tile(strengths, self.cv)),
-                tol=max(self.tol, _CV_GAP),
-                max_iter=self.max_iter,
-            )
-            margins = inner.margins.numpy().reshape(self.cv, len(strengths), -1)
+            problem, columns = self._prepare(D, label, np.where(held_out, 0.0, weight), weight, strengths)
+            inner = solvers.solve(problem, columns, tol=max(self.tol, INNER_TOL), max_iter=self.max_iter)
+            margins = inner.margins.cpu().numpy().reshape(len(held_out), len(strengths), -1)
             scores = [
-                _held_out(margins[fold][:, held_out[fold]], label[held_out[fold]], weight[held_out[fold]])
-                for fold in range(self.cv)
+                _held_out(margins[fold][:, out].astype(np.float64), label[out], weight[out])
+                for fold, out in enumerate(held_out)
             ]
             self.cv_accuracy_ = np.stack([accuracy for accuracy, _ in scores])
             self.cv_log_loss_ = np.stack([loss for _, loss in scores])
-            self.C_ = float(strengths[np.argmin(self.cv_log_loss_.mean(axis=0))])
+            best = int(np.argmin(self.cv_log_loss_.mean(axis=0)))
+            self.C_ = float(strengths[best])
             self.edge_of_grid_ = len(strengths) > 1 and self.C_ in (strengths.min(), strengths.max())
-            refit = solvers.solve(
-                basis,
-                targets,
-                torch.from_numpy(weight)[None],
-                torch.tensor([self.C_], dtype=torch.float64),
-                tol=self.tol,
-                max_iter=self.max_iter,
+            everything = solvers.Columns(
+                columns.label,
+                torch.from_numpy(weight).to(columns.label)[None],
+                columns.fold[:1],
+                columns.strength[best : best + 1],
             )
-            self._keep(refit, basis, scale)
+            # nothing is held out of the refit, so it may start from the mean of the folds' solutions
+            start = inner.w[best :: len(strengths)].mean(dim=0, keepdim=True)
+            refit = solvers.solve(problem, everything, tol=self.tol, max_iter=self.max_iter, start=start)
+            self._keep(problem, refit)
         self.converged_ = self.converged_ and bool(inner.converged.all())
         return self
 
@@ -266,33 +325,19 @@ def _held_out(margins: FloatArray, label: FloatArray, weight: FloatArray) -> tup
     return accuracy, (np.logaddexp(0, margins) - label * margins) @ weight / weight.sum()
 
 
-def _scaled_basis(D: FloatArray, weight: FloatArray, *, standardize: bool) -> tuple[FloatArray, solvers.Basis]:
-    """Channel scale (d,), zero where a channel is dropped, and the factorised D / scale."""
-    if not D.any():
-        message = f"none of the {D.shape[1]} channels differs within any of the {len(D)} pairs; there is nothing to fit"
-        raise HeadError(message)
-    if not standardize:
-        return np.ones(D.shape[1]), solvers.factorise(torch.from_numpy(D))
-    scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
-    kept = scale > 0
-    return scale, solvers.factorise(torch.from_numpy(D[:, kept] / scale[kept]))
+def _folds(groups: NDArray[Any], cv: int, repeat: int = 0) -> IntArray:
+    """Fold number (n,) of each pair: groups are dealt whole, the largest first, to the fold with the fewest pairs.
 
-
-def with_floor(scale: FloatArray) -> FloatArray:
-    """Set scales (d,) below 1e-6 of the median varying channel to 0, which drops them: they hold rounding noise."""
-    varying = scale[scale > 0]
-    return np.where(scale > 1e-6 * np.median(varying), scale, 0.0)
-
-
-def _folds(groups: NDArray[Any], cv: int) -> IntArray:
-    """Fold number (n,) of each pair: groups are dealt whole, the largest first, to the fold with the fewest pairs."""
+    Groups of one size are dealt in the order of their names, and in a random one from the second ``repeat`` on.
+    """
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(names) < cv:
         message = f"{len(names)} groups of pairs cannot fill cv={cv} folds; give at least {cv} groups, or fewer folds"
         raise HeadError(message)
+    order = np.random.default_rng(repeat).permutation(len(names)) if repeat else np.arange(len(names))
     fold_of = np.empty(len(names), dtype=np.int64)
     filled = [(0, fold) for fold in range(cv)]
-    for group in np.argsort(-sizes, kind="stable"):
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
         pairs, fold = heappop(filled)
         fold_of[group] = fold
         heappush(filled, (pairs + int(sizes[group]), fold))

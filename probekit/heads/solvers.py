@@ -1,36 +1,26 @@
-"""Numerics of the heads: exact linear Bradley-Terry fits for many columns at once, and the training of MLP heads.
+"""Linear Bradley-Terry fits of many columns at once.
 
-Linear heads
-------------
-Z (n, d) holds differences of feature vectors, first minus second, scaled per channel; y (n,) = P(first preferred).
-A *column* j is one fit: a fold (pair weights w_j (n,), zero outside the fold, divided by their sum) with a strength. It
-minimises
+Z (n, d) holds scaled differences, y (n,) = P(first preferred). A *column* j is one fit: a fold (pair weights v_j (n,),
+zero outside the fold, divided by their sum) with a strength. It minimises
 
-    f_j(a) = sum_i w_ij [softplus(z_i.a) - y_i z_i.a] + lam_j / 2 |a|^2,        lam_j = 1 / (C_j * summed weights),
+    f_j(w) = sum_i v_ij [softplus(z_i.w) - y_i z_i.w] + lam_j / 2 |w|^2,        lam_j = 1 / (C_j * summed weights),
 
 which is scikit-learn's logistic regression without intercept, divided by C times the summed weights; a soft label
 counts both ways round.
 
-One symmetric eigendecomposition serves all columns. With r = min(n, d):
+All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
+where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
+Z w_j (n,) are kept; held-out scores come for free.
 
-    n >= d:  Z'Z / n = V e V'    rotated data T = Z V               (n, d)    coefficients V a
-    n <  d:  Z Z'/ n = U e U'    rotated data T = U sqrt(n e)       (n, r)    coefficients Z' U a / sqrt(n e)
+The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
+w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
+on all pairs would leak into held-out scores.
 
-The second is exact too: a ridge solution lies in the span of the rows it was fitted on. Both turn the problem by an
-orthonormal basis, which leaves |a| as it is, and in that basis the Hessian T' diag(w sigmoid') T + lam is close to the
-diagonal c e + lam, where c is the mean of sigmoid' over the column's margins. So 1 / (c e + lam) preconditions L-BFGS
-whatever the condition number of Z was; errors of the small eigenvalues slow it down but do not change what it converges
-to. (SVD of Z would give the same basis; eigh of the Gram matrix is faster.)
+Precision: iterations run in float32, which resolves the gap of well-conditioned columns to about 1e-9. A column that
+is not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64,
+and go on there if that finds them too far away.
 
-The start needs no pass per column: for Gaussian z, E[sigmoid(z.a) z] = c (Z'Z / n) a (Stein), so a = b / (c e + lam)
-with b = sum_i w_i (y_i - 1/2) t_i. Every fold starts from its own pairs: a start from a fit on all pairs would leak
-into held-out scores.
-
-The margins T a_j (n,) of every column are kept: the line search needs no product with T, and held-out scores come for
-free.
-
-Sources: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4; the sharing of one factorisation among
-ridge strengths as in google-research/big_vision, ``evaluators/fewshot_lsr.py``.
+Source: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4.
 """
 
 import math
@@ -41,8 +31,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from probekit.heads.factorisation import Differences, Problem, Spectrum
+
 HISTORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
+_SINGLE_ITERATIONS = 40
+_SINGLE_TOL = 1e-7  # from here on, float64 has the last word
+_SINGLE_LEAST = 1e-9
 
 
 @contextmanager
@@ -57,51 +52,25 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Scaled differences in the eigenbasis of their Gram matrix.
+class Columns:
+    """Fits that run together.
 
     Attributes
     ----------
-    rotated
-        T (n, r): the differences in the basis.
-    eigenvalues
-        e (r,): of Z'Z / n, not negative.
-    vectors
-        V (d, r) when n >= d; otherwise U / sqrt(n e) (n, r).
-    differences
-        Z (n, d) when n < d, needed to come back to channels; otherwise None.
+    label
+        y (n,) float64 in [0, 1].
+    weight
+        (folds, n) float64: weight of each pair in each fold's fits, zero outside it.
+    fold
+        (columns,) which row of ``weight`` a column is fitted with.
+    strength
+        C (columns,) float64: as in scikit-learn, larger is weaker.
     """
 
-    rotated: Tensor
-    eigenvalues: Tensor
-    vectors: Tensor
-    differences: Tensor | None
-
-    def coefficients(self, a: Tensor) -> Tensor:
-        """Coefficients (d,) in scaled channels for a solution a (r,) in the basis."""
-        if self.differences is None:
-            return self.vectors @ a
-        return self.differences.T @ (self.vectors @ a)
-
-
-def factorise(differences: Tensor) -> Basis:
-    """Eigenbasis of the smaller of the two Gram matrices of Z.
-
-    Parameters
-    ----------
-    differences
-        Z (n, d) float64.
-    """
-    n, d = differences.shape
-    if n >= d:
-        eigenvalues, vectors = torch.linalg.eigh(differences.T @ differences / n)
-        return Basis(differences @ vectors, eigenvalues.clamp(min=0), vectors, None)
-    eigenvalues, vectors = torch.linalg.eigh(differences @ differences.T / n)
-    # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
-    kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
-    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    singular = (n * eigenvalues).sqrt()
-    return Basis(vectors * singular, eigenvalues, vectors / singular, differences)
+    label: Tensor
+    weight: Tensor
+    fold: Tensor
+    strength: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,21 +79,21 @@ class Solution:
 
     Attributes
     ----------
-    a
-        (columns, r): solutions in the basis.
+    w
+        (columns, r) float64.
     margins
         (columns, n): margins of all pairs, held-out ones included.
     n_iter
         (columns,) iterations of L-BFGS.
     gap
-        (columns,) estimate of f(a) - min f: half the Newton decrement, with the preconditioner for the inverse Hessian.
+        (columns,) estimate of f(w) - min f: half the decrement, with the estimate of L-BFGS for the inverse Hessian.
     gradient_norm
         (columns,) Euclidean norm of the gradient of f.
     converged
         (columns,) whether gap and relative distance came down to their tolerances.
     """
 
-    a: Tensor
+    w: Tensor
     margins: Tensor
     n_iter: Tensor
     gap: Tensor
@@ -132,91 +101,118 @@ class Solution:
     converged: Tensor
 
 
-def solve(basis: Basis, label: Tensor, weight: Tensor, strength: Tensor, *, tol: float, max_iter: int) -> Solution:
-    """Fit all columns together by preconditioned L-BFGS; a column leaves when it has converged.
+def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, start: Tensor | None = None) -> Solution:
+    """Fit all columns.
 
     Parameters
     ----------
-    basis
-        Of the differences of all pairs.
-    label
-        y (n,) in [0, 1].
-    weight
-        (columns, n): weight of each pair in each column, zero outside its fold.
-    strength
-        C (columns,): as in scikit-learn, larger is weaker.
+    problem
+        Differences of all pairs, and their preconditioner.
+    columns
+        What to fit.
     tol
         A column has converged when its estimated gap to the optimum (a mean log-loss) is at most this, and its
         estimated distance from it at most sqrt(tol) of its length. The second matters on separable data, where the loss
         is flat.
     max_iter
         Iterations after which a column is returned as it is.
+    start
+        (columns, r) to start from; by default the Stein estimate of each column's own pairs.
     """
-    rows, e = basis.rotated, basis.eigenvalues
-    total = weight.sum(1, keepdim=True)
-    weight = weight / total
-    lam = 1 / (strength[:, None] * total)
-    a = _start(basis, label, weight, lam)
-    margins = a @ rows.T
+    if problem.fast is None:
+        return _descend(problem.exact, problem.spectrum.to(torch.float64), columns, start, tol, max_iter)
+    spectrum = problem.spectrum.to(torch.float32)
+    judged = tol < _SINGLE_TOL
+    near = max(tol / 2, _SINGLE_LEAST) if judged else tol
+    rough = _descend(problem.fast, spectrum, columns, start, near, min(max_iter, _SINGLE_ITERATIONS))
+    open_ = torch.nonzero(~rough.converged | judged)[:, 0]
+    if not len(open_):
+        return rough
+    rest = Columns(columns.label, columns.weight, columns.fold[open_], columns.strength[open_])
+    used = int(rough.n_iter[open_].max())
+    spectrum = problem.spectrum.to(torch.float64)
+    fine = _descend(problem.exact, spectrum, rest, rough.w[open_], tol, max_iter - used)
+    rough.w[open_], rough.margins[open_] = fine.w, fine.margins.to(rough.margins.dtype)
+    rough.n_iter[open_] += fine.n_iter
+    rough.gap[open_], rough.gradient_norm[open_], rough.converged[open_] = fine.gap, fine.gradient_norm, fine.converged
+    return rough
+
+
+def _descend(
+    data: Differences, spectrum: Spectrum, columns: Columns, start: Tensor | None, tol: float, max_iter: int
+) -> Solution:
+    """Preconditioned L-BFGS in the precision of the spectrum; a column leaves when it has converged."""
+    dtype = spectrum.eigenvalues.dtype
+    total = columns.weight.sum(1, keepdim=True)
+    by_fold = (columns.weight / total).to(dtype)
+    label = columns.label.to(dtype)
+    lam = (1 / (columns.strength[:, None] * total[columns.fold])).to(dtype)
+    if start is None:
+        w = _stein(data.gradient(by_fold * (label - 0.5)), spectrum, columns.fold, lam)
+    else:
+        w = start.to(dtype)
+    margins = data.margins(w)
+    weight = by_fold[columns.fold]
     chance = margins.sigmoid()
 
-    columns = len(a)
+    count = len(w)
     result = Solution(
-        a=torch.empty_like(a),
+        w=torch.empty_like(w, dtype=torch.float64),
         margins=torch.empty_like(margins),
-        n_iter=torch.zeros(columns, dtype=torch.int64, device=a.device),
-        gap=torch.empty_like(a[:, 0]),
-        gradient_norm=torch.empty_like(a[:, 0]),
-        converged=torch.zeros(columns, dtype=torch.bool, device=a.device),
+        n_iter=torch.zeros(count, dtype=torch.int64, device=w.device),
+        gap=torch.empty_like(w[:, 0], dtype=torch.float64),
+        gradient_norm=torch.empty_like(w[:, 0], dtype=torch.float64),
+        converged=torch.zeros(count, dtype=torch.bool, device=w.device),
     )
-    active = torch.arange(columns, device=a.device)
+    active = torch.arange(count, device=w.device)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     step = previous = torch.empty(0)
     for iteration in range(max_iter + 1):
-        gradient = (weight * (chance - label)) @ rows + lam * a
+        gradient = data.gradient((chance - label).mul_(weight)) + lam * w
         if iteration:
             history.append(_curvature_pair(step, gradient - previous))
             history = history[-HISTORY:]
-        c = (weight * chance * (1 - chance)).sum(1, keepdim=True)
-        inverse = 1 / (c * e + lam)
-        newton = gradient * inverse
-        gap = (gradient * newton).sum(1) / 2
-        done = (gap <= tol) & (newton.norm(dim=1) <= math.sqrt(tol) * a.norm(dim=1))
+        c = torch.linalg.vecdot((1 - chance).mul_(chance), weight)[:, None]
+        inverse = 1 / (c * spectrum.eigenvalues + lam)
+        direction = -_two_loop(gradient, spectrum, inverse, history)
+        slope = (direction * gradient).sum(1)
+        done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
         if leaves.any():
             at = active[leaves]
-            result.a[at], result.margins[at] = a[leaves], margins[leaves]
-            result.n_iter[at], result.gap[at] = iteration, gap[leaves]
-            result.gradient_norm[at] = gradient[leaves].norm(dim=1)
+            result.w[at], result.margins[at] = w[leaves].double(), margins[leaves]
+            result.n_iter[at], result.gap[at] = iteration, slope[leaves].abs().double() / 2
+            result.gradient_norm[at] = gradient[leaves].double().norm(dim=1)
             result.converged[at] = done[leaves]
             stays = ~leaves
             if not stays.any():
                 break
-            active, a, margins, chance = active[stays], a[stays], margins[stays], chance[stays]
-            weight, lam, gradient, inverse, newton = (x[stays] for x in (weight, lam, gradient, inverse, newton))
+            active, w, margins, weight, lam = active[stays], w[stays], margins[stays], weight[stays], lam[stays]
+            gradient, inverse, direction, slope = gradient[stays], inverse[stays], direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
-        direction = -_two_loop(gradient, inverse, history)
-        uphill = (direction * gradient).sum(1) >= 0
-        direction[uphill] = -newton[uphill]
-        ahead = direction @ rows.T
-        t, chance = _line_search(a, direction, margins, ahead, (direction * gradient).sum(1), label, weight, lam)
+        uphill = slope >= 0
+        if uphill.any():
+            direction[uphill] = -_two_loop(gradient[uphill], spectrum, inverse[uphill], [])
+            slope = (direction * gradient).sum(1)
+        ahead = data.margins(direction)
+        t, chance = _line_search(w, direction, margins, ahead, slope, label, weight, lam)
         step, previous = t * direction, gradient
-        a = a + step
-        margins = margins + t * ahead
+        w = w + step
+        margins = torch.addcmul(margins, t, ahead)
     return result
 
 
-def _start(basis: Basis, label: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
-    """Solutions b / (c e + lam) (columns, r) for Gaussian differences, c found by three rounds of its fixed point."""
-    e = basis.eigenvalues
-    b = (weight * (label - 0.5)) @ basis.rotated
+def _stein(b: Tensor, spectrum: Spectrum, fold: Tensor, lam: Tensor) -> Tensor:
+    """Solutions (columns, r) for Gaussian differences from b (folds, r); c by three rounds of its fixed point."""
+    e = spectrum.eigenvalues
+    rotated = spectrum.rotate(b)[fold]
     c = torch.full_like(lam, 0.25)
     for _ in range(3):
-        a = b / (c * e + lam)
+        a = rotated / (c * e + lam)
         variance = (a.square() * e).sum(1, keepdim=True)
         # Mean of sigmoid' over N(0, variance) by the probit approximation: good enough for a start.
         c = 0.25 / (1 + math.pi / 8 * variance).sqrt()
-    return b / (c * e + lam)
+    return spectrum.back(rotated / (c * e + lam))
 
 
 def _curvature_pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,22 +222,24 @@ def _curvature_pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s, y, torch.where(safe, 1 / product, torch.zeros_like(product))
 
 
-def _two_loop(gradient: Tensor, inverse: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Inverse Hessian estimate times the gradient (columns, r); ``inverse`` is the diagonal to start from."""
+def _two_loop(
+    gradient: Tensor, spectrum: Spectrum, inverse: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """Inverse Hessian estimate times the gradient (columns, r); ``inverse`` is its start in the eigenbasis."""
     q = gradient
     alphas = []
     for s, y, rho in reversed(history):
         alpha = rho * (s * q).sum(1, keepdim=True)
         q = q - alpha * y
         alphas.append(alpha)
-    q = inverse * q
+    q = spectrum.back(spectrum.rotate(q) * inverse)
     for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
         q = q + (alpha - rho * (y * q).sum(1, keepdim=True)) * s
     return q
 
 
 def _line_search(
-    a: Tensor,
+    w: Tensor,
     direction: Tensor,
     margins: Tensor,
     ahead: Tensor,
@@ -255,16 +253,16 @@ def _line_search(
     Along a line f is convex, and its derivatives need the margins only; Newton's method in one dimension, kept inside
     the bracket of the root.
     """
-    ridge_slope = lam[:, 0] * (a * direction).sum(1)
+    ridge_slope = lam[:, 0] * (w * direction).sum(1)
     ridge_curvature = lam[:, 0] * direction.square().sum(1)
     t, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     for _ in range(30):
-        chance = (margins + t[:, None] * ahead).sigmoid()
-        now = (weight * (chance - label) * ahead).sum(1) + ridge_slope + t * ridge_curvature
+        chance = torch.addcmul(margins, t[:, None], ahead).sigmoid_()
+        now = torch.linalg.vecdot((chance - label).mul_(weight), ahead) + ridge_slope + t * ridge_curvature
         done = now.abs() <= 0.1 * slope.abs()
         if done.all():
             break
-        curvature = (weight * chance * (1 - chance) * ahead.square()).sum(1) + ridge_curvature
+        curvature = torch.linalg.vecdot((1 - chance).mul_(chance).mul_(weight).mul_(ahead), ahead) + ridge_curvature
         low, high = torch.where(now < 0, t, low), torch.where(now < 0, high, t)
         newton = t - now / curvature
         # Far out the loss is flat and Newton's step huge: grow at most fourfold; outside the bracket, halve it.
@@ -272,148 +270,5 @@ def _line_search(
         inside = (newton > low) & (newton < high)
         t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
     else:
-        chance = (margins + t[:, None] * ahead).sigmoid()
+        chance = torch.addcmul(margins, t[:, None], ahead).sigmoid_()
     return t[:, None], chance
-
-
-Layers = list[tuple[Tensor, Tensor]]
-"""Weight (out, in) and bias (out,) of each layer; the last bias is empty, as it would cancel in every margin."""
-
-
-def bradley_terry_loss(margins: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Weighted log-loss (n,) of margins (n,): -log P of the preferred side, a soft label counting both ways round."""
-    return weight * (torch.nn.functional.softplus(margins) - label * margins)
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Pairs to train or validate on.
-
-    Attributes
-    ----------
-    pairs
-        (n, 2) row numbers of the first and the second.
-    label
-        (n,) P(first preferred).
-    weight
-        (n,) of mean 1.
-    """
-
-    pairs: Tensor
-    label: Tensor
-    weight: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPSettings:
-    """How an MLP head is built and trained; the fields are `probekit.heads.BradleyTerryMLP`'s."""
-
-    hidden: Sequence[int]
-    dropout: float
-    learning_rate: float
-    weight_decay: float
-    max_epochs: int
-    batch_size: int
-    patience: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class MLPFit:
-    """A trained head: the parameters of the best epoch, and how the training went."""
-
-    layers: Layers
-    epochs: int
-    best_epoch: int
-    best_validation_loss: float
-    stopped: bool
-
-
-def mlp_scores(
-    layers: Layers, rows: Tensor, *, dropout: float = 0.0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Scores (m,) of rows (m, d): linear layers with ReLU between them, and dropout after each ReLU when training."""
-    h = rows
-    for weight, bias in layers[:-1]:
-        h = torch.nn.functional.linear(h, weight, bias).relu()
-        if dropout:
-            kept = torch.empty_like(h).bernoulli_(1 - dropout, generator=generator)
-            h = h * kept / (1 - dropout)
-    return (h @ layers[-1][0].T)[:, 0]
-
-
-def train_mlp(
-    rows: Tensor, skip: Tensor | None, train: PairBatch, validation: PairBatch, settings: MLPSettings
-) -> MLPFit:
-    """Train one head with AdamW until the validation loss has not improved for ``patience`` epochs.
-
-    Parameters
-    ----------
-    rows
-        (m, d) float32, standardised.
-    skip
-        (m,) scores of a linear head that are added to the MLP's, whose last layer then starts at zero; or None.
-    train, validation
-        Pairs of the rows; no group lies in both.
-    settings
-        Widths, optimiser and seed. All randomness comes from generators of this seed.
-    """
-    # Initial values and the order of pairs come from the CPU, so they are the same on every device.
-    order = torch.Generator().manual_seed(settings.seed)
-    noise = torch.Generator(rows.device).manual_seed(settings.seed)
-    layers = _initial_layers(rows.shape[1], settings.hidden, order, zero_last=skip is not None)
-    layers = [(w.to(rows.device).requires_grad_(), b.to(rows.device).requires_grad_()) for w, b in layers]
-    parameters = [parameter for layer in layers for parameter in layer if parameter.numel()]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    best_loss, best_epoch, best = _mean_loss(layers, rows, skip, validation), 0, _copy(layers)
-    epoch = 0
-    for epoch in range(1, settings.max_epochs + 1):
-        for chosen in torch.split(torch.randperm(len(train.label), generator=order), settings.batch_size):
-            at = chosen.to(rows.device)
-            pairs = train.pairs[at]
-            scores = mlp_scores(layers, rows[pairs.reshape(-1)], dropout=settings.dropout, generator=noise)
-            margins = _margins(scores.reshape(-1, 2), pairs, skip)
-            loss = bradley_terry_loss(margins, train.label[at], train.weight[at]).mean()
-            optimiser.zero_grad()
-            torch.autograd.backward([loss])
-            optimiser.step()
-        loss_now = _mean_loss(layers, rows, skip, validation)
-        if loss_now < best_loss:
-            best_loss, best_epoch, best = loss_now, epoch, _copy(layers)
-        elif epoch - best_epoch >= settings.patience:
-            break
-    return MLPFit(best, epoch, best_epoch, best_loss, epoch - best_epoch >= settings.patience)
-
-
-def _initial_layers(d: int, hidden: Sequence[int], generator: torch.Generator, *, zero_last: bool) -> Layers:
-    """PyTorch's default for linear layers, uniform within 1 / sqrt(inputs), drawn from the generator."""
-    widths = [d, *hidden]
-    layers = []
-    for inputs, outputs in zip(widths, [*hidden, 1], strict=True):
-        bound = inputs**-0.5
-        weight = torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)
-        layers.append((weight, torch.empty(outputs).uniform_(-bound, bound, generator=generator)))
-    last = layers[-1][0]
-    layers[-1] = (torch.zeros_like(last) if zero_last else last, torch.empty(0))
-    return layers
-
-
-def _margins(scores: Tensor, pairs: Tensor, skip: Tensor | None) -> Tensor:
-    """Margins (n,) from the two scores (n, 2) of each pair."""
-    if skip is not None:
-        scores = scores + skip[pairs]
-    return scores[:, 0] - scores[:, 1]
-
-
-@torch.no_grad()
-def _mean_loss(layers: Layers, rows: Tensor, skip: Tensor | None, batch: PairBatch) -> float:
-    total = 0.0
-    for at in torch.split(torch.arange(len(batch.label), device=rows.device), 4096):
-        pairs = batch.pairs[at]
-        margins = _margins(mlp_scores(layers, rows[pairs.reshape(-1)]).reshape(-1, 2), pairs, skip)
-        total += float(bradley_terry_loss(margins, batch.label[at], batch.weight[at]).double().sum())
-    return total / len(batch.label)
-
-
-def _copy(layers: Layers) -> Layers:
-    return [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]

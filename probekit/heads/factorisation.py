@@ -1,0 +1,243 @@
+"""What all linear fits on one layer share: channel scales, precision, and one factorisation.
+
+D (n, d) holds differences of feature vectors, first minus second, and Z = D / scale. Z is never formed: w is divided by
+the scale before each product with D, which rounds the same.
+
+With Z'Z / n = V e V', the Hessian of a fit is close to V (c e + lam) V' for a number c of its own, so one symmetric
+eigendecomposition preconditions every fold and strength. It does not enter the objective: its rounding errors slow a
+fit down but do not change what it converges to.
+
+    n >= d:  Gram matrix Z'Z / n = V e V'         fits on Z                        w
+    n <  d:  kernel      Z Z'/ n = U e U'         fits on T = U sqrt(n e) (n, r)   w = Z' U a / sqrt(n e), as long as a
+    matrix-free (either is larger than the memory given): e = diagonal of Z'Z / n  w
+
+The second is exact too: a ridge solution lies in the span of the rows it was fitted on. Because a kernel is linear in
+products, that of concatenated layers is the sum of theirs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probekit.errors import HeadError
+
+_BLOCK = 512  # rows that are multiplied, or converted to float64, at a time: they stay in the cache
+_SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
+_PANEL = 128  # columns of the Gram matrix in one product
+_COPIES = 4  # matrices of the size of the Gram matrix that an eigendecomposition holds at once
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Z = rows * gain.
+
+    Attributes
+    ----------
+    rows
+        (n, d) float32 or float64.
+    gain
+        (d,) float64: 1 / scale of each channel, 0 where a channel is dropped.
+    """
+
+    rows: Tensor
+    gain: Tensor
+
+    def margins(self, w: Tensor) -> Tensor:
+        """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
+        w = w * self.gain.to(w.dtype)
+        return torch.cat([w @ block.to(w.dtype).T for block in torch.split(self.rows, _BLOCK)], dim=1)
+
+    def gradient(self, residual: Tensor) -> Tensor:
+        """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
+        if residual.dtype == self.rows.dtype:
+            total = residual @ self.rows
+        else:
+            total = residual.new_zeros(len(residual), self.rows.shape[1])
+            for block, part in zip(torch.split(self.rows, _BLOCK), torch.split(residual, _BLOCK, dim=1), strict=True):
+                total += part @ block.to(residual.dtype)
+        return total * self.gain.to(residual.dtype)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r); vectors are None where Z'Z is taken as diagonal."""
+
+    eigenvalues: Tensor
+    vectors: Tensor | None
+
+    def rotate(self, w: Tensor) -> Tensor:
+        """Turn w (columns, r) into the eigenbasis."""
+        return w if self.vectors is None else w @ self.vectors
+
+    def back(self, a: Tensor) -> Tensor:
+        """Turn a (columns, r) from the eigenbasis."""
+        return a if self.vectors is None else a @ self.vectors.T
+
+    def to(self, dtype: torch.dtype) -> "Spectrum":
+        """Return the spectrum in another precision."""
+        return Spectrum(self.eigenvalues.to(dtype), None if self.vectors is None else self.vectors.to(dtype))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all fits on one layer share.
+
+    Attributes
+    ----------
+    exact
+        Z or T, in the precision of what was given.
+    fast
+        The same in float32; None where channels are not scaled, as float32 does not resolve the small ones.
+    spectrum
+        The preconditioner.
+    scale
+        (d,) float64: of each channel, 0 where a channel is dropped.
+    lift
+        (d, r): from coefficients on T to those on unscaled channels; None where fits run on Z.
+    matrix_free
+        Whether the preconditioner is diagonal for want of memory.
+    """
+
+    exact: Differences
+    fast: Differences | None
+    spectrum: Spectrum
+    scale: Tensor
+    lift: Tensor | None = None
+    matrix_free: bool = False
+
+    def coefficients(self, w: Tensor) -> Tensor:
+        """Coefficients (d,) float64 on unscaled channels for a solution w (r,)."""
+        return w * self.exact.gain if self.lift is None else self.lift @ w
+
+
+def factorise(
+    rows: Tensor, weight: Tensor, *, standardize: bool, noise: Tensor, memory: float, smallest_lam: float
+) -> Problem:
+    """Find scales and preconditioner.
+
+    Parameters
+    ----------
+    rows
+        D (n, d) float32 or float64.
+    weight
+        (n,) float64, not negative, with a positive sum.
+    standardize
+        Whether to divide channels by their root mean square.
+    noise
+        (d,) or (1,): see `channel_scale`.
+    memory
+        Bytes that the factorisation may take.
+    smallest_lam
+        Weakest ridge penalty of all fits: where rounding errors of a float32 Gram matrix would drown it, float64 is
+        used.
+
+    Raises
+    ------
+    HeadError
+        If no channel differs.
+    """
+    n, d = rows.shape
+    size = min(n, d)
+    matrix_free = _COPIES * 8 * size**2 > memory
+    weight = weight / weight.sum()
+    if n < d or matrix_free:
+        moments = _squares(rows, weight)
+        scale = channel_scale(moments, noise, standardize=standardize)
+        if not matrix_free:
+            return _dual(rows, scale, fast=standardize)
+        exact, fast = _in_both_precisions(rows, scale, fast=standardize)
+        return Problem(exact, fast, Spectrum(moments * exact.gain.square(), None), scale, matrix_free=True)
+    single = standardize and rows.dtype == torch.float32
+    matrix = _gram(rows, weight, torch.float32 if single else torch.float64)
+    scale = channel_scale(matrix.diagonal(), noise, standardize=standardize)
+    exact, fast = _in_both_precisions(rows, scale, fast=standardize)
+    scaled = matrix * exact.gain * exact.gain[:, None]
+    if single:
+        eigenvalues, vectors = torch.linalg.eigh(scaled.float())
+        rounding = 4 * torch.finfo(torch.float32).eps * eigenvalues[-1]
+        if rounding <= max(eigenvalues[0], smallest_lam):
+            return Problem(exact, fast, Spectrum(eigenvalues, vectors), scale)
+        scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
+
+
+def channel_scale(moments: Tensor, noise: Tensor, *, standardize: bool) -> Tensor:
+    """Scale (d,) of channels from their mean squares (d,); 0 for channels that hold nothing but rounding noise.
+
+    A channel is dropped if its root mean square is below 1e-6 of the median varying one, or below three times the root
+    mean square ``noise`` (d,) or (1,) of what rounding in the store adds to a difference.
+
+    Raises
+    ------
+    HeadError
+        If no channel is left.
+    """
+    spread = moments.sqrt()
+    varying = spread[spread > 0]
+    if not len(varying):
+        message = f"none of the {len(spread)} channels differs within any pair; there is nothing to fit"
+        raise HeadError(message)
+    if not standardize:
+        return torch.ones_like(spread)
+    kept = (spread > 1e-6 * varying.quantile(0.5)) & (spread >= 3 * noise)
+    if not kept.any():
+        message = (
+            f"none of the {len(spread)} channels differs by three times the quantisation noise of "
+            f"{float(noise.max()):g}; there is nothing to fit"
+        )
+        raise HeadError(message)
+    return torch.where(kept, spread, 0.0)
+
+
+def _dual(rows: Tensor, scale: Tensor, *, fast: bool) -> Problem:
+    """Factorise the kernel of n < d pairs, in float64: T is what is fitted, and must be right."""
+    n = len(rows)
+    scaled = rows.double() * _gain(scale)
+    eigenvalues, vectors = torch.linalg.eigh(_gram(scaled.T, None, torch.float64) / n)
+    # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
+    kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    singular = (n * eigenvalues).sqrt()
+    lift = (scaled.T @ (vectors / singular)) * _gain(scale)[:, None]
+    exact, single = _in_both_precisions(vectors * singular, torch.ones_like(eigenvalues), fast=fast)
+    return Problem(exact, single, Spectrum(eigenvalues, None), scale, lift=lift)
+
+
+def _in_both_precisions(rows: Tensor, scale: Tensor, *, fast: bool) -> tuple[Differences, Differences | None]:
+    exact = Differences(rows, _gain(scale))
+    if not fast:
+        return exact, None
+    if rows.dtype == torch.float32:
+        return exact, exact
+    # scaled first: float32 has a smaller range
+    return exact, Differences((rows * exact.gain).float(), torch.ones_like(exact.gain))
+
+
+def _gain(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return rows' diag(weight) rows (d, d) float64 from products in ``dtype``, half of which symmetry saves."""
+    d = rows.shape[1]
+    total = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
+    even = weight is None or bool((weight == weight[0]).all())
+    for start in range(0, len(rows), _SLAB):
+        block = rows[start : start + _SLAB].to(dtype)
+        if weight is not None and not even:
+            block = block * weight[start : start + _SLAB, None].sqrt().to(dtype)
+        for left in range(0, d, _PANEL):
+            right = min(left + _PANEL, d)
+            total[:right, left:right] += block[:, :right].T @ block[:, left:right]
+    total = total.triu() + total.triu(1).T
+    return total * weight[0] if weight is not None and even else total
+
+
+def _squares(rows: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum (d,) float64 of the squares of rows (n, d)."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block, part in zip(torch.split(rows, _BLOCK), torch.split(weight, _BLOCK), strict=True):
+        total += part @ block.double().square()
+    return total
