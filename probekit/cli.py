@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, SweepConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -151,16 +151,20 @@ def import_features(
 def sweep(
     *,
     config: Annotated[Path, typer.Argument(help="YAML file: heads and layer sets", show_default=False)],
-    store: Annotated[list[Path], typer.Option(help="feature store; repeatable")],
+    store: Annotated[list[Path] | None, typer.Option(help="feature store; repeatable")] = None,
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
+    ties: Annotated[str | None, typer.Option(help=_help("ties", SweepConfig) + "; this option wins")] = None,
     prefs: Annotated[Path | None, typer.Option(help="preference file in place of the judgements in the stores")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
 ) -> None:
-    """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
+    """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes.
+
+    CONFIG may name what to fit on (train) and to test on (test) in place of --store: a mixture and several test sets.
+    """
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
-        run_sweep(config, stores=store, out=out, prefs=prefs, jobs=jobs, progress=progress)
+        run_sweep(config, stores=store or (), out=out, prefs=prefs, ties=ties, jobs=jobs, progress=progress)
     out_console.print(f"{out / 'results.parquet'}")
 
 
