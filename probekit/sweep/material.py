@@ -106,7 +106,7 @@ def material(selection: Selection) -> Material:
     """Join the judgements of a selection to the rows of its stores, once per process.
 
     Where several data sets come together, a group of pairs counts as one over all of them: pairs connected by a prompt
-    or an image (placeholders aside) to a later split of another data set are left out, as inside a single file.
+    or an image (placeholders aside) to a later split of another data set are left out, as inside a single file; so are those that are themselves tested on.
 
     Raises
     ------
@@ -122,7 +122,8 @@ def material(selection: Selection) -> Material:
         for portion in portions[role]
     ]
     connected = 0
-    if len({(portion.store, portion.dataset) for _, portion, _ in parts}) > 1:
+    mixed = len({(portion.store, portion.dataset) for _, portion, _ in parts}) > 1
+    if mixed or any(role != portion.split for role, portion, _ in parts):
         parts, connected = _apart(parts, selection.stores)
     for role, portion, pairs in parts:
         if role == "test" and not len(pairs.label):
