@@ -156,7 +156,7 @@ def _names(column: str) -> Callable[[pd.DataFrame], Design]:
         def design(frame: pd.DataFrame) -> FloatArray:
             a, b = (frame[f"{column}_{side}"].fillna("").to_numpy(object)[:, None] == names for side in "ab")
             known = a.any(axis=1, keepdims=True) & b.any(axis=1, keepdims=True)  # one side alone says nothing
-            return (a.astype(np.float64) - b) * known
+            return np.asarray((a.astype(np.float64) - b) * known)
 
         return design
 

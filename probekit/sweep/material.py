@@ -106,7 +106,8 @@ def material(selection: Selection) -> Material:
     """Join the judgements of a selection to the rows of its stores, once per process.
 
     Where several data sets come together, a group of pairs counts as one over all of them: pairs connected by a prompt
-    or an image (placeholders aside) to a later split of another data set are left out, as inside a single file; so are those that are themselves tested on.
+    or an image (placeholders aside) to a later split of another data set are left out, as inside a single file; so are
+    those that are themselves tested on.
 
     Raises
     ------

@@ -19,7 +19,7 @@ import numpy as np
 from probekit import results
 from probekit._types import FloatArray, IntArray, Progress
 from probekit._workers import run_in_processes
-from probekit.config import LinearHead, SweepConfig, Ties, load_yaml
+from probekit.config import LinearHead, SweepConfig, load_yaml
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
@@ -51,7 +51,7 @@ def run_sweep(
     stores: Sequence[Path | str] = (),
     out: Path | str,
     prefs: Path | str | None = None,
-    ties: Ties | None = None,
+    ties: str | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -120,9 +120,9 @@ def run_sweep(
     for baseline in baselines:
         if baseline.record_id not in done:
             run_baseline(baseline, out=out)
-    ids = [record.record_id for record in (*records, *baselines)]
-    facts = store_facts(records, opened, baselines=[baseline.record_id for baseline in baselines])
-    others = results.rebuild(out, ids, facts=facts)
+    fitted, beside = [record.record_id for record in records], [baseline.record_id for baseline in baselines]
+    facts = store_facts(records, opened, baselines=beside)
+    others = results.rebuild(out, fitted + beside, facts=facts)
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
