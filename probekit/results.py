@@ -3,7 +3,7 @@
 A run folder holds::
 
     config.json                    the resolved configuration
-    parts/<record_id>.parquet      rows of one record: one for each split and source
+    parts/<record_id>.parquet      rows of one record: one for each test set, split and slice of the pairs
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
@@ -300,7 +300,20 @@ def describe_run(run: str | Path) -> dict[str, Any]:
     frame = load_results(run)
     frame = frame[~frame["head_kind"].isin(UNPROBED)]
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
-    shown = ["backbone", "control", "sigma", "draw", "pooling", "head", "seed", "layer_set", "accuracy", "low", "high"]
+    shown = [
+        "backbone",
+        "control",
+        "dataset",
+        "sigma",
+        "draw",
+        "pooling",
+        "head",
+        "seed",
+        "layer_set",
+        "accuracy",
+        "low",
+        "high",
+    ]
     unresolved = frame.loc[frame["sigma_ratio"] < RESOLVED_RATIO, ["backbone", "control", "sigma", "sigma_ratio"]]
     return {
         "path": str(run),

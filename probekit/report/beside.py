@@ -19,11 +19,11 @@ from probekit.report.select import (
 from probekit.report.tables import NONE, accuracy_text, interval, percent, points
 from probekit.results import SLICES, load_beyond, load_margins
 
-_SLICINGS = {
-    "same_generator": "Both pictures of one generator",
-    "generators": "Generators",
-    "vote_share": "Votes for the preferred side",
-    "images": "Pictures compared",
+_SLICINGS = {"same_generator": "", "generators": "Generators", "vote_share": "Votes", "images": "Pictures compared"}
+_SAME = {
+    "same": "Pictures of one generator",
+    "different": "Pictures of two generators",
+    "unknown": "Unknown generators",
 }
 _MOST_MODELS = 6
 
@@ -82,10 +82,16 @@ def slices_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     table = []
     for slicing, title in _SLICINGS.items():
         part = rows[rows["slice_by"] == slicing]
-        for value in part["source"].unique():
+        for value in _SAME if slicing == "same_generator" else part["source"].unique():
             here = part[part["source"] == value]
+            if here.empty:
+                continue
             first = here.iloc[0]
-            entry = {"Slice": f"{title}: {value}", "Pairs": f"{first['n_pairs']:,}", "Ties": f"{first['true_ties']:,}"}
+            entry = {
+                "Slice": f"{title}: {value}" if title else _SAME[value],
+                "Pairs": f"{first['n_pairs']:,}",
+                "Ties": f"{first['true_ties']:,}",
+            }
             for model in models:
                 entry[model.label] = accuracy_text(trained_rows(layer_rows(here, CHOSEN), model))
             table.append(entry)

@@ -269,12 +269,13 @@ def warnings_list(
         )
     if connected := int(records["train_connected"].max()):
         found.append(
-            f"{connected:,} training pairs are left out: their group reaches, by a prompt or an image, into the"
-            " validation or test pairs of another data set."
+            f"{connected:,} training pairs left out: their group reaches, by a prompt or an image, into the validation"
+            " or test pairs of another data set."
         )
     if train_ties := int(records["train_ties"].max()):
         found.append(
-            f"{train_ties:,} training pairs are true ties; the setting 'ties' says whether heads were fitted on them."
+            f"True ties among the training pairs: {train_ties:,}; the setting 'ties' says whether heads were fitted on"
+            " them."
         )
     if ties:
         found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
