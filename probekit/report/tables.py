@@ -404,7 +404,7 @@ def _notes(row: dict[Hashable, Any]) -> list[str]:
 def accuracy_text(rows: pd.DataFrame, prefix: str = "") -> str:
     """Accuracy with interval; of several training seeds the mean and each of them."""
     values = rows[f"{'macro_' if prefix else ''}accuracy"]
-    if rows.empty:
+    if not values.notna().any():
         return NONE
     if len(rows) == 1:
         return f"{percent(values.iloc[0])}\n{interval(rows[f'{prefix}low'].iloc[0], rows[f'{prefix}high'].iloc[0])}"
