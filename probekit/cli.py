@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from probekit._types import scaled
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, SweepConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -187,25 +187,38 @@ def sweep(
     config: Annotated[
         Path, typer.Argument(help="YAML file: heads and layer sets", show_default=False, callback=_existing)
     ],
-    store: Annotated[list[Path], typer.Option(help="feature store; repeatable", callback=_existing)],
+    store: Annotated[list[Path] | None, typer.Option(help="feature store; repeatable", callback=_existing)] = None,
     out: Annotated[Path, typer.Option(help="the run: a folder, made or continued")],
     prefs: Annotated[
         Path | None,
         typer.Option(help="preference file in place of the judgements in the stores", callback=_preferences),
     ] = None,
+    ties: Annotated[str | None, typer.Option(help=_help("ties", SweepConfig) + "; this option wins")] = None,
     split_file: SplitFileOption = None,
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
     min_confidence: ConfidenceOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
 ) -> None:
-    """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes."""
+    """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes.
+
+    CONFIG may name what to fit on (train) and to test on (test) in place of --store: a mixture and several test sets.
+    """
     reading = _reading(locals())
 
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
-        run_sweep(config, stores=store, out=out, prefs=prefs, reading=reading, jobs=jobs, progress=progress)
+        run_sweep(
+            config,
+            stores=store or (),
+            out=out,
+            prefs=prefs,
+            reading=reading,
+            ties=ties,
+            jobs=jobs,
+            progress=progress,
+        )
     out_console.print(f"{out / 'results.parquet'}")
 
 

@@ -232,6 +232,12 @@ def _allowed_layer_set(value: object) -> object:
     raise ValueError(message)
 
 
+Ties = Literal["drop", "half", "soft"]
+TIES_HELP = (
+    "training pairs: labels as they are (soft), winners 1 and 0 and ties 0.5 (half), or no tied pairs (drop); "
+    "test pairs that are tied are never scored"
+)
+
 LayerSet = Annotated[
     Literal["singles", "pairs", "all"]
     | LayerNumbers
@@ -273,10 +279,31 @@ class MLPHead(_Head):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
 
 
+class TestSet(_Strict):
+    """Pairs of one split of one data set in one store: heads are judged on them."""
+
+    __test__ = False  # no test class of pytest's
+    store: Path = Field(description="feature store, relative to the current folder")
+    dataset: str | None = Field(None, description="judgements in the store; may be left out where it holds one")
+    split: Literal["train", "validation", "test"] = "test"
+
+
+class TrainSet(_Strict):
+    """Pairs that heads are fitted on; the validation pairs of the same data set help to choose the layer."""
+
+    store: Path = Field(description="feature store, relative to the current folder")
+    dataset: str | None = Field(None, description="judgements in the store; may be left out where it holds one")
+    split: Literal["train", "test"] = "train"  # validation pairs choose, so they are never fitted on
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of each pair: 2 is having every pair twice")
+
+
 class SweepConfig(_Strict):
     """Settings of ``probekit sweep``: which heads are fitted on which layers of the stores."""
 
     heads: list[Annotated[LinearHead | MLPHead, Field(discriminator="kind")]] = Field(min_length=1)
+    train: list[TrainSet] | None = Field(None, min_length=1, description="mixture to fit on, in place of --store")
+    test: list[TestSet] | None = Field(None, min_length=1, description="data sets to judge on, in place of --store")
+    ties: Ties = Field("soft", description=TIES_HELP)
     protocol: Literal["strict"] = "strict"
     sigmas: Literal["all"] | list[Sigma] = "all"
     draws: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
@@ -285,6 +312,15 @@ class SweepConfig(_Strict):
     poolings: Literal["all"] | list[str] = "all"
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of groups behind each interval")
     level: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if (self.train is None) != (self.test is None):
+            message = (
+                f"{'test' if self.test is None else 'train'}: is required where the other of train and test is given"
+            )
+            raise ValueError(message)
+        return self
 
     @field_validator("heads")
     @classmethod

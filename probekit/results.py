@@ -3,13 +3,15 @@
 A run folder holds::
 
     config.json                    the resolved configuration
-    parts/<record_id>.parquet      rows of one record: one for each split and source
+    parts/<record_id>.parquet      rows of one record: one for each test set, split and slice of the pairs
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
+    beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
 
-A record is one fitted head in one setting. Its part is written after its margins, both through a temporary file that
-is renamed, so a record is done exactly when its part exists; whatever was under way when a run was killed is simply
-missing. Equal rows give equal bytes: the files carry no time and no machine.
+A record is one fitted head in one setting, or a baseline that sees no features (`UNPROBED`). Its part is written
+after its margins, both through a temporary file that is renamed, so a record is done exactly when its part exists;
+whatever was under way when a run was killed is simply missing. Equal rows give equal bytes: the files carry no time and
+no machine.
 """
 
 import json
@@ -27,8 +29,9 @@ from pyarrow.parquet import ParquetFile, ParquetWriter
 from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 
-RESULTS_VERSION = "1.2"
+RESULTS_VERSION = "1.3"
 ALL_SOURCES = "all"
+UNPROBED = ("metadata", "external")  # kinds of heads that see no features: of metadata, and scores from elsewhere
 SPLITS = ("train", "validation", "test")
 
 #: Every column of the tidy frame and its pandas dtype, in order; ``Int64`` and ``float64`` values may be missing.
@@ -37,9 +40,11 @@ RESULT_COLUMNS: dict[str, str] = {
     "backbone": "str",
     "family_tested": "bool",  # whether probekit's own tests run the backbone's family; filled in by `rebuild`
     "control": "str",  # "trained", or what was replaced: see `CONTROLS`
-    "dataset": "str",
+    "dataset": "str",  # of the test pairs; validation rows are there again for each data set that is tested on
+    "trained_on": "str",  # of the training and validation pairs: the data set, or those of a mixture joined by "+"
     "split": "str",
-    "source": "str",  # "all", or one kind of pair
+    "slice_by": "str",  # "all", or by what pairs are told apart: "source" (both splits), others (test): see `SLICES`
+    "source": "str",  # "all", or one kind of pair: the value of what `slice_by` names
     "protocol": "str",  # named accuracy definition of probekit.stats
     "sigma": "str",  # canonical decimal text
     "sigma_ratio": "float64",  # feature change from sigma 0 over bf16 rounding; filled in by `rebuild`
@@ -51,7 +56,7 @@ RESULT_COLUMNS: dict[str, str] = {
     "pooling_layers": "int64",  # layers at which the pooling exists in the backbone; filled in by `rebuild`
     "combination": "str",  # "single", or how the layers were joined
     "head": "str",
-    "head_kind": "str",  # "linear" or "mlp"
+    "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
     "accuracy": "float64",  # share of decided pairs, 0 to 1; none where no training pair differed
     "low": "float64",
@@ -63,7 +68,7 @@ RESULT_COLUMNS: dict[str, str] = {
     "n_pairs": "int64",
     "true_ties": "int64",
     "predicted_ties": "int64",
-    "left_out": "int64",  # pairs of this split and source that could not be scored
+    "left_out": "int64",  # pairs of this split and source that could not be scored; 0 in slices by other than source
     "n_groups": "int64",
     "effective_groups": "float64",
     "strength": "float64",  # chosen C of a linear head
@@ -71,6 +76,8 @@ RESULT_COLUMNS: dict[str, str] = {
     "converged": "bool",
     "train_accuracy": "float64",
     "train_left_out": "int64",  # training pairs that could not be fitted on
+    "train_ties": "int64",  # training pairs that are true ties, however the fit treats them
+    "train_connected": "int64",  # training pairs left out since their group reaches into pairs of another data set
     "head_parameters": "int64",
     "backbone_parameters": "Int64",  # unknown for some imported features
     "width": "int64",
@@ -98,13 +105,39 @@ CONTROLS = {
     "shuffled-prompts": "shuffled prompts",
 }
 
+#: By what pairs are told apart, in `slice_by`: kinds of the file; the two generators (frequent ones, "other",
+#: "unknown"); whether they are the same; the share of votes of the preferred side; the images that were compared
+#: under a prompt (or in a ranking). Every test pair is in one slice of each. Intervals of slices other than "source"
+#: rest on a quarter of the resamples.
+SLICES = ("source", "generators", "same_generator", "vote_share", "images")
+
 MARGIN_COLUMNS: dict[str, str] = {
     "pair_id": "str",
+    "dataset": "str",
     "group": "str",
     "split": "str",
     "source": "str",
     "label": "float64",  # P(A preferred), 0.5 = tie
     "margin": "float64",  # s(A) - s(B)
+}
+
+#: What chosen layers add to what the generators' names say of a pair, on test pairs; `accuracy_*` count half a pair
+#: where a score says nothing (a pair of one generator has no generator logit).
+BEYOND_COLUMNS: dict[str, str] = {
+    "record_id": "str",
+    "baseline_id": "str",  # record of the generator baseline
+    "dataset": "str",
+    "head_coefficient": "float64",  # of the head's margin, fitted on validation pairs
+    "generator_coefficient": "float64",  # of the generators' logit
+    "n_pairs": "int64",
+    "n_same": "int64",  # pairs without a generator logit
+    "accuracy_generator": "float64",
+    "accuracy_both": "float64",
+    "difference": "float64",
+    "low": "float64",
+    "high": "float64",
+    "se": "float64",
+    "detectable": "float64",
 }
 
 #: What a layer is chosen within: everything of a record but its layer set.
@@ -218,6 +251,23 @@ def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd
     return pd.concat(frames, ignore_index=True)
 
 
+def write_beyond(run: str | Path, rows: pd.DataFrame) -> None:
+    """Write what chosen layers add to the generators' names (`BEYOND_COLUMNS`); without rows the table goes."""
+    path = Path(run) / "beyond_generator.parquet"
+    if rows.empty:
+        path.unlink(missing_ok=True)
+    else:
+        _write_table(path, rows, BEYOND_COLUMNS)
+
+
+def load_beyond(run: str | Path) -> pd.DataFrame:
+    """Read what chosen layers add to the generators' names; empty where the run has no generator baseline."""
+    path = Path(run) / "beyond_generator.parquet"
+    if not path.is_file():
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in BEYOND_COLUMNS.items()})
+    return _read_table(path, BEYOND_COLUMNS)
+
+
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
     """Write the resolved configuration of a run as ``config.json``."""
     _replace(Path(run) / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
@@ -248,8 +298,22 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         If the run has no results yet or they are damaged.
     """
     frame = load_results(run)
-    test = frame[(frame["split"] == "test") & (frame["source"] == ALL_SOURCES)]
-    shown = ["backbone", "control", "sigma", "draw", "pooling", "head", "seed", "layer_set", "accuracy", "low", "high"]
+    frame = frame[~frame["head_kind"].isin(UNPROBED)]
+    test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
+    shown = [
+        "backbone",
+        "control",
+        "dataset",
+        "sigma",
+        "draw",
+        "pooling",
+        "head",
+        "seed",
+        "layer_set",
+        "accuracy",
+        "low",
+        "high",
+    ]
     unresolved = frame.loc[frame["sigma_ratio"] < RESOLVED_RATIO, ["backbone", "control", "sigma", "sigma_ratio"]]
     return {
         "path": str(run),
@@ -273,7 +337,7 @@ def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """
     candidates = frame[
         (frame["split"] == "validation")
-        & (frame["source"] == ALL_SOURCES)
+        & (frame["slice_by"] == "all")
         & (frame["combination"] == "single")
         & (frame["layer"] <= frame["n_blocks"]).fillna(False)  # noqa: FBT003
         & frame["accuracy"].notna()
@@ -291,7 +355,11 @@ def _part_path(run: Path, record_id: str) -> Path:
 
 def _check_rows(rows: pd.DataFrame, where: str) -> None:
     """Refuse rows whose values no honest record can hold."""
-    for column, allowed in (("split", SPLITS), ("head_kind", ("linear", "mlp"))):
+    for column, allowed in (
+        ("split", SPLITS),
+        ("head_kind", ("linear", "mlp", *UNPROBED)),
+        ("slice_by", ("all", *SLICES)),
+    ):
         if not set(rows[column]) <= set(allowed):
             bad = sorted(set(rows[column]) - set(allowed))[0]
             msg = f"{where}: column {column} holds {bad!r}; allowed: {', '.join(allowed)}"
@@ -300,10 +368,13 @@ def _check_rows(rows: pd.DataFrame, where: str) -> None:
     if ((accuracy < 0) | (accuracy > 1)).any():
         msg = f"{where}: column accuracy holds {accuracy[(accuracy < 0) | (accuracy > 1)][0]}; allowed: 0 to 1, or NaN"
         raise ResultsError(msg)
-    twice = rows.duplicated(["record_id", "split", "source", "protocol"])
+    twice = rows.duplicated(["record_id", "dataset", "split", "slice_by", "source", "protocol"])
     if twice.any():
         row = rows[twice].iloc[0]
-        msg = f"{where}: two rows for split {row['split']!r}, source {row['source']!r}, protocol {row['protocol']!r}"
+        msg = (
+            f"{where}: two rows for data set {row['dataset']!r}, split {row['split']!r}, {row['slice_by']!r}, source "
+            f"{row['source']!r}, protocol {row['protocol']!r}"
+        )
         raise ResultsError(msg)
 
 
@@ -345,7 +416,9 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         msg = f"{path}: written in results format {version}; this version reads {RESULTS_VERSION}"
         raise ResultsError(msg)
     if missing := [name for name in columns if name not in table.column_names]:
-        msg = f"{path}: column {missing[0]!r} is missing; delete the file and run the same sweep again"
+        old = f" (written in results format {version}, this is {RESULTS_VERSION})" if version != RESULTS_VERSION else ""
+        what = "folder" if path.parent.name == "parts" else "file"
+        msg = f"{path}: column {missing[0]!r} is missing{old}; delete the {what} and run the same sweep again"
         raise ResultsError(msg)
     data = {}
     for name, dtype in columns.items():

@@ -1,7 +1,7 @@
 """Feature stores whose truth is known: a quality planted at chosen layers, noise everywhere else."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,10 @@ def planted_store(
     prompts: str | None = None,
     coordinates: Sequence[tuple[str, int]] = (("0.005", 0),),
     further: bool = False,
+    of: int | None = None,
+    dataset: str = "planted",
+    told: Mapping[int, str] | None = None,
+    metadata: bool = False,
 ) -> Path:
     """Write a store of `pairs` lone pairs at layers 0 to 3, 8 channels wide.
 
@@ -34,13 +38,22 @@ def planted_store(
     anew for each of the `coordinates` (sigma, draw). With `further`, layer 4 is the output point, and there is pooling
     ``text``, 3 channels wide and absent at layers 3 and 4, which tells the pictures of a pair apart from layer 1 on:
     there its channel 0 is the quality.
+
+    Stores `of` one number are of one backbone, whose directions they share; `dataset` names the judgements, and `told`
+    gives the prompts of some pairs. With `metadata`, generators g0, g1 and g2 differ in quality, files grow with it,
+    and all pictures are equally wide.
     """
     rng = np.random.default_rng(seed)
     quality = rng.normal(size=(pairs, 2))
+    own = np.random.default_rng([seed, 1])
+    generator = own.integers(0, 3, size=(pairs, 2))
+    quality += 0.8 * (generator - 1) * metadata
+    directions = None if of is None else np.random.default_rng([of, 2]).normal(size=(BLOCKS + 2, WIDTH))
     source = np.where(np.arange(pairs) % 4 == 3, "none", "easy")
     label = np.where(source == "easy", quality[:, 0] > quality[:, 1], rng.random(pairs) < 0.5).astype(float)
     label[rng.random(pairs) < ties] = 0.5
-    texts = [f"prompt {seed} {pair}" for pair in range(pairs)]
+    texts = [(told or {}).get(pair, f"prompt {seed} {pair}") for pair in range(pairs)]
+    of = seed if of is None else of
     rows = pd.DataFrame(
         [
             {
@@ -63,7 +76,7 @@ def planted_store(
         features = {}
         for layer in range(BLOCKS + 1 + further):
             values = rng.normal(size=(len(rows), WIDTH))
-            direction = rng.normal(size=WIDTH)
+            direction = rng.normal(size=WIDTH) if directions is None else directions[layer]
             values += signal.get(layer, 0.0) * np.outer(quality.ravel(), direction / np.linalg.norm(direction))
             values[: 2 * broken : 2] = np.nan
             features["mean", layer] = values.astype(np.float32)
@@ -82,16 +95,16 @@ def planted_store(
         config={
             "layers": [{"index": k, "name": name, "stream": "image"} for k, name in enumerate(names)],
             "poolings": {"mean": "mean over image tokens"},
-            "seed": seed,
+            "seed": of,
             "random_weights": control,
             **({"prompts": prompts} if prompts else {}),
             **(more if further else {}),
         },
         describe={
-            "name": f"planted-{seed}",
+            "name": f"planted-{of}",
             "n_blocks": BLOCKS,
             "width": WIDTH,
-            "n_parameters": 1000 * (seed + 1),
+            "n_parameters": 1000 * (of + 1),
             "random_weights": control,
             "training_images": None,
             **({"prompts": prompts} if prompts else {}),
@@ -108,8 +121,16 @@ def planted_store(
                 writer.write_shard(block, sigma=sigma, draw=draw, timestep=5.0, rows=part, features=taken)
     split = np.array(["train"] * 5 + ["validation"] * 2 + ["test"] * 3)[np.arange(pairs) % 10]
     ids = rows["row_id"].to_numpy()
+    seen = {
+        f"model_{side}": [f"g{number}" for number in column] for side, column in zip("ab", generator.T, strict=True)
+    }
+    for side, column in zip("ab", quality.T, strict=True):
+        seen[f"bytes_{side}"] = np.round(1000 * np.exp(0.2 * (column + own.normal(size=pairs)))).astype(int)
+        seen |= {f"{of_it}_{side}": pd.array([512] * pairs, dtype="Int64") for of_it in ("width", "height")}
+        seen[f"format_{side}"] = np.array(["PNG", "JPEG", ""])[own.integers(0, 3, pairs)]
+    seen["a_listed_first"] = own.random(pairs) < 0.5
     writer.write_judgements(
-        "planted",
+        dataset,
         pd.DataFrame(
             {
                 "pair_id": [f"{seed}-{pair}" for pair in range(pairs)],
@@ -126,6 +147,7 @@ def planted_store(
                 "model_b": "",
                 "ranking_id": "",
             }
+            | (seen if metadata else {})
         ),
     )
     return path

@@ -196,6 +196,7 @@ def _write_record(
         "backbone": net.name,
         "control": net.control,
         "dataset": "demo",
+        "trained_on": "demo",
         "protocol": "strict",
         "sigma": sigma,
         "draw": draw,
@@ -213,6 +214,8 @@ def _write_record(
         "edge_of_grid": strength in (STRENGTHS[0], STRENGTHS[-1]),
         "converged": bool(rng.random() > 0.02),
         "train_left_out": 0,
+        "train_ties": 0,
+        "train_connected": 0,
         "train_accuracy": min(1.0, float(chance.mean()) + 0.04),
         "head_parameters": net.width * len(layers),
         "backbone_parameters": net.parameters,
@@ -236,10 +239,18 @@ def _write_record(
             whole = source == "all" and bool(kinds)
             rows.append(
                 common
-                | {"split": split, "source": source, "accuracy": accuracy, "low": low, "high": high, "se": se}
+                | {
+                    "split": split,
+                    "slice_by": "all" if source == "all" else "source",
+                    "source": source,
+                    "accuracy": accuracy,
+                    "low": low,
+                    "high": high,
+                    "se": se,
+                }
                 | {"macro_accuracy": macro if whole else np.nan, "macro_low": macro - 1.96 * se if whole else np.nan}
                 | {"macro_high": macro + 1.96 * se if whole else np.nan, "n_pairs": int((mask & ~tie).sum())}
                 | {"true_ties": int(tie[mask].sum()), "n_groups": n_groups, "effective_groups": effective}
             )
-    write_part(run, key, pd.DataFrame(rows), margins)
+    write_part(run, key, pd.DataFrame(rows), margins.assign(dataset="demo"))
     return key

@@ -442,7 +442,7 @@ HEAD = {"kind": "linear", "layer_sets": ["singles", "all"], "strengths": [0.01, 
 
 def swept(stores: list[Path], out: Path, **options: object) -> pd.DataFrame:
     config = SweepConfig.checked({"heads": [HEAD], "resamples": 100} | options, source="test")
-    return load_results(run_sweep(config, stores=stores, out=out))
+    return load_results(run_sweep(config, stores=stores, out=out)).query("control != 'metadata'")
 
 
 def test_what_was_planted_is_found_and_layers_of_two_widths_are_joined(prefs, tmp_path):
@@ -503,7 +503,7 @@ def beside(tmp_path_factory):
 
 
 def test_one_layer_has_no_depth_and_stands_for_the_chosen_layer_and_for_all(beside):
-    frame = load_results(beside)
+    frame = load_results(beside).query("control != 'metadata'")
     one = frame[frame["backbone"] == "one"]
     assert one["relative_depth"].isna().all()
     assert (one["pooling_layers"] == 1).all()
@@ -519,7 +519,7 @@ def test_one_layer_has_no_depth_and_stands_for_the_chosen_layer_and_for_all(besi
 
 
 def test_imported_features_are_in_the_setting_of_the_backbones_and_never_lead_it(beside):
-    frame = load_results(beside)
+    frame = load_results(beside).query("control != 'metadata'")
     (setting,) = report_settings(frame)
     assert (setting.sigma, setting.pooling) == ("0.005", "mean")
     models = trained_models(frame)

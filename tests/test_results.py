@@ -154,7 +154,7 @@ def test_a_folder_without_results_says_so(tmp_path):
 def test_another_format_is_refused(run, monkeypatch):
     folder, _ = run
     monkeypatch.setattr(results, "RESULTS_VERSION", "2.0")
-    with pytest.raises(ResultsError, match=r"written in results format 1\.2; this version reads 2\.0"):
+    with pytest.raises(ResultsError, match=r"written in results format 1\.3; this version reads 2\.0"):
         results.load_results(folder)
 
 
@@ -164,7 +164,7 @@ def test_another_format_is_refused(run, monkeypatch):
         ({"split": "dev"}, "column split holds 'dev'; allowed: train, validation, test"),
         ({"head_kind": "tree"}, "column head_kind holds 'tree'"),
         ({"accuracy": 61.9}, r"column accuracy holds 61\.9; allowed: 0 to 1"),
-        ({"source": "all"}, "two rows for split 'test', source 'all'"),
+        ({"source": "all"}, "two rows for data set 'demo', split 'test', 'source', source 'all'"),
         ({"backbone": None}, "column backbone has missing values"),
         ({"width": "wide"}, "type of the schema"),
         ({"record_id": "other"}, "column record_id holds"),

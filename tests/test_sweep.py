@@ -66,7 +66,7 @@ def test_heads_of_both_kinds_and_seeds_are_separate_records(tmp_path):
     store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
     mlp = {"kind": "mlp", "layer_sets": [{"relative": [0.67, 1.0]}], "hidden": [8], "max_epochs": 4, "seeds": [0, 1]}
     run = probekit.run_sweep(config(LINEAR, mlp), stores=[store], out=tmp_path / "run")
-    frame = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    frame = _test_rows(run)
     assert frame.groupby("head").size().to_dict() == {"linear": 4, "mlp": 2}
     assert set(frame.query("head == 'mlp'")["layer_set"]) == {"2+3"}
     assert frame.query("head == 'mlp'")["head_parameters"].unique() == [16 * 8 + 8 + 8]
@@ -102,7 +102,8 @@ def test_the_same_command_adds_only_what_is_missing(tmp_path):
     probekit.run_sweep(config(), stores=[store], out=run, progress=lambda d, t, text: seen.append(text))
     parts = {path: path.read_bytes() for path in run.glob("parts/*")}
     first = (run / "results.parquet").read_bytes()
-    assert len(seen) == len(parts) == 4
+    assert len(seen) == 4
+    assert len(parts) == 5  # with the baseline that every data set has: A first
     probekit.run_sweep(config(), stores=[store], out=run, progress=lambda d, t, text: seen.append(text))
     assert len(seen) == 4
     assert (run / "results.parquet").read_bytes() == first
@@ -121,7 +122,7 @@ def test_the_same_command_adds_only_what_is_missing(tmp_path):
 def test_changed_labels_are_another_record_and_another_file_binds_to_the_same_rows(tmp_path):
     store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
     run = probekit.run_sweep(config(), stores=[store], out=tmp_path / "run")
-    before = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    before = _test_rows(run)
     held = probekit.FeatureStore(store)
     path = store / "judgements" / f"{held.judgements[0]}.parquet"
     frame = pd.read_parquet(path)
@@ -129,7 +130,7 @@ def test_changed_labels_are_another_record_and_another_file_binds_to_the_same_ro
     frame.to_parquet(path, index=False)
     path.with_suffix(".json").unlink()
     probekit.run_sweep(config(), stores=[store], out=run)
-    after = probekit.load_results(run).query("split == 'test' and source == 'all'")
+    after = _test_rows(run)
     assert not set(before["record_id"]) & set(after["record_id"])
     assert after["accuracy"].to_numpy() == pytest.approx(before["accuracy"].to_numpy())  # antisymmetric by construction
 
@@ -173,7 +174,7 @@ def test_two_stores_that_the_results_could_not_tell_apart_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"first and .*second: both are 'planted-0' \(trained\).*--name"):
         probekit.run_sweep(config(), stores=[first, second], out=tmp_path / "run")
     control = planted_store(tmp_path / "control", signal={}, seed=0, control="init:0")
-    frame = probekit.load_results(probekit.run_sweep(config(), stores=[first, control], out=tmp_path / "run"))
+    frame = _heads(probekit.run_sweep(config(), stores=[first, control], out=tmp_path / "run"))
     assert set(frame["control"]) == {"trained", "init:0"}
 
 
@@ -225,7 +226,12 @@ def _die(number: int) -> None:
 
 
 def _test_rows(run: Path) -> pd.DataFrame:
-    return probekit.load_results(run).query("split == 'test' and source == 'all'")
+    return _heads(run).query("split == 'test' and slice_by == 'all'")
+
+
+def _heads(run: Path) -> pd.DataFrame:
+    """Return the results of the heads: baselines, which see no features, have tests of their own."""
+    return probekit.load_results(run).query("control != 'metadata'")
 
 
 def test_noise_draws_are_settings_of_their_own(tmp_path):

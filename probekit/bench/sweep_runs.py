@@ -102,8 +102,10 @@ def _linear(case: Case, *, seed: int) -> Run:
     sides = np.where(flip > 0, label, 1 - label)  # without intercept, a pair turned round is the same pair
 
     def turned() -> FloatArray:
-        Z = D * flip[:, None]
-        return Z / np.sqrt(np.mean(Z**2, axis=0)) if standardize else Z
+        Z: FloatArray = D * flip[:, None]
+        if standardize:
+            Z /= np.sqrt(np.mean(Z**2, axis=0))
+        return Z
 
     def cross_validated() -> LogisticRegressionCV:
         splits = [(np.flatnonzero(~out), np.flatnonzero(out)) for out in held_out]

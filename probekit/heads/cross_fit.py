@@ -8,7 +8,8 @@ from torch import Tensor
 
 from probekit._types import FloatArray, IntArray
 from probekit.heads import solvers
-from probekit.heads.linear import _held_out, with_floor
+from probekit.heads.factorisation import factorise
+from probekit.heads.linear import _held_out
 
 _GAP = 1e-6
 """Gap to the optimum of a fit inside a fold; its margins are averaged over, so the last digits do not matter."""
@@ -37,7 +38,7 @@ class LayerFit:
     eigenvalues
         (r,): of Z'Z / n, Z being the scaled differences.
     vectors
-        (d kept, r) where n >= d, else (n, r) with Z in the axes = vectors * n * eigenvalues; float32.
+        (d, d) where n >= d, else (n, r) with Z in the axes = vectors * n * eigenvalues; float32.
     converged
         Whether every fit did.
     """
@@ -55,10 +56,10 @@ class LayerFit:
     converged: bool
 
     def rotated(self, D: FloatArray) -> Tensor:
-        """Scaled differences (n, d kept) float32 where n >= d, else their form in the axes (n, r)."""
+        """Scaled differences (n, d) float32 where n >= d, else their form in the axes (n, r)."""
         if self.primal:
-            kept = self.scale > 0
-            return torch.from_numpy(np.asarray(D[:, kept] / self.scale[kept], dtype=np.float32))
+            gain = np.divide(1, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
+            return torch.from_numpy(np.asarray(D * gain, dtype=np.float32))
         return self.vectors * (len(self.vectors) * self.eigenvalues).float()
 
 
@@ -79,38 +80,47 @@ def cross_fit(
     if not D.any():
         return None
     n_folds, grid = int(folds.max()) + 1, strengths.astype(np.float64)
-    scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
-    kept = scale > 0
-    basis = solvers.factorise(torch.from_numpy(D[:, kept] / scale[kept]))
-    inside = np.where(folds == np.arange(n_folds)[:, None], 0.0, weight)
-    solution = solvers.solve(
-        basis,
-        torch.from_numpy(label),
-        torch.from_numpy(np.repeat(inside, len(grid), axis=0)),
-        torch.from_numpy(np.tile(grid, n_folds)),
-        tol=_GAP,
-        max_iter=500,
+    problem = factorise(
+        torch.from_numpy(D),
+        torch.from_numpy(weight),
+        standardize=True,
+        noise=torch.zeros(1),
+        memory=float("inf"),  # subsets are screened by submatrices of a Gram matrix, so there must be one
+        smallest_lam=1 / float(grid.max() * weight.sum()),
     )
-    margins = solution.margins.numpy().reshape(n_folds, len(grid), -1)
+    inside = np.where(folds == np.arange(n_folds)[:, None], 0.0, weight)
+    columns = solvers.Columns(
+        torch.from_numpy(label),
+        torch.from_numpy(inside),
+        torch.arange(n_folds).repeat_interleave(len(grid)),
+        torch.from_numpy(np.tile(grid, n_folds)),
+    )
+    solution = solvers.solve(problem, columns, tol=_GAP, max_iter=500)
+    margins = solution.margins.double().numpy().reshape(n_folds, len(grid), -1)
     log_loss, accuracy = np.empty((2, n_folds, len(grid)))
     for fold in range(n_folds):
         out = folds == fold
         accuracy[fold], log_loss[fold] = _held_out(margins[fold][:, out], label[out], weight[out])
     best = int(np.argmin(log_loss.mean(axis=0)))
     first = min(max(best - 1, 0), max(len(grid) - NEIGHBOURS, 0))
-    heads = solution.a.reshape(n_folds, len(grid), -1)[:, first : first + NEIGHBOURS].transpose(1, 2)
+    heads = (
+        problem.spectrum.rotate(solution.w.to(problem.spectrum.eigenvalues.dtype))
+        .reshape(n_folds, len(grid), -1)[:, first : first + NEIGHBOURS]
+        .transpose(1, 2)
+    )
     chosen = solution.margins.reshape(n_folds, len(grid), -1)[:, best]
     slope = float((chosen.sigmoid() * (-chosen).sigmoid()).mean())
+    e, vectors = problem.spectrum.eigenvalues.double(), problem.spectrum.vectors
     return LayerFit(
-        scale,
+        problem.scale.numpy(),
         log_loss,
         accuracy,
         best,
         chosen.float(),
         slope,
         heads.double(),
-        basis.eigenvalues.double(),
-        basis.vectors.float(),
-        len(D) >= int(kept.sum()),
+        e,
+        (problem.exact.rows / (len(D) * e) if vectors is None else vectors).float(),
+        problem.lift is None,
         bool(solution.converged.all()),
     )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from probekit._types import FloatArray, IntArray
@@ -24,7 +25,8 @@ from probekit.errors import HeadError
 from probekit.heads import solvers
 from probekit.heads.base import PairHead, checked_groups, checked_targets, differences, row_groups
 from probekit.heads.cross_fit import cross_fit
-from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV, _folds, with_floor
+from probekit.heads.factorisation import channel_scale
+from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV, _folds
 
 
 class _SeveralLayers(PairHead):
@@ -148,7 +150,8 @@ class BradleyTerryScalarMix(_SeveralLayers):
         if len(set(widths)) > 1:
             message = f"layers have widths {widths}; a scalar mix needs layers of one width"
             raise HeadError(message)
-        scale = with_floor(np.sqrt(weight @ np.square(D) / weight.sum()))
+        moments = torch.from_numpy(weight @ np.square(D) / weight.sum())
+        scale = channel_scale(moments, torch.zeros(1), standardize=True).numpy()
         gain = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
         Z = (D * gain).reshape(len(D), layers, -1)
         g: FloatArray = np.full(layers, layers**-0.5)

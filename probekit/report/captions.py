@@ -104,8 +104,10 @@ def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str
 def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
     """Caption of the depth figure."""
     rows = reported_rows(frame)
+    elsewhere = [name for name in rows["trained_on"].unique() if name != setting.dataset]
+    trained_on = f", fitted on {', '.join(elsewhere)}" if elsewhere else ""
     parts = [
-        f"Test accuracy on {setting.dataset} ({setting.protocol} protocol, {setting.head} head, noise level"
+        f"Test accuracy on {setting.dataset}{trained_on} ({setting.protocol} protocol, {setting.head} head, noise level"
         f" {setting.sigma}, noise draw {setting.draw}, pooling {setting.pooling}) of single layers.",
         "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
         " not retraining.",

@@ -106,10 +106,15 @@ class Margin:
 
 
 class Verdicts:
-    """Right or wrong for every test pair of the records asked for, read from the margins of a run when needed."""
+    """Right or wrong for every test pair of the records asked for, read from the margins of a run when needed.
 
-    def __init__(self, run: Path, protocol: str, *, level: float = 0.95, resamples: int = 2000) -> None:
-        self._run, self._score = run, PROTOCOLS[protocol]
+    `dataset` says of which data set; it may be left out where the run tests on one.
+    """
+
+    def __init__(
+        self, run: Path, protocol: str, *, dataset: str | None = None, level: float = 0.95, resamples: int = 2000
+    ) -> None:
+        self._run, self._dataset, self._score = run, dataset, PROTOCOLS[protocol]
         self._level, self._resamples = level, resamples
         self._correct: dict[str, Share] = {}
         self._groups: dict[str, str] = {}
@@ -185,7 +190,8 @@ class Verdicts:
         for key in keys:
             if key not in self._correct:
                 margins = load_margins(self._run, [key])
-                margins = margins[margins["split"] == "test"]
+                here = True if self._dataset is None else margins["dataset"] == self._dataset
+                margins = margins[(margins["split"] == "test") & here]
                 outcome = self._score(
                     margins["margin"].to_numpy(dtype=np.float64), margins["label"].to_numpy(dtype=np.float64)
                 )

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probekit.errors import ResultsError
-from probekit.report import captions, tables
+from probekit.report import beside, captions, tables
 from probekit.report.effects import (
     Verdicts,
     control_margins,
@@ -30,10 +30,12 @@ from probekit.report.select import (
     CHOSEN,
     Setting,
     narrow,
+    probed,
     reported_rows,
     settings,
     trained_models,
     training_series,
+    unsliced,
 )
 from probekit.report.size_figures import scaling_figure, training_figure
 from probekit.report.style import save
@@ -63,7 +65,8 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     if out.is_dir():
         msg = f"{out}: is a folder; name the page to write, such as {out / 'report.html'}"
         raise ResultsError(msg)
-    frame = load_results(run)
+    everything = load_results(run)
+    frame = unsliced(probed(everything))
     config = load_config(run)
     folder = out.with_name(f"{out.stem}_figures")
     found = settings(frame)
@@ -71,7 +74,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     options = sweep if isinstance(sweep, dict) else {}
     level = float(options.get("level", 0.95))
     sections = [
-        _section(run, frame, setting, folder, options, "" if len(found) == 1 else f"-{i}")
+        _section(run, everything, setting, folder, options, "" if len(found) == 1 else f"-{i}")
         for i, setting in enumerate(found, start=1)
     ]
     stores = config.get("stores")
@@ -106,12 +109,14 @@ def build_report(run: str | Path, out: str | Path) -> Path:
 
 
 def _section(
-    run: Path, whole: pd.DataFrame, setting: Setting, folder: Path, options: dict[str, Any], suffix: str
+    run: Path, rows: pd.DataFrame, setting: Setting, folder: Path, options: dict[str, Any], suffix: str
 ) -> dict[str, Any]:
-    """Everything the page says about one data set; `options` are those of the sweep."""
+    """Everything the page says about one data set; `rows` are all of the run, `options` those of the sweep."""
+    whole = unsliced(probed(rows))
     frame = narrow(whole, setting)
     level = float(options.get("level", 0.95))
-    verdicts = Verdicts(run, setting.protocol, level=level, resamples=int(options.get("resamples", 2000)))
+    resamples = int(options.get("resamples", 2000))
+    verdicts = Verdicts(run, setting.protocol, dataset=setting.dataset, level=level, resamples=resamples)
     margins, joins = control_margins(frame, verdicts), joining_effects(frame, verdicts)
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     others = import_effects(frame, verdicts)
@@ -158,9 +163,17 @@ def _section(
         ]
         for layers in (CHOSEN, ALL_LAYERS)
     }
+    baselines, gains = beside.baselines_table(run, rows, setting), beside.beyond_rows(run, rows, setting)
     return {
         "setting": setting,
-        "found": captions.found(frame, margins, joins, sizes, lengths, others),
+        "trained_on": ", ".join(frame["trained_on"].unique()),
+        "found": [
+            *captions.found(frame, margins, joins, sizes, lengths, others),
+            *beside.found_beside(rows, setting, baselines, gains),
+        ],
+        "baselines": baselines,
+        "slices": beside.slices_table(rows, setting),
+        "beyond": beside.beyond_table(gains),
         "headline": tables.headline_table(frame, margins, joins),
         "effects": [(layers, tables.effects_table(some)) for layers, some in effects.items() if some],
         "figures": figures,

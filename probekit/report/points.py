@@ -66,7 +66,18 @@ _SCALING = [
 _TRAINING = ["series", "training_images", *_SCALING]
 
 
-_NEEDED = ["backbone", "control", "source", "layer_set", "layer", "n_layers", "combination", "chosen", "n_pairs"]
+_NEEDED = [
+    "backbone",
+    "control",
+    "slice_by",
+    "source",
+    "layer_set",
+    "layer",
+    "n_layers",
+    "combination",
+    "chosen",
+    "n_pairs",
+]
 _NEEDED += ["accuracy", "low", "high", "relative_depth", "n_blocks", "width", "backbone_parameters", "training_images"]
 _NEEDED += ["pooling_layers", "family_tested", "imported"]
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.results import ALL_SOURCES
+from probekit.results import ALL_SOURCES, UNPROBED
 
 CHOSEN = "chosen layer"
 ALL_LAYERS = "all layers"
@@ -76,6 +76,16 @@ class Model:
         return self.shape[2]
 
 
+def probed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of heads on features: baselines of metadata and scores from elsewhere have tables of their own."""
+    return frame[~frame["head_kind"].isin(UNPROBED)]
+
+
+def unsliced(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of all pairs and of the kinds that the file names; other slices have a table of their own."""
+    return frame[frame["slice_by"].isin(("all", "source"))]
+
+
 def settings(frame: pd.DataFrame) -> list[Setting]:
     """Return the primary setting of each data set: what the run lists first, with a linear head if any.
 
@@ -84,6 +94,7 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     The rows of a results table are in the order of the run's configuration.
     """
     found = []
+    frame = probed(frame)
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
         rows = rows if rows["imported"].all() else rows[~rows["imported"]]
@@ -105,12 +116,16 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     return found
 
 
-def narrow(frame: pd.DataFrame, setting: Setting | None = None, *, any_head: bool = False) -> pd.DataFrame:
+def narrow(
+    frame: pd.DataFrame, setting: Setting | None = None, *, any_head: bool = False, slices: bool = False
+) -> pd.DataFrame:
     """Keep the rows of one setting (default: the first); with `any_head`, of every head and seed in it.
 
-    Imported features are kept whatever the noise level, draw and pooling of the setting.
+    Slices other than the kinds that the file names are there with `slices` only, and baselines never. Imported features
+    are kept whatever the noise level, draw and pooling of the setting.
     """
     wanted = asdict(setting or settings(frame)[0])
+    frame = probed(frame) if slices else unsliced(probed(frame))
     if any_head:
         del wanted["head"], wanted["seed"]
     for column, value in wanted.items():
@@ -121,7 +136,8 @@ def narrow(frame: pd.DataFrame, setting: Setting | None = None, *, any_head: boo
 
 def reported_rows(frame: pd.DataFrame, source: str = ALL_SOURCES) -> pd.DataFrame:
     """Keep the rows that may be reported: the test split, all sources together or one of them."""
-    return frame[(frame["split"] == "test") & (frame["source"] == source)]
+    slicing = "all" if source == ALL_SOURCES else "source"
+    return frame[(frame["split"] == "test") & (frame["slice_by"] == slicing) & (frame["source"] == source)]
 
 
 def all_layers(frame: pd.DataFrame) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from probekit.report.select import (
     trained_rows,
 )
 from probekit.report.style import in_millions
-from probekit.results import ALL_SOURCES, CHOICE_KEYS, CONTROLS, SPLITS
+from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -81,19 +81,19 @@ def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[s
             "Backbone": model.label + "\nimported" * model.imported,
             "Parameters": NONE if model.parameters is None else in_millions(model.parameters),
             "Layer": _layer(chosen, model),
-            "Test accuracy": _accuracy(chosen),
+            "Test accuracy": accuracy_text(chosen),
         }
         if rows["sigma_ratio"].notna().any():
             entry["Noise over rounding"] = "\n".join(_ratios(trained_rows(rows, model)))
         if chosen["macro_accuracy"].notna().any():
-            entry["Mean over kinds"] = _accuracy(chosen, "macro_")
+            entry["Mean over kinds"] = accuracy_text(chosen, "macro_")
         for kind in kinds:
             found = [item for item in margins if (item.model, item.kind, item.layers) == (model.label, kind, CHOSEN)]
             spread = [NONE if pd.isna(item.seed_sd) else f"{100 * item.seed_sd:.1f}" for item in found]
             of_seeds = "" if kind == "empty-prompts" else f"\nSD {spread[0]}" if found else ""
             entry[_headed(kind)] = f"{percent(found[0].control)}{of_seeds}" if found else NONE
             entry[f"Margin over {_short_kind(kind)}"] = effect_text(found[0].effect) if found else NONE
-        entry["All layers"] = _accuracy(joined)
+        entry["All layers"] = accuracy_text(joined)
         entry["All layers over the chosen one"] = effect_text(joins.get(model.label))
         table.append(entry)
     return pd.DataFrame(table)
@@ -126,7 +126,7 @@ def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
 def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.DataFrame:
     """Every fitted head of one trained backbone, with what its fit reported; ``mark`` says which rows to highlight."""
     rows = narrow(frame, setting, any_head=True)
-    mine = rows[(rows["backbone"] == backbone) & (rows["control"] == "trained") & (rows["source"] == ALL_SOURCES)]
+    mine = rows[(rows["backbone"] == backbone) & (rows["control"] == "trained") & (rows["slice_by"] == "all")]
     model = next(model for model in trained_models(rows, every_length=True) if backbone in model.backbones)
     controls = control_rows(reported_rows(rows), model)
     validation = mine[mine["split"] == "validation"].set_index("record_id")["accuracy"]
@@ -175,7 +175,7 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
                 "Control": control.replace("+", " + "),
                 "Layer": ", ".join(map(str, chosen["layer"])) or NONE,
             }
-            table.append(entry | {"Test accuracy": _accuracy(chosen), "All layers": _accuracy(joined)})
+            table.append(entry | {"Test accuracy": accuracy_text(chosen), "All layers": accuracy_text(joined)})
     return pd.DataFrame(table)
 
 
@@ -213,7 +213,7 @@ def other_settings_table(frame: pd.DataFrame) -> pd.DataFrame:
         table["Noise over rounding"] = [_ratio(value) for value in rest["sigma_ratio"]]
     return table.assign(
         Layer=rest["layer"].astype(str),
-        **{"Test accuracy": [_accuracy(rest.loc[[index]]) for index in rest.index]},
+        **{"Test accuracy": [accuracy_text(rest.loc[[index]]) for index in rest.index]},
     )
 
 
@@ -256,7 +256,7 @@ def warnings_list(
         ),
     ]
     ties = int(test["true_ties"].max())
-    everything = frame[frame["source"] == ALL_SOURCES]
+    everything = frame[frame["slice_by"] == "all"]
     most = everything.groupby("split")["left_out"].max()
     left_out = {"training": int(records["train_left_out"].max())} | {
         split: int(most[split]) for split in SPLITS if split in most
@@ -266,6 +266,16 @@ def warnings_list(
         found.append(
             f"Up to {counted} pairs are left out: rows missing from the store, unreadable or non-finite pictures, or no"
             " label."
+        )
+    if connected := int(records["train_connected"].max()):
+        found.append(
+            f"{connected:,} training pairs left out: their group reaches, by a prompt or an image, into the validation"
+            " or test pairs of another data set."
+        )
+    if train_ties := int(records["train_ties"].max()):
+        found.append(
+            f"True ties among the training pairs: {train_ties:,}; the setting 'ties' says whether heads were fitted on"
+            " them."
         )
     if ties:
         found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
@@ -391,10 +401,10 @@ def _notes(row: dict[Hashable, Any]) -> list[str]:
     return notes + (["not converged"] if not row["converged"] else [])
 
 
-def _accuracy(rows: pd.DataFrame, prefix: str = "") -> str:
+def accuracy_text(rows: pd.DataFrame, prefix: str = "") -> str:
     """Accuracy with interval; of several training seeds the mean and each of them."""
     values = rows[f"{'macro_' if prefix else ''}accuracy"]
-    if rows.empty:
+    if not values.notna().any():
         return NONE
     if len(rows) == 1:
         return f"{percent(values.iloc[0])}\n{interval(rows[f'{prefix}low'].iloc[0], rows[f'{prefix}high'].iloc[0])}"

@@ -147,6 +147,14 @@ class FeatureStore:
         """
         return self._index.rows
 
+    def image_digests(self) -> NDArray[np.uint8]:
+        """SHA-256 of the image file of each row (m, 32), in the order of ``rows``."""
+        rows, places, _ = self._index
+        out = np.empty((len(rows), 32), np.uint8)
+        for shard in self._shards:
+            out[places[shard.sidecar.block]] = shard.table("rows/image_sha256")
+        return out
+
     def read(
         self, *, layer: int, sigma: str | None = None, pooling: str | None = None, draw: int | None = None
     ) -> NDArray[np.float32]:

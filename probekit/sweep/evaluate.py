@@ -1,17 +1,22 @@
 """What is said of a fitted head: the columns of its rows in the results, and its accuracy with intervals."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from probekit import results
 from probekit._types import FloatArray
 from probekit.heads import combination_name, layer_set_name
 from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
-from probekit.sweep.plan import Record
+from probekit.sweep.material import Material
+from probekit.sweep.plan import Judged, Record
+from probekit.sweep.slices import Slices, slices
+
+SLICE_RESAMPLES = 4  # slices rest on this fraction of the resamples: all of them together cost no more than the whole
 
 
 def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
@@ -25,7 +30,7 @@ def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
         "record_id": record.record_id,
         "backbone": record.backbone,
         "control": record.control,
-        "dataset": record.dataset,
+        "trained_on": record.trained_on,
         "protocol": record.protocol,
         "sigma": record.sigma,
         "draw": record.draw,
@@ -48,32 +53,112 @@ def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
     }
 
 
+def judged_rows(
+    record: Judged,
+    data: Material,
+    margins: Callable[[Pairs], FloatArray],
+    facts: dict[str, Any],
+    *,
+    blind: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and margins of one record on validation and every test set, as `probekit.results.write_part` takes them.
+
+    Parameters
+    ----------
+    record
+        Protocol, resamples and level.
+    data
+        Pairs of the record.
+    margins
+        From pairs to the margins (n,) of the head.
+    facts
+        Columns that all rows share.
+    blind
+        Whether there is no head.
+    """
+    chosen_on = margins(data.validation)
+    tests = {dataset: margins(pairs) for dataset, pairs in data.tests.items()}
+    facts |= {
+        "train_left_out": len(data.train.excluded),
+        "train_ties": data.train_ties,
+        "train_connected": data.train_connected,
+    }
+    validation = list(
+        accuracies(record, data.validation, chosen_on, split="validation", weight=data.validation_weight, blind=blind)
+    )
+    rows = []
+    for dataset, pairs in data.tests.items():
+        tested = accuracies(record, pairs, tests[dataset], split="test", blind=blind)
+        rows += [facts | {"dataset": dataset} | row for row in (*validation, *tested)]
+    judged = [("validation", data.validation, chosen_on)]
+    judged += [("test", data.tests[dataset], values) for dataset, values in tests.items()]
+    kept = pd.concat(
+        pairs.frame[["pair_id", "dataset", "group", "source"]].assign(split=split, label=pairs.label, margin=values)
+        for split, pairs, values in judged
+    )
+    return pd.DataFrame(rows), kept
+
+
+def sliced(pairs: Pairs, *, split: str) -> Slices:
+    """Slicing, value and pairs (n,) of every row: the whole, kinds of the file and, of test pairs, further slices."""
+    sources = pairs.frame["source"].to_numpy()
+    yield "all", results.ALL_SOURCES, np.ones(len(sources), dtype=bool)
+    kinds = sorted({*sources, *pairs.excluded["source"]})
+    for source in kinds if len(kinds) > 1 else []:
+        yield "source", source, sources == source
+    if split == "test":
+        yield from slices(pairs)
+
+
 def accuracies(
-    record: Record, pairs: Pairs, margins: FloatArray, *, split: str, blind: bool
+    record: Judged,
+    pairs: Pairs,
+    margins: FloatArray,
+    *,
+    split: str,
+    weight: FloatArray | None = None,
+    blind: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap; none without a head."""
+    """Accuracy over all pairs of a split, then per slice; intervals by the group bootstrap; none without a head.
+
+    Parameters
+    ----------
+    record
+        Protocol, resamples and level.
+    pairs, margins
+        The n pairs and what the head says of them.
+    split
+        What the rows are called.
+    weight
+        Of each pair (n,), where data sets of a mixture weigh differently.
+    blind
+        Whether there is no head, since no training pair differed.
+    """
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
     excluded = pairs.excluded
-    kinds = sorted({*sources, *excluded["source"]})
-    for source in [results.ALL_SOURCES, *(kinds if len(kinds) > 1 else [])]:
-        inside = np.ones(len(sources), dtype=bool) if source == results.ALL_SOURCES else sources == source
+    left_out = {"all": len(excluded)}
+    for slicing, source, inside in sliced(pairs, split=split):
         outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
         decided = ~np.isnan(outcome.correct) & (not blind)
         row: dict[str, Any] = {
             "split": split,
+            "slice_by": slicing,
             "source": source,
             "n_pairs": outcome.n_pairs,
             "true_ties": outcome.true_ties,
             "predicted_ties": outcome.predicted_ties,
-            "left_out": len(excluded) if source == results.ALL_SOURCES else int((excluded["source"] == source).sum()),
+            "left_out": left_out.get(slicing, int((excluded["source"] == source).sum()) * (slicing == "source")),
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
         if decided.any():
-            options: dict[str, Any] = {"n_boot": record.resamples, "level": record.level}
+            whole = slicing in ("all", "source")
+            n_boot = record.resamples if whole else max(100, record.resamples // SLICE_RESAMPLES)
+            options: dict[str, Any] = {"n_boot": n_boot, "level": record.level}
             correct, clusters = outcome.correct[decided], groups[inside][decided]
-            interval = accuracy_interval(correct, clusters, **options)
+            counted = None if weight is None else weight[inside][decided]
+            interval = accuracy_interval(correct, clusters, weights=counted, **options)
             row |= {
                 "accuracy": interval.estimate,
                 "low": interval.low,
@@ -82,7 +167,7 @@ def accuracies(
                 "n_groups": interval.n_groups,
                 "effective_groups": interval.effective_groups,
             }
-            if source == results.ALL_SOURCES:
+            if slicing == "all":
                 macro = macro_interval(correct, clusters, sources[decided], **options)
                 row |= {"macro_accuracy": macro.estimate, "macro_low": macro.low, "macro_high": macro.high}
         yield row

@@ -1,94 +1,204 @@
 """The plan of a sweep: a list of typed records hashed from plain values, each one fit of one head."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from probekit.config import LinearHead, MLPHead, SweepConfig
-from probekit.errors import ConfigError, StoreError
+from probekit.config import LinearHead, MLPHead, SweepConfig, Ties
+from probekit.errors import ConfigError
 from probekit.heads import resolve_layer_sets
 from probekit.results import SPLITS
-from probekit.store import FeatureStore, Pairs, canonical_json
+from probekit.store import FeatureStore, canonical_json
+from probekit.store.settings import differing
+from probekit.sweep.material import Portion, Selection, material, open_cached
 
-FIT_VERSION = "1"  # part of every record's identity: raised when the same settings would give other numbers
+FIT_VERSION = "2"  # part of every record's identity: raised when the same settings would give other numbers
 _T = TypeVar("_T", str, int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Judged:
+    """How margins are judged: by which protocol, with what intervals."""
+
+    protocol: str
+    resamples: int
+    level: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Judged):
     """One fit: everything that determines its numbers, and where its features are.
 
-    `store` is a path and no part of the identity; `fingerprint` and `data_digest` say what is in it.
+    `selection` holds paths and is no part of the identity; `fingerprint` and `data_digest` say what is there.
     """
 
-    store: Path
+    selection: Selection
     backbone: str
     control: str
     training_images: int | None
     fingerprint: str
-    dataset: str
+    trained_on: str
+    datasets: tuple[str, ...]
     data_digest: str
-    protocol: str
+    ties: Ties
     sigma: str
     draw: int
     pooling: str
     layers: tuple[int, ...]
     head: LinearHead | MLPHead
     seed: int
-    resamples: int
-    level: float
 
     @property
     def record_id(self) -> str:
         """SHA-256 over the plain values, full precision, without the store's path."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("store", "head")}
+        plain = {key: value for key, value in vars(self).items() if key not in ("selection", "head")}
         plain |= {"head": self.head.model_dump(exclude={"layer_sets", "seeds"}), "fit_version": FIT_VERSION}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
 
+    @property
+    def label(self) -> str:
+        """What the progress calls it."""
+        return self.store.name if len(self.selection.stores) == 1 else f"{self.backbone} ({self.trained_on})"
 
-def plan_records(config: SweepConfig, store: FeatureStore, *, judged: Path | None) -> Iterator[Record]:
-    """All records of one store, in the order of the configuration."""
+    @property
+    def store(self) -> Path:
+        """The first store: of a mixture all stores hold the same layers of the same backbone."""
+        return self.selection.stores[0]
+
+
+def select_stores(stores: Sequence[FeatureStore], *, judged: Path | None, ties: Ties) -> Iterator[Selection]:
+    """Each data set of each store on its own: fitted, chosen and tested on its three splits."""
+    for store in stores:
+        for dataset in [judged.stem] if judged else store.judgements:
+            train, validation, test = ((Portion(store.path, dataset, split),) for split in SPLITS)
+            yield Selection(train, validation, test, ties, judged)
+
+
+def select_mixtures(config: SweepConfig) -> Iterator[Selection]:
+    """One mixture for each backbone (and control) that the entries of `train` and `test` name.
+
+    The layer is chosen on the validation pairs of the data sets that are fitted on, weighted alike.
+
+    Raises
+    ------
+    ConfigError
+        If an entry leaves open which data set it means, a backbone is only fitted or only tested on, stores of a
+        backbone were made with different settings, or entries repeat each other.
+    """
+    entries: dict[tuple[str, str], dict[str, list[Portion]]] = {}
+    for role, sets in (("train", config.train or []), ("test", config.test or [])):
+        for entry in sets:
+            store = open_cached(Path(entry.store).absolute())
+            dataset = _dataset(store, entry.dataset, role=role)
+            weight = getattr(entry, "weight", 1.0)
+            backbone = entries.setdefault((store.describe["name"], _control(store)), {"train": [], "test": []})
+            backbone[role].append(Portion(store.path, dataset, entry.split, weight))
+    for (name, control), found in entries.items():
+        for role, portions in found.items():
+            if not portions:
+                other = "test" if role == "train" else "train"
+                message = f"{role}: no store is of {name!r} ({control}), which {other} names; allowed: one at least"
+                raise ConfigError(message)
+        _check_portions(found["train"], found["test"])
+        validation = {
+            (at.store, at.dataset): Portion(at.store, at.dataset, "validation", at.weight) for at in found["train"]
+        }
+        selection = Selection(tuple(found["train"]), tuple(validation.values()), tuple(found["test"]), config.ties)
+        _check_alike([open_cached(path) for path in selection.stores])
+        yield selection
+
+
+def _dataset(store: FeatureStore, asked: str | None, *, role: str) -> str:
+    if asked is None and len(store.judgements) == 1:
+        return store.judgements[0]
+    if asked not in store.judgements:
+        what = "dataset is not given" if asked is None else f"dataset {asked!r} is not in the store"
+        message = f"{role}: {store.path}: {what}; allowed: {', '.join(store.judgements) or 'none, it holds no such'}"
+        raise ConfigError(message)
+    return asked
+
+
+def _check_portions(train: list[Portion], test: list[Portion]) -> None:
+    """Refuse pairs that are fitted on twice, and test sets of one name, which the results could not tell apart."""
+    seen: set[tuple[Path, str, str]] = set()
+    for portion in train:
+        if (portion.store, portion.dataset, portion.split) in seen:
+            message = (
+                f"train: {portion.store}: the {portion.split} pairs of {portion.dataset!r} are there twice; allowed: "
+                "once, with a weight"
+            )
+            raise ConfigError(message)
+        seen.add((portion.store, portion.dataset, portion.split))
+    names = [portion.dataset for portion in test]
+    for portion in test:
+        if names.count(portion.dataset) > 1:
+            message = f"test: {portion.store}: two test sets of a backbone are named {portion.dataset!r}; allowed: one"
+            raise ConfigError(message)
+
+
+def _check_alike(stores: list[FeatureStore]) -> None:
+    """Refuse to mix features that differ in more than the rows they are of."""
+    first = _comparable(stores[0])
+    for store in stores[1:]:
+        for key, held, other in differing(first, _comparable(store)):
+            message = (
+                f"{stores[0].path} and {store.path} are both of {store.describe['name']!r}, but {key} is {held!r} and "
+                f"{other!r}; allowed: stores of a backbone that were made with the same settings, or names (--name)"
+            )
+            raise ConfigError(message)
+
+
+def _comparable(store: FeatureStore) -> dict[str, Any]:
+    """Give what the stores of a backbone share: all settings but those that follow from which pictures they are of."""
+    config = {key: value for key, value in store.config.items() if key != "file_sha256"}
+    if "prompts" in config:  # "shuffled:0 of 400 prompts, SHA-256 ..."
+        config["prompts"] = str(config["prompts"]).partition(" ")[0]
+    held = [f"sigma {sigma}, draw {draw}" for sigma, draw in store.coordinates]
+    return config | {"width": store.describe["width"], "n_blocks": store.describe["n_blocks"], "coordinates": held}
+
+
+def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
+    """All records of one selection, in the order of the configuration."""
+    store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
     coordinates = _coordinates(config, store)
     poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
-    for dataset in [judged.stem] if judged else store.judgements:
-        held = set(cached_pairs(store.path, dataset, judged, None).frame["split"])
-        for split in SPLITS:
-            if split not in held:
-                message = (
-                    f"{store.path}: data set {dataset!r} has no {split} pairs with features, only "
-                    f"{', '.join(sorted(held)) or 'none at all'}; a sweep needs train, validation and test pairs"
-                )
-                raise StoreError(message)
-        digest = _data_digest(store, dataset, judged)
-        for (sigma, draw), pooling, head in product(coordinates, poolings, config.heads):
-            seeds = head.seeds if isinstance(head, MLPHead) else [0]
-            for layers, seed in product(_layer_sets(head, store, pooling), seeds):
-                yield Record(
-                    store=store.path,
-                    backbone=store.describe["name"],
-                    control=_control(store),
-                    training_images=store.describe["training_images"],
-                    fingerprint=store.fingerprint,
-                    dataset=dataset,
-                    data_digest=digest,
-                    protocol=config.protocol,
-                    sigma=sigma,
-                    draw=draw,
-                    pooling=pooling,
-                    layers=layers,
-                    head=head,
-                    seed=seed,
-                    resamples=config.resamples,
-                    level=config.level,
-                )
+    data = material(selection)
+    data_digest = data.digest
+    fingerprints = sorted({open_cached(path).fingerprint for path in selection.stores})
+    for (sigma, draw), pooling, head in product(coordinates, poolings, config.heads):
+        seeds = head.seeds if isinstance(head, MLPHead) else [0]
+        for layers, seed in product(_layer_sets(head, store, pooling), seeds):
+            yield Record(
+                selection=selection,
+                backbone=store.describe["name"],
+                control=_control(store),
+                training_images=store.describe["training_images"],
+                fingerprint=fingerprints[0] if len(fingerprints) == 1 else _digest(fingerprints),
+                trained_on=selection.trained_on,
+                datasets=tuple(data.tests),
+                data_digest=data_digest,
+                ties=selection.ties,
+                protocol=config.protocol,
+                sigma=sigma,
+                draw=draw,
+                pooling=pooling,
+                layers=layers,
+                head=head,
+                seed=seed,
+                resamples=config.resamples,
+                level=config.level,
+            )
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _layer_sets(head: LinearHead | MLPHead, store: FeatureStore, pooling: str) -> list[tuple[int, ...]]:
@@ -132,25 +242,11 @@ def _control(store: FeatureStore) -> str:
     return "+".join(part for part in (store.describe["random_weights"], told) if part) or "trained"
 
 
-def _data_digest(store: FeatureStore, dataset: str, judged: Path | None) -> str:
-    """Digest of the rows and of all judgements that a fit sees; it changes when rows or labels are added or changed."""
-    digest = hashlib.sha256()
-    row_ids = store.rows["row_id"].to_numpy()
-    for split in SPLITS:
-        pairs = cached_pairs(store.path, dataset, judged, split)
-        frame = pairs.frame[["pair_id", "group", "split", "source", "weight"]].assign(
-            label=pairs.label, row_a=row_ids[pairs.rows[:, 0]], row_b=row_ids[pairs.rows[:, 1]]
-        )
-        for table in (frame, pairs.excluded[["pair_id", "source", "reason"]]):
-            digest.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_distinct(records: list[Record]) -> None:
     """Refuse two fits that the results could not tell apart, such as two backbones of one name."""
     seen: dict[tuple[object, ...], Record] = {}
     for record in records:
-        source = (record.backbone, record.control, record.dataset, record.sigma, record.draw, record.pooling)
+        source = (record.backbone, record.control, record.trained_on, record.sigma, record.draw, record.pooling)
         first = seen.setdefault((*source, record.layers, record.head.name, record.seed), record)
         if first is not record:
             message = (
@@ -160,13 +256,17 @@ def check_distinct(records: list[Record]) -> None:
             raise ConfigError(message)
 
 
-def split_files(records: list[Record], *, judged: Path | None) -> dict[str, str]:
+def split_files(selections: Sequence[Selection]) -> dict[str, str]:
     """Say by which split file each data set was split: its SHA-256, or that the file itself or a hash decided."""
     found: dict[str, set[str]] = {}
-    for store, dataset in dict.fromkeys((record.store, record.dataset) for record in records):
-        frame = cached_pairs(store, dataset, judged, None).frame
-        hashes = set(frame["split_file"]) if "split_file" in frame else {""}  # older judgements have no such column
-        found[dataset] = found.get(dataset, set()) | hashes
+    for data in map(material, selections):
+        for pairs in (data.train, data.validation, *data.tests.values()):
+            frame = (
+                pairs.frame if "split_file" in pairs.frame else pairs.frame.assign(split_file="")
+            )  # older judgements
+            hashes = frame["split_file"].fillna("")
+            for dataset, names in hashes.groupby(pairs.frame["dataset"]):
+                found.setdefault(str(dataset), set()).update(names)
     return {
         dataset: ", ".join(
             f"split file {name}" if name else "by the preference file or by hash" for name in sorted(hashes)
@@ -185,8 +285,8 @@ def store_settings(store: FeatureStore) -> dict[str, Any]:
     return facts | plain | dict(store.config.get("noise", {})) | shown
 
 
-def store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFrame:
-    """Give what results say of a record's store and what is no part of the fit, by record."""
+def store_facts(records: list[Record], stores: list[FeatureStore], *, baselines: Sequence[str]) -> pd.DataFrame:
+    """Give what results say of a record's store and what is no part of the fit, by record; baselines have none."""
     by_path = {store.path: store for store in stores}
     facts: dict[str, list[Any]] = {"family_tested": [], "sigma_ratio": [], "pooling_layers": [], "imported": []}
     for record in records:
@@ -201,19 +301,6 @@ def store_facts(records: list[Record], stores: list[FeatureStore]) -> pd.DataFra
         given = len([layer for layer in held if layer <= last])
         facts["pooling_layers"].append(given if imported else last + 1 - len(absent))
         facts["imported"].append(imported)
-    return pd.DataFrame(facts, index=[record.record_id for record in records]).astype({"sigma_ratio": "float64"})
-
-
-@lru_cache(maxsize=2)
-def open_cached(path: Path) -> FeatureStore:
-    """Open a store once per process."""
-    return FeatureStore(path)
-
-
-@lru_cache(maxsize=8)
-def cached_pairs(path: Path, dataset: str, judged: Path | None, split: str | None) -> Pairs:
-    """Join the judgements of a data set, or those bound in their place, to the rows of a store once per process."""
-    store = open_cached(path)
-    if judged is None:
-        return store.pairs(split=split, judgements=dataset)
-    return store.bind(pd.read_parquet(judged)).pairs(split=split)
+    table = pd.DataFrame(facts, index=[record.record_id for record in records])
+    none = {"family_tested": True, "sigma_ratio": None, "pooling_layers": 0, "imported": False}
+    return pd.concat([table, pd.DataFrame(none, index=list(baselines))]).astype({"sigma_ratio": "float64"})

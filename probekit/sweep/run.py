@@ -15,26 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from probekit import results
 from probekit._types import FloatArray, IntArray, Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.errors import ConfigError
-from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, concatenate
+from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
-from probekit.results import SPLITS
 from probekit.stats import PROTOCOLS
-from probekit.store import FeatureStore, Pairs
-from probekit.sweep.evaluate import accuracies, record_facts
+from probekit.store import Pairs
+from probekit.sweep.baselines import plan_baselines, run_baseline
+from probekit.sweep.beyond import beyond_generator
+from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.material import features_of, forget, material, open_cached
 from probekit.sweep.plan import (
     Record,
-    cached_pairs,
     check_distinct,
-    open_cached,
     plan_records,
+    select_mixtures,
+    select_stores,
     split_files,
     store_facts,
     store_settings,
@@ -48,10 +49,11 @@ _JUDGEMENTS, _DIGESTS = "judgements", "image_digests.parquet"  # what `prefs` le
 def run_sweep(
     config: SweepConfig | Path | str,
     *,
-    stores: Sequence[Path | str],
+    stores: Sequence[Path | str] = (),
     out: Path | str,
     prefs: Path | str | None = None,
     reading: PreferenceOptions | None = None,
+    ties: str | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -63,13 +65,16 @@ def run_sweep(
         The settings, or the YAML file that holds them.
     stores
         Feature stores; each becomes a backbone in the results, or a control of one if its weights are random or its
-        prompts are not the real ones.
+        prompts are not the real ones. None where the configuration names what to fit and to test on (``train``,
+        ``test``).
     out
         Folder of the run. Records that it already holds are not computed again.
     prefs
         Preference file that replaces the judgements kept in the stores; it must lie where its images are.
     reading
         How that file is read (default: by its fields).
+    ties
+        What becomes of tied training pairs, in place of the configuration's rule: ``drop``, ``half`` or ``soft``.
     jobs
         Processes, each with one BLAS thread.
     progress
@@ -83,8 +88,9 @@ def run_sweep(
     Raises
     ------
     ConfigError
-        If the configuration asks for layers, noise levels, draws or poolings that a store does not hold, or a split
-        file is given without a preference file.
+        If the configuration asks for layers, noise levels, draws or poolings that a store does not hold, stores are
+        given beside its ``train`` and ``test`` or neither is, the stores of a mixture do not fit together, or
+        it is said how a preference file is read and none is given.
     StoreError
         If a store is damaged, or has no training, validation or test pairs.
     """
@@ -95,24 +101,38 @@ def run_sweep(
         told = ", ".join(f"--{name.replace('_', '-')}" for name in reading.model_dump(exclude_defaults=True))
         message = f"{told}: says how a preference file is read, and none is given; allowed: with --prefs"
         raise ConfigError(message)
+    if ties is not None:
+        config = SweepConfig.checked(config.model_dump() | {"ties": ties}, source="options")
+    mixed = config.train is not None
+    if mixed == bool(stores) or (mixed and prefs is not None):
+        given = "train and test are given" if mixed else "no store is given"
+        message = f"{given}; allowed: stores (--store, perhaps --prefs), or train and test in the configuration"
+        raise ConfigError(message)
     out = Path(out)
     _check_folder(out)
-    open_cached.cache_clear()  # judgements may have changed since an earlier call in this process
-    cached_pairs.cache_clear()
-    opened = [FeatureStore(Path(path)) for path in stores]
+    forget()
+    opened = [open_cached(Path(path).absolute()) for path in stores]
     judged = None if prefs is None else _bind_file(prefs, reading, out=out)
-    records = [record for store in opened for record in plan_records(config, store, judged=judged)]
+    selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
+    opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
+    records = [record for selection in selections for record in plan_records(config, selection)]
     check_distinct(records)
-    ids = [record.record_id for record in records]
-    resolved = {"sweep": config.model_dump(mode="json"), "splits": split_files(records, judged=judged)}
+    baselines = plan_baselines(records)
+    resolved = {"sweep": config.model_dump(mode="json"), "splits": split_files(selections)}
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
-    fits = run_in_processes(partial(_run, out=out, judged=judged), todo, jobs=jobs)
+    fits = run_in_processes(partial(_run, out=out), todo, jobs=jobs)
     for count, (record, text) in enumerate(fits, start=1):
         if progress is not None:
-            progress(len(records) - len(todo) + count, len(records), f"{record.store.name} {text}")
-    others = results.rebuild(out, ids, facts=store_facts(records, opened))
+            progress(len(records) - len(todo) + count, len(records), f"{record.label} {text}")
+    for baseline in baselines:
+        if baseline.record_id not in done:
+            run_baseline(baseline, out=out)
+    fitted, beside = [record.record_id for record in records], [baseline.record_id for baseline in baselines]
+    facts = store_facts(records, opened, baselines=beside)
+    others = results.rebuild(out, fitted + beside, facts=facts)
+    results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
@@ -141,35 +161,23 @@ def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> P
     return path
 
 
-def _run(record: Record, *, out: Path, judged: Path | None) -> str:
+def _run(record: Record, *, out: Path) -> str:
     """Fit one record, write its part, and say its test accuracy."""
-    store = open_cached(record.store)
-    features = concatenate(
-        [
-            store.read(layer=layer, sigma=record.sigma, pooling=record.pooling, draw=record.draw)
-            for layer in record.layers
-        ]
+    data = material(record.selection)
+    features = features_of(
+        record.selection, layers=record.layers, sigma=record.sigma, pooling=record.pooling, draw=record.draw
     )
-    pairs = {split: cached_pairs(record.store, record.dataset, judged, split) for split in SPLITS}
-    head, fitted = _fit(record, features, pairs["train"])
-    margins = {split: _margins(head, features, pairs[split].rows) for split in SPLITS}
-    trained = PROTOCOLS[record.protocol](margins["train"], pairs["train"].label)
-    fitted["train_left_out"] = len(pairs["train"].excluded)
-    fitted["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
-    rows = [
-        record_facts(record, store) | fitted | row
-        for split in ("validation", "test")
-        for row in accuracies(record, pairs[split], margins[split], split=split, blind=head is None)
-    ]
-    kept = pd.concat(
-        pairs[split]
-        .frame[["pair_id", "group", "split", "source"]]
-        .assign(label=pairs[split].label, margin=margins[split])
-        for split in ("validation", "test")
+    head, fitted = _fit(record, features, data.train)
+    trained = PROTOCOLS[record.protocol](_margins(head, features, data.train.rows), data.train.label)
+    facts = record_facts(record, open_cached(record.store)) | fitted
+    facts["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
+    rows, margins = judged_rows(
+        record, data, lambda pairs: _margins(head, features, pairs.rows), facts, blind=head is None
     )
-    results.write_part(out, record.record_id, pd.DataFrame(rows), kept)
-    test = next(row for row in rows if row["split"] == "test" and row["source"] == results.ALL_SOURCES)
-    return f"{record.head.name} {record_facts(record, store)['layer_set']}: {100 * test['accuracy']:.1f} %"
+    results.write_part(out, record.record_id, rows, margins)
+    test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
+    shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
+    return f"{record.head.name} {facts['layer_set']}: {shown}"
 
 
 def _fit(record: Record, features: FloatArray, train: Pairs) -> tuple[PairHead | None, dict[str, Any]]:

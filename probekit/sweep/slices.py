@@ -1,0 +1,77 @@
+"""By what the pairs of a data set are told apart, beside the kinds that the file names.
+
+Every pair is in exactly one slice of each kind of slicing; n = pairs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from probekit.store import Pairs
+
+MOST_GENERATORS, FEWEST_PAIRS = 10, 50
+SAME, DIFFERENT, UNKNOWN, OTHER = "same", "different", "unknown", "other"
+_SHARES = {"under 60 %": 0.6, "60 to 75 %": 0.75, "75 to 90 %": 0.9, "90 % and more": np.inf}  # of the preferred side
+_IMAGES = {"2": 3, "3": 4, "4": 5, "5 to 9": 10, "10 and more": np.inf}
+
+Slices = Iterator[tuple[str, str, NDArray[np.bool_]]]
+
+
+def slices(pairs: Pairs) -> Slices:
+    """Slicing, value and pairs (n,) of every slice; slicings in which all pairs are alike are left out.
+
+    Parameters
+    ----------
+    pairs
+        Test pairs. Slicings whose columns the judgements lack are left out.
+    """
+    frame = pairs.frame
+    found: dict[str, pd.Series[Any] | NDArray[Any]] = {}
+    if {"model_a", "model_b"} <= set(frame) and (
+        (frame["model_a"].fillna("") + frame["model_b"].fillna("")) != ""
+    ).any():
+        found |= _by_generator(frame)
+    found["vote_share"] = _by_vote_share(pairs.label)
+    found["images"] = _by_images(frame)
+    for slicing, value in found.items():
+        names = np.asarray(value, dtype=object)
+        kinds = pd.unique(names)
+        order = {
+            name: place for place, name in enumerate([*_SHARES, *_IMAGES])
+        }  # those that have an order of their own
+        for name in sorted(kinds, key=lambda name: (order.get(name, -1), name)) if len(kinds) > 1 else []:
+            yield slicing, str(name), names == name
+
+
+def _by_generator(frame: pd.DataFrame) -> dict[str, Any]:
+    """Slices by the two generators and by whether they are one; rare combinations are taken together."""
+    a, b = (frame[side].fillna("").to_numpy(object) for side in ("model_a", "model_b"))
+    known = (a != "") & (b != "")
+    both = pd.Series([" / ".join(sorted([str(x), str(y)])) for x, y in zip(a, b, strict=True)]).where(known, UNKNOWN)
+    counts = both[known].value_counts()
+    counts = counts[counts >= FEWEST_PAIRS].sort_index().sort_values(ascending=False, kind="stable")
+    named = both.where(both.isin(counts.index[:MOST_GENERATORS]) | ~known, OTHER)
+    return {"generators": named, "same_generator": np.where(known, np.where(a == b, SAME, DIFFERENT), UNKNOWN)}
+
+
+def _by_vote_share(label: NDArray[np.float64]) -> NDArray[Any]:
+    """Slices by the share of votes of the preferred side; true ties are one of their own, so that none is uncounted."""
+    share = np.maximum(label, 1 - label)
+    if set(np.unique(share)) <= {0.5, 1.0}:  # winners alone
+        return np.full(len(label), "", dtype=object)
+    names = np.array(list(_SHARES), object)[np.searchsorted(list(_SHARES.values()), share, side="right")]
+    return np.where(share == 0.5, "tie", names)
+
+
+def _by_images(frame: pd.DataFrame) -> NDArray[Any]:
+    """Slices by how many images were compared with each other: those of the ranking, or of the prompt."""
+    ranking = frame["ranking_id"].fillna("") if "ranking_id" in frame else ""
+    unit = pd.DataFrame({"prompt": frame["prompt"], "ranking": ranking}, index=frame.index)
+    number = unit.groupby(["prompt", "ranking"], sort=False).ngroup()
+    sides = [pd.DataFrame({"unit": number, "row": frame[side]}) for side in ("row_a", "row_b")]
+    images = pd.concat(sides).drop_duplicates()["unit"].value_counts()
+    place = np.searchsorted(list(_IMAGES.values()), number.map(images), side="right")
+    return np.array(list(_IMAGES), object)[place]
