@@ -90,7 +90,8 @@ def _centred(X: FloatArray, layer: int, m: int | None) -> FloatArray:
         wrong = "hold NaN or infinity" if not np.isfinite(size) else f"are the same in all {len(X)} rows"
         message = f"the features of layer {layer} {wrong}; similarity needs finite features that vary"
         raise HeadError(message)
-    return (centred / size).astype(np.float32)
+    scaled: FloatArray = (centred / size).astype(np.float32)
+    return scaled
 
 
 def contiguous_blocks(similarity: FloatArray, n_blocks: int) -> list[tuple[int, int]]:
