@@ -231,11 +231,23 @@ class MLPHead(_Head):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
 
 
+ProtocolName = Literal[
+    "strict",
+    "imagereward",
+    "hpsv2-inversion",
+    "hpsv2-inversion-listed",
+    "mps-inversion",
+    "hpsv2-imagereward",
+    "pickscore",
+]
+"""Named definitions of accuracy: see `probekit.stats.protocols`."""
+
+
 class SweepConfig(_Strict):
     """Settings of ``probekit sweep``: which heads are fitted on which layers of the stores."""
 
     heads: list[Annotated[LinearHead | MLPHead, Field(discriminator="kind")]] = Field(min_length=1)
-    protocol: Literal["strict"] = "strict"
+    protocol: ProtocolName = "strict"
     sigmas: Literal["all"] | list[Sigma] = "all"
     draws: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
         "all", description="noise draws; each is a setting of its own, never averaged"
