@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, load_yaml
+from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, ScoreTableConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -161,6 +161,31 @@ def sweep(
 
     with _progress("fits") as progress:
         run_sweep(config, stores=store, out=out, prefs=prefs, jobs=jobs, progress=progress)
+    out_console.print(f"{out / 'results.parquet'}")
+
+
+@app.command()
+def score_table(
+    *,
+    scores: Annotated[Path | None, typer.Argument(help=_help("scores", ScoreTableConfig), show_default=False)] = None,
+    prefs: Annotated[Path, typer.Option(help=_help("prefs", ScoreTableConfig))],
+    out: Annotated[Path, typer.Option(help=_help("out", ScoreTableConfig))],
+    name: Annotated[str | None, typer.Option(help=_help("name", ScoreTableConfig))] = None,
+    protocol: Annotated[str | None, typer.Option(help=_help("protocol", ScoreTableConfig))] = None,
+    split: Annotated[list[str] | None, typer.Option(help=_help("split", ScoreTableConfig))] = None,
+    threshold: Annotated[float | None, typer.Option(help=_help("threshold", ScoreTableConfig))] = None,
+    agreement: Annotated[float | None, typer.Option(metavar="SHARE", help=_help("agreement", ScoreTableConfig))] = None,
+) -> None:
+    """Judge scores of another model (a row for each image, or prompt and image) on the pairs of PREFS, beside heads.
+
+    Protocol, split and intervals are those of the run; without a column prompt a score holds for every prompt of its
+    image. Pairs without a score are left out and counted.
+    """
+    settings = ScoreTableConfig.checked(dict(locals()), source="options")
+
+    from probekit.sweep import score_table
+
+    _print_lines(score_table(settings).lines())
     out_console.print(f"{out / 'results.parquet'}")
 
 

@@ -267,6 +267,41 @@ class SweepConfig(_Strict):
         return heads
 
 
+class ScoreTableConfig(_Strict):
+    """Settings of ``probekit score-table``: whose scores are judged on which pairs."""
+
+    scores: Path | None = Field(None, description="CSV or Parquet: columns image, score, perhaps prompt")
+    prefs: Path = Field(description="preference file; its stem is the name of the data set")
+    out: Path = Field(description="the run: a folder, new or that of a sweep on the same preference file")
+    name: str | None = Field(None, min_length=1, description="what tables call the scorer (default: SCORES' stem)")
+    protocol: ProtocolName | None = Field(None, description="accuracy (default: that of the run, else strict)")
+    split: list[Literal["train", "validation", "test"]] | None = Field(
+        None, min_length=1, description="split to judge; repeatable (default: validation and test)"
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="tie threshold of protocol pickscore (default: tuned on validation pairs)"
+    )
+    agreement: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="in place of SCORES: a published share of pairs on which one annotator agrees with the label; a "
+        "line beside the heads, no ceiling",
+    )
+
+    @model_validator(mode="after")
+    def _scores_or_agreement(self) -> Self:
+        if (self.scores is None) == (self.agreement is None):
+            message = (
+                f"{'neither' if self.scores is None else 'both'} SCORES and --agreement given; allowed: one of them"
+            )
+            raise ValueError(message)
+        if self.agreement is not None and self.name is None:
+            message = "--agreement needs --name, which says whose it is"
+            raise ValueError(message)
+        return self
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping strictly.
 

@@ -1,4 +1,4 @@
-"""The named accuracies against what the original repositories compute on rankings, and what knows-nothing scorers get."""
+"""The named accuracies against what the original repositories compute on rankings, and what chance gets."""
 
 import doctest
 import itertools

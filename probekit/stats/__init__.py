@@ -19,6 +19,7 @@ from probekit.stats.protocols import (
     strict,
     tune_threshold,
 )
+from probekit.stats.votes import VoteCeiling, vote_ceiling
 
 __all__ = [
     "PROTOCOLS",
@@ -28,6 +29,7 @@ __all__ = [
     "Interval",
     "Outcome",
     "Protocol",
+    "VoteCeiling",
     "accuracy_interval",
     "effective_groups",
     "expectations",
@@ -38,4 +40,5 @@ __all__ = [
     "simultaneous_band",
     "strict",
     "tune_threshold",
+    "vote_ceiling",
 ]

@@ -167,7 +167,7 @@ def hpsv2_imagereward(margins: FloatArray, labels: FloatArray, *, prompts: NDArr
 
 
 def hpsv2_inversion(margins: FloatArray, labels: FloatArray, *, prompts: NDArray[Any]) -> Outcome:
-    """Mean over prompts of 1 - discordant pairs / all pairs; true ties are right, in predicted ties the first side wins.
+    """Mean over prompts of 1 - discordant pairs / all pairs; true ties are right, predicted ties go to the first side.
 
     The original sorts the pictures by score and compares places, so that equal scores take the order of the sort. Here
     pictures stand in hash order before it, since a hash of the pair decides which one is first: nothing that a file's
@@ -452,9 +452,7 @@ def _agreement(margins: FloatArray, labels: FloatArray) -> tuple[FloatArray, NDA
     return (np.sign(margins) == np.sign(labels - 0.5)).astype(np.float64), labels == 0.5
 
 
-def _inversion(
-    margins: FloatArray, labels: FloatArray, prompts: NDArray[Any], *, first: NDArray[np.bool_]
-) -> Outcome:
+def _inversion(margins: FloatArray, labels: FloatArray, prompts: NDArray[Any], *, first: NDArray[np.bool_]) -> Outcome:
     equal = np.asarray(margins) == 0
     if first.shape != equal.shape:
         message = f"listed_first has shape {first.shape} and margins {equal.shape}; both must be (pairs,)"

@@ -9,9 +9,10 @@ import numpy as np
 from probekit import results
 from probekit._types import FloatArray
 from probekit.heads import combination_name, layer_set_name
-from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
+from probekit.stats import accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
-from probekit.sweep.plan import Record
+from probekit.sweep.judging import judge, measures
+from probekit.sweep.plan import Judged, Record
 
 
 def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
 
 
 def accuracies(
-    record: Record, pairs: Pairs, margins: FloatArray, *, split: str, blind: bool
+    record: Judged, pairs: Pairs, margins: FloatArray, *, split: str, blind: bool, threshold: float | None
 ) -> Iterator[dict[str, Any]]:
     """Accuracy over all pairs of a split, then per source; intervals by the group bootstrap; none without a head."""
     sources = pairs.frame["source"].to_numpy()
@@ -58,7 +59,8 @@ def accuracies(
     kinds = sorted({*sources, *excluded["source"]})
     for source in [results.ALL_SOURCES, *(kinds if len(kinds) > 1 else [])]:
         inside = np.ones(len(sources), dtype=bool) if source == results.ALL_SOURCES else sources == source
-        outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
+        here, labels = pairs.frame[inside], pairs.label[inside]
+        outcome = judge(record.protocol, margins[inside], labels, here, threshold=threshold)
         decided = ~np.isnan(outcome.correct) & (not blind)
         row: dict[str, Any] = {
             "split": split,
@@ -70,8 +72,10 @@ def accuracies(
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
+        row |= measures(record.protocol, outcome, labels, here, threshold=threshold, blind=blind)
         if decided.any():
             options: dict[str, Any] = {"n_boot": record.resamples, "level": record.level}
+            options["weights"] = outcome.weight[decided]
             correct, clusters = outcome.correct[decided], groups[inside][decided]
             interval = accuracy_interval(correct, clusters, **options)
             row |= {

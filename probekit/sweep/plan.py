@@ -21,7 +21,16 @@ _T = TypeVar("_T", str, int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Judged:
+    """How margins are judged: by which protocol, with what intervals."""
+
+    protocol: str
+    resamples: int
+    level: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Judged):
     """One fit: everything that determines its numbers, and where its features are.
 
     `store` is a path and no part of the identity; `fingerprint` and `data_digest` say what is in it.
@@ -34,15 +43,12 @@ class Record:
     fingerprint: str
     dataset: str
     data_digest: str
-    protocol: str
     sigma: str
     draw: int
     pooling: str
     layers: tuple[int, ...]
     head: LinearHead | MLPHead
     seed: int
-    resamples: int
-    level: float
 
     @property
     def record_id(self) -> str:

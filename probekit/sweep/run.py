@@ -26,9 +26,9 @@ from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, concatenat
 from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
 from probekit.results import SPLITS
-from probekit.stats import PROTOCOLS
 from probekit.store import FeatureStore, Pairs
 from probekit.sweep.evaluate import accuracies, record_facts
+from probekit.sweep.judging import check_protocol, judge, prompt_ids, tuned_threshold
 from probekit.sweep.plan import (
     Record,
     cached_pairs,
@@ -86,16 +86,20 @@ def run_sweep(
     if not isinstance(config, SweepConfig):
         config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
     out = Path(out)
-    _check_folder(out)
+    check_folder(out)
     open_cached.cache_clear()  # judgements may have changed since an earlier call in this process
     cached_pairs.cache_clear()
     opened = [FeatureStore(Path(path)) for path in stores]
     judged = None if prefs is None else _bind_file(Path(prefs), out=out)
     records = [record for store in opened for record in plan_records(config, store, judged=judged)]
     check_distinct(records)
+    for record in {(record.store, record.dataset): record for record in records}.values():
+        held = cached_pairs(record.store, record.dataset, judged, None)
+        check_protocol(config.protocol, held.frame, where=record.store)
     ids = [record.record_id for record in records]
+    scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
     results.write_config(
-        out, {"sweep": config.model_dump(mode="json"), "stores": [store_settings(store) for store in opened]}
+        out, scorers | {"sweep": config.model_dump(mode="json"), "stores": [store_settings(store) for store in opened]}
     )
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
@@ -109,7 +113,7 @@ def run_sweep(
     return out
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
     if not out.exists() or (out / "config.json").is_file():
         return
@@ -143,18 +147,29 @@ def _run(record: Record, *, out: Path, judged: Path | None) -> str:
     pairs = {split: cached_pairs(record.store, record.dataset, judged, split) for split in SPLITS}
     head, fitted = _fit(record, features, pairs["train"])
     margins = {split: _margins(head, features, pairs[split].rows) for split in SPLITS}
-    trained = PROTOCOLS[record.protocol](margins["train"], pairs["train"].label)
+    threshold = tuned_threshold(record.protocol, margins["validation"], pairs["validation"].label)
+    outcomes = {
+        split: judge(record.protocol, margins[split], pairs[split].label, pairs[split].frame, threshold=threshold)
+        for split in SPLITS
+    }
     fitted["train_left_out"] = len(pairs["train"].excluded)
-    fitted["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
+    fitted["train_accuracy"] = np.nan if head is None else outcomes["train"].accuracy
     rows = [
         record_facts(record, store) | fitted | row
         for split in ("validation", "test")
-        for row in accuracies(record, pairs[split], margins[split], split=split, blind=head is None)
+        for row in accuracies(
+            record, pairs[split], margins[split], split=split, blind=head is None, threshold=threshold
+        )
     ]
     kept = pd.concat(
         pairs[split]
         .frame[["pair_id", "group", "split", "source"]]
-        .assign(label=pairs[split].label, margin=margins[split])
+        .assign(
+            prompt_id=prompt_ids(pairs[split].frame),
+            label=pairs[split].label,
+            margin=margins[split],
+            correct=outcomes[split].correct,
+        )
         for split in ("validation", "test")
     )
     results.write_part(out, record.record_id, pd.DataFrame(rows), kept)
