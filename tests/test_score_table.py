@@ -9,10 +9,10 @@ import pytest
 from synthetic_run import Net, write_run
 from typer.testing import CliRunner
 
-from probekit import load_preferences, results
+from probekit import build_report, load_preferences, results
 from probekit.cli import app
 from probekit.config import ScoreTableConfig
-from probekit.errors import ConfigError, ScoreFileError
+from probekit.errors import ConfigError, ResultsError, ScoreFileError
 from probekit.stats import accuracy_interval, vote_ceiling
 from probekit.sweep import score_table
 from probekit.sweep.score_files import read_scores
@@ -279,3 +279,25 @@ def test_votes_are_told_with_the_result(tmp_path):
     assert made.ceiling.votes == 10
     assert "two annotators agree in" in dict(made.lines())["single votes"]
     assert replace(made, ceiling=None, unknown=3).unknown == 3
+
+
+def test_a_report_shows_other_scorers_beside_the_heads(tmp_path, prefs):
+    write_sweep(tmp_path / "run", prefs)
+    plain = build_report(tmp_path / "run", tmp_path / "plain.html").read_text()
+    assert "Other scorers" not in plain
+    made, run = run_scores(tmp_path, prefs, scores_of(), name="clip.csv")
+    agreed = {"prefs": prefs, "out": run, "agreement": 0.651, "name": "one annotator"}
+    score_table(ScoreTableConfig.checked(agreed, source="test"))
+    page = build_report(run, tmp_path / "report.html").read_text()
+    table = page.partition("Other scorers on the same pairs")[2].partition("</table>")[0]
+    assert f"<td>clip</td><td>{100 * whole(made.rows)['accuracy']:.1f}</td>" in table
+    assert "<td>65.1</td>" in table
+    headline = page.partition('class="headline"')[2].partition("</table>")[0]
+    assert "clip" not in headline
+    assert "the floor is 50.0 %" in page
+
+
+def test_a_run_of_scores_alone_has_no_report(tmp_path, prefs):
+    _, run = run_scores(tmp_path, prefs, scores_of())
+    with pytest.raises(ResultsError, match="holds no head on features"):
+        build_report(run, tmp_path / "report.html")

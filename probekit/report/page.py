@@ -30,6 +30,7 @@ from probekit.report.select import (
     CHOSEN,
     Setting,
     narrow,
+    probed,
     reported_rows,
     settings,
     trained_models,
@@ -63,7 +64,8 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     if out.is_dir():
         msg = f"{out}: is a folder; name the page to write, such as {out / 'report.html'}"
         raise ResultsError(msg)
-    frame = load_results(run)
+    everything = load_results(run)
+    frame = probed(everything)
     config = load_config(run)
     folder = out.with_name(f"{out.stem}_figures")
     found = settings(frame)
@@ -72,6 +74,10 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     level = float(options.get("level", 0.95))
     sections = [
         _section(run, frame, setting, folder, options, "" if len(found) == 1 else f"-{i}")
+        | {
+            "scorers": tables.scorers_table(everything, setting),
+            "expected": tables.expected_text(narrow(frame, setting)),
+        }
         for i, setting in enumerate(found, start=1)
     ]
     stores = config.get("stores")
@@ -174,7 +180,7 @@ def _section(
             {head["name"]: head.get("strengths", []) for head in options.get("heads", [])},
         ),
         "counts": tables.counts_table(frame),
-        "protocol": (PROTOCOLS[setting.protocol].__doc__ or "").strip().split("\n\n")[0],
+        "protocol": PROTOCOLS[setting.protocol].rule,
         "limits": captions.limits(frame, whole),
     }
 

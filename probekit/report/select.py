@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.results import ALL_SOURCES
+from probekit.errors import ResultsError
+from probekit.results import ALL_SOURCES, UNPROBED
 
 CHOSEN = "chosen layer"
 ALL_LAYERS = "all layers"
@@ -76,6 +77,21 @@ class Model:
         return self.shape[2]
 
 
+def probed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of heads on features, without baselines of metadata and scores of other models.
+
+    Raises
+    ------
+    ResultsError
+        If there is none.
+    """
+    heads = frame[~frame["head_kind"].isin(UNPROBED)]
+    if heads.empty:
+        msg = "the run holds no head on features, only scores of other models; run probekit sweep into it"
+        raise ResultsError(msg)
+    return heads
+
+
 def settings(frame: pd.DataFrame) -> list[Setting]:
     """Return the primary setting of each data set: what the run lists first, with a linear head if any.
 
@@ -83,7 +99,7 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
 
     The rows of a results table are in the order of the run's configuration.
     """
-    found = []
+    frame, found = probed(frame), []
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
         rows = rows if rows["imported"].all() else rows[~rows["imported"]]

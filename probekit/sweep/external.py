@@ -227,8 +227,8 @@ def _given(config: ScoreTableConfig, rules: Judged, dataset: str) -> ScoreTable:
     """One row with an agreement as it was published: nothing is judged, so it has no interval and no pairs."""
     plain = {"name": config.name, "dataset": dataset, "agreement": config.agreement, "protocol": rules.protocol}
     record_id = results.EXTERNAL + hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:24]
-    unknown = ("low", "high", "se", "effective_groups", "macro_accuracy", "macro_low", "macro_high", "micro_accuracy")
-    unknown += ("prompt_accuracy", "threshold", "expected_random", "expected_constant", "expected_first")
+    unknown = ["low", "high", "se", "effective_groups", "macro_accuracy", "macro_low", "macro_high", "micro_accuracy"]
+    unknown += ["prompt_accuracy", "threshold", "expected_random", "expected_constant", "expected_first"]
     none = dict.fromkeys(unknown, np.nan)
     none |= dict.fromkeys(("n_pairs", "true_ties", "predicted_ties", "left_out", "n_groups"), 0)
     row = {"split": "test", "source": results.ALL_SOURCES, "accuracy": config.agreement}
