@@ -135,7 +135,7 @@ def expected_text(frame: pd.DataFrame) -> str:
     rows = reported_rows(frame)
     if rows.empty or rows["expected_random"].isna().all():
         return ""
-    row = rows.loc[rows["n_pairs"].idxmax()]
+    row = rows.sort_values("n_pairs", kind="stable").to_dict("records")[-1]
     told = {"random": "expected_random", "constant": "expected_constant", "first listed": "expected_first"}
     known = {name: float(row[column]) for name, column in told.items() if pd.notna(row[column])}
     scorers, floor = ", ".join(f"{name} {percent(value)} %" for name, value in known.items()), max(known.values())

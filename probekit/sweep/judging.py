@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probekit._types import FloatArray
+from probekit._types import FloatArray, IntArray
 from probekit.errors import ConfigError
 from probekit.stats import PROTOCOLS, Outcome, expectations, tune_threshold
 
@@ -26,6 +26,11 @@ def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
         ranking = frame["ranking_id"].fillna("").astype(str)
         prompts = prompts.where(ranking == "", "ranking " + ranking)
     return prompts.to_numpy(object)
+
+
+def _numbers(frame: pd.DataFrame) -> IntArray:
+    """Give each pair (n,) the number of its prompt: numbers are quicker to tell apart than names."""
+    return pd.factorize(prompt_ids(frame))[0]
 
 
 def listed_first(frame: pd.DataFrame) -> NDArray[np.bool_] | None:
@@ -62,7 +67,7 @@ def judge(
 ) -> Outcome:
     """Score margins (n,) of the pairs of a frame under a protocol."""
     return PROTOCOLS[protocol](
-        margins, labels, prompts=prompt_ids(frame), threshold=threshold, listed_first=listed_first(frame)
+        margins, labels, prompts=_numbers(frame), threshold=threshold, listed_first=listed_first(frame)
     )
 
 
@@ -73,7 +78,7 @@ def measures(
 
     Without a head (`blind`) there are no means.
     """
-    prompts = prompt_ids(frame)
+    prompts = _numbers(frame)
     row = {
         "micro_accuracy": np.nan if blind else outcome.over_pairs,
         "prompt_accuracy": np.nan if blind else outcome.over_prompts(prompts),
