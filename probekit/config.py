@@ -292,9 +292,8 @@ class ScoreTableConfig(_Strict):
     @model_validator(mode="after")
     def _scores_or_agreement(self) -> Self:
         if (self.scores is None) == (self.agreement is None):
-            message = (
-                f"{'neither' if self.scores is None else 'both'} SCORES and --agreement given; allowed: one of them"
-            )
+            given = "neither SCORES nor --agreement is" if self.scores is None else "both SCORES and --agreement are"
+            message = f"{given} given; allowed: one of them"
             raise ValueError(message)
         if self.agreement is not None and self.name is None:
             message = "--agreement needs --name, which says whose it is"

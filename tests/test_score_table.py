@@ -13,6 +13,7 @@ from probekit import build_report, load_preferences, results
 from probekit.cli import app
 from probekit.config import ScoreTableConfig
 from probekit.errors import ConfigError, ResultsError, ScoreFileError
+from probekit.report.effects import Side, Verdicts
 from probekit.stats import accuracy_interval, vote_ceiling
 from probekit.sweep import score_table
 from probekit.sweep.score_files import read_scores
@@ -237,7 +238,7 @@ def test_an_agreement_is_a_line_without_pairs(tmp_path, prefs):
     assert "not measured here, and no ceiling" in dict(made.lines())["one annotator, test"]
     for change, message in [
         ({"name": None}, "needs --name"),
-        ({"agreement": None}, "neither SCORES nor --agreement|neither"),
+        ({"agreement": None}, "neither SCORES nor --agreement is given"),
     ]:
         with pytest.raises(ConfigError, match=message):
             ScoreTableConfig.checked(config | change, source="test")
@@ -277,7 +278,7 @@ def test_votes_are_told_with_the_result(tmp_path):
     made, _ = run_scores(tmp_path, prefs, scores_of())
     assert made.ceiling is not None
     assert made.ceiling.votes == 10
-    assert "two annotators agree in" in dict(made.lines())["single votes"]
+    assert "two annotators agree in about" in dict(made.lines())["single votes"]
     assert replace(made, ceiling=None, unknown=3).unknown == 3
 
 
@@ -301,3 +302,23 @@ def test_a_run_of_scores_alone_has_no_report(tmp_path, prefs):
     _, run = run_scores(tmp_path, prefs, scores_of())
     with pytest.raises(ResultsError, match="holds no head on features"):
         build_report(run, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("protocol", "estimate"), [("strict", 0.5), ("hpsv2-imagereward", 2 / 3)])
+def test_differences_in_reports_weigh_prompts_as_the_protocol_does(tmp_path, prefs, protocol, estimate):
+    """Head a is right everywhere, head b in the third of prompts that have two pairs: as many pairs as all others."""
+    run = tmp_path / "run"
+    first, second = write_sweep(run, prefs)[:2]
+    frame = results.load_results(run)
+    many = np.repeat([0, 0, 1], 30)
+    prompts = np.repeat(np.arange(90), np.array([1, 1, 2])[many + many])
+    for key, right in ((first, np.ones(len(prompts))), (second, many[prompts].astype(float))):
+        margins = pd.DataFrame({"pair_id": [f"p{i}" for i in range(len(prompts))], "prompt_id": prompts.astype(str)})
+        margins = margins.assign(group=margins["prompt_id"], split="test", source="", label=1.0, margin=1.0)
+        filled_in = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
+        rows = frame[frame["record_id"] == key].drop(columns=filled_in)
+        results.write_part(run, key, rows, margins.assign(correct=right))
+    sides = [Side(name, (key,), (name,)) for name, key in (("a", first), ("b", second))]
+    effect = Verdicts(run, protocol).compare("a - b", sides[:1], sides[1:])
+    assert effect.estimate == pytest.approx(estimate)
+    assert effect.low < estimate < effect.high
