@@ -22,7 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from probekit._types import scaled
-from probekit.config import SHARD_MIB, DumpConfig, ImportConfig, PreferenceOptions, SweepConfig, load_yaml
+from probekit.config import (
+    SHARD_MIB,
+    DumpConfig,
+    ImportConfig,
+    PreferenceOptions,
+    ScoreTableConfig,
+    SweepConfig,
+    load_yaml,
+)
 from probekit.errors import ConfigError, ProbekitError
 
 app = typer.Typer(
@@ -219,6 +227,37 @@ def sweep(
             jobs=jobs,
             progress=progress,
         )
+    out_console.print(f"{out / 'results.parquet'}")
+
+
+@app.command()
+def score_table(
+    *,
+    scores: Annotated[
+        Path | None, typer.Argument(help=_help("scores", ScoreTableConfig), show_default=False, callback=_existing)
+    ] = None,
+    prefs: Annotated[Path, typer.Option(help=_help("prefs", ScoreTableConfig), callback=_preferences)],
+    out: Annotated[Path, typer.Option(help=_help("out", ScoreTableConfig))],
+    format: FormatOption = "auto",
+    columns: ColumnsOption = None,
+    min_confidence: ConfidenceOption = None,
+    split_file: SplitFileOption = None,
+    name: Annotated[str | None, typer.Option(help=_help("name", ScoreTableConfig))] = None,
+    protocol: Annotated[str | None, typer.Option(help=_help("protocol", ScoreTableConfig))] = None,
+    split: Annotated[list[str] | None, typer.Option(help=_help("split", ScoreTableConfig))] = None,
+    threshold: Annotated[float | None, typer.Option(help=_help("threshold", ScoreTableConfig))] = None,
+    agreement: Annotated[float | None, typer.Option(metavar="SHARE", help=_help("agreement", ScoreTableConfig))] = None,
+) -> None:
+    """Judge scores of another model (a row for each image, or prompt and image) on the pairs of PREFS, beside heads.
+
+    Protocol, split and intervals are those of the run; without a column prompt a score holds for every prompt of its
+    image. Pairs without a score are left out and counted.
+    """
+    settings = ScoreTableConfig.checked(dict(locals()), source="options")
+
+    from probekit.sweep import score_table
+
+    _print_lines(score_table(settings).lines())
     out_console.print(f"{out / 'results.parquet'}")
 
 

@@ -297,6 +297,18 @@ class TrainSet(_Strict):
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of each pair: 2 is having every pair twice")
 
 
+ProtocolName = Literal[
+    "strict",
+    "imagereward",
+    "hpsv2-inversion",
+    "hpsv2-inversion-listed",
+    "mps-inversion",
+    "hpsv2-imagereward",
+    "pickscore",
+]
+"""Named definitions of accuracy: see `probekit.stats.protocols`."""
+
+
 class SweepConfig(_Strict):
     """Settings of ``probekit sweep``: which heads are fitted on which layers of the stores."""
 
@@ -304,7 +316,7 @@ class SweepConfig(_Strict):
     train: list[TrainSet] | None = Field(None, min_length=1, description="mixture to fit on, in place of --store")
     test: list[TestSet] | None = Field(None, min_length=1, description="data sets to judge on, in place of --store")
     ties: Ties = Field("soft", description=TIES_HELP)
-    protocol: Literal["strict"] = "strict"
+    protocol: ProtocolName = "strict"
     sigmas: Literal["all"] | list[Sigma] = "all"
     draws: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
         "all", description="noise draws; each is a setting of its own, never averaged"
@@ -331,6 +343,40 @@ class SweepConfig(_Strict):
             message = f"two heads are named {twice[0]!r}; each needs a name of its own"
             raise ValueError(message)
         return heads
+
+
+class ScoreTableConfig(PreferenceOptions):
+    """Settings of ``probekit score-table``: whose scores are judged on which pairs."""
+
+    scores: Path | None = Field(None, description="CSV or Parquet: columns image, score, perhaps prompt")
+    prefs: Path = Field(description="preference file; its stem is the name of the data set")
+    out: Path = Field(description="the run: a folder, new or that of a sweep on the same preference file")
+    name: str | None = Field(None, min_length=1, description="what tables call the scorer (default: SCORES' stem)")
+    protocol: ProtocolName | None = Field(None, description="accuracy (default: that of the run, else strict)")
+    split: list[Literal["train", "validation", "test"]] | None = Field(
+        None, min_length=1, description="split to judge; repeatable (default: validation and test)"
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="tie threshold of protocol pickscore (default: tuned on validation pairs)"
+    )
+    agreement: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="in place of SCORES: a published share of pairs on which one annotator agrees with the label; a "
+        "line beside the heads, no ceiling",
+    )
+
+    @model_validator(mode="after")
+    def _scores_or_agreement(self) -> Self:
+        if (self.scores is None) == (self.agreement is None):
+            given = "neither SCORES nor --agreement is" if self.scores is None else "both SCORES and --agreement are"
+            message = f"{given} given; allowed: one of them"
+            raise ValueError(message)
+        if self.agreement is not None and self.name is None:
+            message = "--agreement needs --name, which says whose it is"
+            raise ValueError(message)
+        return self
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class FeatureFileError(ProbekitError):
     """A file of features computed elsewhere whose content cannot be used."""
 
 
+class ScoreFileError(ProbekitError):
+    """A file of scores computed elsewhere whose content cannot be used."""
+
+
 class StoreError(ProbekitError):
     """A feature store that is damaged, or was asked for something it does not hold."""
 

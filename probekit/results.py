@@ -32,6 +32,7 @@ from probekit.errors import ResultsError
 RESULTS_VERSION = "1.3"
 ALL_SOURCES = "all"
 UNPROBED = ("metadata", "external")  # kinds of heads that see no features: of metadata, and scores from elsewhere
+EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 
 #: Every column of the tidy frame and its pandas dtype, in order; ``Int64`` and ``float64`` values may be missing.
@@ -58,10 +59,16 @@ RESULT_COLUMNS: dict[str, str] = {
     "head": "str",
     "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
-    "accuracy": "float64",  # share of decided pairs, 0 to 1; none where no training pair differed
+    "accuracy": "float64",  # as the protocol defines it, 0 to 1; none where no training pair differed
     "low": "float64",
     "high": "float64",
     "se": "float64",
+    "micro_accuracy": "float64",  # of what the protocol scores, the mean over pairs
+    "prompt_accuracy": "float64",  # and the mean over prompts (rankings); one of the two is the accuracy
+    "threshold": "float64",  # tie threshold of protocol "pickscore", tuned on validation
+    "expected_random": "float64",  # accuracy that random scores get on these pairs by this protocol,
+    "expected_constant": "float64",  # that a constant gets,
+    "expected_first": "float64",  # and preferring what the file lists first, where that is known
     "macro_accuracy": "float64",  # mean over sources, on rows of source "all" only
     "macro_low": "float64",
     "macro_high": "float64",
@@ -117,8 +124,10 @@ MARGIN_COLUMNS: dict[str, str] = {
     "group": "str",
     "split": "str",
     "source": "str",
+    "prompt_id": "str",  # ranking, or hash of the prompt: what a mean over prompts counts alike
     "label": "float64",  # P(A preferred), 0.5 = tie
     "margin": "float64",  # s(A) - s(B)
+    "correct": "float64",  # by the protocol of the record: 1 right, 0 wrong, 0.5 half a point, none if not scored
 }
 
 #: What chosen layers add to what the generators' names say of a pair, on test pairs; `accuracy_*` count half a pair
@@ -186,7 +195,8 @@ def done_records(run: str | Path) -> set[str]:
 def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame | None = None) -> int:
     """Join the parts of the current plan into ``results.parquet``, in the order of the plan, and mark chosen layers.
 
-    Parts of earlier configurations stay on disk and are not read.
+    Parts of earlier configurations stay on disk and are not read. Scores from elsewhere (ids that begin with
+    `EXTERNAL`) come after the plan, whichever it is.
 
     Parameters
     ----------
@@ -205,17 +215,46 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
         How many such other parts the run holds.
     """
     run = Path(run)
-    if not record_ids:
+    outside = sorted(path.stem for path in (run / "parts").glob(f"{EXTERNAL}*.parquet"))
+    keys = [*record_ids, *(key for key in outside if key not in set(record_ids))]
+    if not keys:
         msg = f"{run}: the plan holds no record, so there is no results table to write"
         raise ResultsError(msg)
-    frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in record_ids], ignore_index=True)
-    if facts is None:
-        defaults = {"family_tested": True, "sigma_ratio": np.nan, "imported": False}
-        frame = frame.assign(**defaults, pooling_layers=frame["n_blocks"] + 1)
-    else:
-        frame = frame.assign(**{name: frame["record_id"].map(facts[name]) for name in _FILLED_IN})
+    frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in keys], ignore_index=True)
+    known = frame.assign(family_tested=True, sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1, imported=False)
+    if facts is not None:
+        stored = frame["record_id"].isin(facts.index)
+        filled = {name: frame["record_id"].map(facts[name]).where(stored, known[name]) for name in _FILLED_IN}
+        known = frame.assign(**{name: values.astype(known[name].dtype) for name, values in filled.items()})
+    frame = known
     _write_table(run / "results.parquet", mark_chosen(frame), RESULT_COLUMNS)
-    return len({path.stem for path in (run / "parts").glob("*.parquet")} - set(record_ids))
+    return len({path.stem for path in (run / "parts").glob("*.parquet")} - set(keys))
+
+
+def add_external(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.DataFrame) -> None:
+    """Write the part of scores from elsewhere and put it into ``results.parquet``, behind what is there.
+
+    Scores of the same name, data set and protocol take the place of earlier ones.
+
+    Parameters
+    ----------
+    run, record_id, rows, margins
+        As in `write_part`; the id begins with `EXTERNAL`.
+    """
+    run = Path(run)
+    write_part(run, record_id, rows, margins)
+    same = ["backbone", "dataset", "protocol"]
+    for path in (run / "parts").glob(f"{EXTERNAL}*.parquet"):
+        other = _read_table(path, _PART_COLUMNS)
+        if path.stem != record_id and (other[same].iloc[0] == rows[same].iloc[0]).all():
+            path.unlink()
+            (run / "margins" / path.name).unlink(missing_ok=True)
+    if not (run / "results.parquet").is_file():
+        rebuild(run, [])
+        return
+    frame = load_results(run)
+    planned = frame[frame["head_kind"] != "external"].drop_duplicates("record_id").set_index("record_id")
+    rebuild(run, list(planned.index), facts=planned[list(_FILLED_IN)])
 
 
 def load_results(run: str | Path) -> pd.DataFrame:
@@ -324,7 +363,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         },
         "splits": load_config(run).get("splits", {}),
         "unresolved": unresolved.drop_duplicates().to_dict("records"),
-        "test_pairs": int(test["n_pairs"].max()),
+        "test_pairs": int(test["n_pairs"].max()) if len(test) else 0,
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),
     }
 

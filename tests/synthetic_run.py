@@ -188,7 +188,11 @@ def _write_record(
     right = norm.ppf(chance) > noise
     tie = pairs["label"].to_numpy() == 0.5
     sign = np.where(tie, 1.0, np.where((pairs["label"] > 0.5) == right, 1.0, -1.0))
-    margins = pairs.assign(margin=sign * np.abs(rng.normal(1.0, 0.3, len(pairs))))
+    margins = pairs.assign(
+        margin=sign * np.abs(rng.normal(1.0, 0.3, len(pairs))),
+        prompt_id=pairs["group"],
+        correct=np.where(tie, np.nan, right.astype(float)),
+    )
     linear = head != "mlp"
     strength = STRENGTHS[rng.choice([0, 5]) if rng.random() < 0.04 else rng.integers(1, 5)] if linear else np.nan
     common = {
@@ -250,6 +254,8 @@ def _write_record(
                 }
                 | {"macro_accuracy": macro if whole else np.nan, "macro_low": macro - 1.96 * se if whole else np.nan}
                 | {"macro_high": macro + 1.96 * se if whole else np.nan, "n_pairs": int((mask & ~tie).sum())}
+                | {"micro_accuracy": accuracy, "prompt_accuracy": accuracy, "threshold": np.nan}
+                | {"expected_random": 0.5, "expected_constant": 0.0, "expected_first": np.nan}
                 | {"true_ties": int(tie[mask].sum()), "n_groups": n_groups, "effective_groups": effective}
             )
     write_part(run, key, pd.DataFrame(rows), margins.assign(dataset="demo"))

@@ -18,6 +18,7 @@ from probekit.config import SweepConfig, load_yaml
 from probekit.errors import ConfigError, ProbekitError, StoreError
 from probekit.heads import resolve_layer_sets
 from probekit.results import describe_run, load_config, load_margins
+from probekit.stats import tune_threshold
 from probekit.store import open_store
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.001, 0.1, 10.0]}
@@ -349,3 +350,43 @@ def test_left_out_pairs_of_every_split_reach_the_report(tmp_path):
     text = probekit.build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
     counted = f"{lost['train']} training, {lost['validation']} validation, {lost['test']} test pairs are left out"
     assert f"Up to {counted}" in " ".join(text.split())
+
+
+def test_a_sweep_is_judged_by_the_protocol_it_names(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0, ties=0.3)
+    frames = {}
+    for protocol in ("strict", "mps-inversion", "pickscore"):
+        run = probekit.run_sweep(config(protocol=protocol), stores=[store], out=tmp_path / protocol)
+        frames[protocol] = (
+            probekit.load_results(run).query("split == 'test' and source == 'all' and layer == 2").iloc[0]
+        )
+        margins = load_margins(run, [frames[protocol]["record_id"]]).query("split == 'test'")
+        # each planted pair has a prompt of its own, so that both means are the same
+        assert margins["correct"].mean() == pytest.approx(frames[protocol]["accuracy"])
+        assert margins["prompt_id"].is_unique
+        assert frames[protocol]["protocol"] == protocol
+    strict, inversion, pickscore = frames.values()
+    ties = strict["true_ties"] / (strict["n_pairs"] + strict["true_ties"])
+    assert 0.15 < ties < 0.45
+    assert inversion["accuracy"] == pytest.approx(ties + (1 - ties) * strict["accuracy"])
+    assert strict["true_ties"] == inversion["true_ties"] == pickscore["true_ties"]
+    assert (strict["expected_random"], strict["expected_constant"], inversion["expected_constant"]) == (0.5, 0, 1)
+    assert inversion["expected_random"] == pytest.approx(0.5 + ties / 2)
+    assert np.isnan(strict["threshold"])
+    judged = load_margins(tmp_path / "pickscore", [pickscore["record_id"]]).query("split == 'validation'")
+    assert pickscore["threshold"] == tune_threshold(judged["margin"].to_numpy(), judged["label"].to_numpy())
+    assert pickscore["predicted_ties"] > 0
+
+
+def test_a_protocol_that_needs_the_order_of_the_file_is_refused_without_it(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    (file,) = (store / "judgements").glob("*.parquet")
+    judgements = pd.read_parquet(file)
+    file.with_suffix(".json").unlink()
+    judgements.drop(columns="a_listed_first", errors="ignore").to_parquet(file, index=False)
+    with pytest.raises(ConfigError, match="protocol is 'hpsv2-inversion-listed', but the judgements do not say"):
+        probekit.run_sweep(config(protocol="hpsv2-inversion-listed"), stores=[store], out=tmp_path / "run")
+    first = np.arange(len(judgements)) % 2 == 0
+    judgements.assign(a_listed_first=first).to_parquet(file, index=False)
+    run = probekit.run_sweep(config(protocol="hpsv2-inversion-listed"), stores=[store], out=tmp_path / "run")
+    assert probekit.load_results(run)["expected_first"].notna().all()

@@ -34,7 +34,7 @@ from probekit.report.select import (
     training_series,
 )
 from probekit.results import CONTROLS, load_margins
-from probekit.stats import PROTOCOLS, paired_difference
+from probekit.stats import PROTOCOLS, paired_difference, prompt_weights
 from probekit.stats.comparisons import POWER
 
 if TYPE_CHECKING:
@@ -108,16 +108,18 @@ class Margin:
 class Verdicts:
     """Right or wrong for every test pair of the records asked for, read from the margins of a run when needed.
 
-    `dataset` says of which data set; it may be left out where the run tests on one.
+    `dataset` says of which data set; it may be left out where the run tests on one. A difference weighs pairs as the
+    protocol does: alike, or prompts alike.
     """
 
     def __init__(
         self, run: Path, protocol: str, *, dataset: str | None = None, level: float = 0.95, resamples: int = 2000
     ) -> None:
-        self._run, self._dataset, self._score = run, dataset, PROTOCOLS[protocol]
+        self._run, self._dataset, self._by_prompt = run, dataset, "prompts" in PROTOCOLS[protocol].needs
         self._level, self._resamples = level, resamples
         self._correct: dict[str, Share] = {}
         self._groups: dict[str, str] = {}
+        self._prompts: dict[str, str] = {}
 
     def compare(self, what: str, gains: Sequence[Side], losses: Sequence[Side]) -> Effect:
         """Accuracies of `gains` minus those of `losses`, as many of either: one for a difference, two for one of two.
@@ -147,7 +149,11 @@ class Verdicts:
             np.mean([right[list(side.keys)].mean(axis=1) for side in some], axis=0) for some in (gains, losses)
         )
         groups = right.index.map(self._groups).to_numpy(dtype=object)
-        found = paired_difference(gain, loss, groups, n_boot=self._resamples, level=self._level)
+        weights = None
+        if self._by_prompt:
+            prompts = right.index.map(self._prompts).to_numpy(dtype=object)
+            weights = prompt_weights(right.iloc[:, 0].to_numpy(), prompts)
+        found = paired_difference(gain, loss, groups, weights=weights, n_boot=self._resamples, level=self._level)
         factor = float(len(gains))
         effect = Effect(
             what=what,
@@ -159,7 +165,8 @@ class Verdicts:
             seeds=tuple({side.name: len(set(side.seeds)) for side in sides}.items()),
             dropped=len(judged) - len(right),
         )
-        values = [right[list(side.keys)].mean().groupby(list(side.seeds), sort=False).mean() for side in sides]
+        means = pd.Series(np.average(right, axis=0, weights=weights), index=right.columns)
+        values = [means[list(side.keys)].groupby(list(side.seeds), sort=False).mean() for side in sides]
         if [side.seeds for side in gains] == [side.seeds for side in losses]:
             values = [above - below for above, below in zip(values[: len(gains)], values[len(gains) :], strict=True)]
         return self._with_seeds(effect, [value.to_numpy(dtype=np.float64) for value in values])
@@ -192,11 +199,10 @@ class Verdicts:
                 margins = load_margins(self._run, [key])
                 here = True if self._dataset is None else margins["dataset"] == self._dataset
                 margins = margins[(margins["split"] == "test") & here]
-                outcome = self._score(
-                    margins["margin"].to_numpy(dtype=np.float64), margins["label"].to_numpy(dtype=np.float64)
-                )
-                self._correct[key] = pd.Series(outcome.correct, index=margins["pair_id"].to_numpy()).dropna()
+                correct = margins["correct"].to_numpy(dtype=np.float64)
+                self._correct[key] = pd.Series(correct, index=margins["pair_id"].to_numpy()).dropna()
                 self._groups.update(zip(margins["pair_id"], margins["group"], strict=True))
+                self._prompts.update(zip(margins["pair_id"], margins["prompt_id"], strict=True))
         return pd.concat([self._correct[key] for key in keys], axis=1, keys=keys)
 
 

@@ -75,6 +75,10 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     level = float(options.get("level", 0.95))
     sections = [
         _section(run, everything, setting, folder, options, "" if len(found) == 1 else f"-{i}")
+        | {
+            "scorers": tables.scorers_table(everything, setting),
+            "expected": tables.expected_text(narrow(frame, setting)),
+        }
         for i, setting in enumerate(found, start=1)
     ]
     stores = config.get("stores")
@@ -187,7 +191,7 @@ def _section(
             {head["name"]: head.get("strengths", []) for head in options.get("heads", [])},
         ),
         "counts": tables.counts_table(frame),
-        "protocol": (PROTOCOLS[setting.protocol].__doc__ or "").strip().split("\n\n")[0],
+        "protocol": PROTOCOLS[setting.protocol].rule,
         "limits": captions.limits(frame, whole),
     }
 

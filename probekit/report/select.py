@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
+from probekit.errors import ResultsError
 from probekit.results import ALL_SOURCES, UNPROBED
 
 CHOSEN = "chosen layer"
@@ -77,8 +78,18 @@ class Model:
 
 
 def probed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of heads on features: baselines of metadata and scores from elsewhere have tables of their own."""
-    return frame[~frame["head_kind"].isin(UNPROBED)]
+    """Keep the rows of heads on features, without baselines of metadata and scores of other models.
+
+    Raises
+    ------
+    ResultsError
+        If there is none.
+    """
+    heads = frame[~frame["head_kind"].isin(UNPROBED)]
+    if heads.empty:
+        msg = "the run holds no head on features, only scores of other models; run probekit sweep into it"
+        raise ResultsError(msg)
+    return heads
 
 
 def unsliced(frame: pd.DataFrame) -> pd.DataFrame:
@@ -93,8 +104,7 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
 
     The rows of a results table are in the order of the run's configuration.
     """
-    found = []
-    frame = probed(frame)
+    frame, found = probed(frame), []
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
         rows = rows if rows["imported"].all() else rows[~rows["imported"]]

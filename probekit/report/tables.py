@@ -108,6 +108,40 @@ def _layer(chosen: pd.DataFrame, model: Model) -> str:
     return ", ".join(str(layer) for layer in chosen["layer"]) + f"\nof {model.n_blocks}"
 
 
+def scorers_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
+    """Scores of other models on the test pairs of a data set, by the protocol of the setting; empty without any."""
+    rows = reported_rows(frame)
+    same = (rows["dataset"] == setting.dataset) & (rows["protocol"] == setting.protocol)
+    table = []
+    for row in rows[same & (rows["head_kind"] == "external")].to_dict("records"):
+        given = row["head"] == "agreement"
+        table.append(
+            {
+                "Scorer": row["backbone"] + "\nas given, not measured here" * given,
+                "Test accuracy": percent(row["accuracy"]),
+                "Interval": interval(row["low"], row["high"]),
+                "Mean over pairs": percent(row["micro_accuracy"]),
+                "Mean over prompts": percent(row["prompt_accuracy"]),
+                "Pairs": NONE if given else f"{row['n_pairs']:,}",
+                "Predicted ties": NONE if given else f"{row['predicted_ties']:,}",
+                "Left out": NONE if given else f"{row['left_out']:,}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def expected_text(frame: pd.DataFrame) -> str:
+    """Say what scorers that know nothing get on the test pairs of a setting, and the floor that makes."""
+    rows = reported_rows(frame)
+    if rows.empty or rows["expected_random"].isna().all():
+        return ""
+    row = rows.sort_values("n_pairs", kind="stable").to_dict("records")[-1]
+    told = {"random": "expected_random", "constant": "expected_constant", "first listed": "expected_first"}
+    known = {name: float(row[column]) for name, column in told.items() if pd.notna(row[column])}
+    scorers, floor = ", ".join(f"{name} {percent(value)} %" for name, value in known.items()), max(known.values())
+    return f"on these test pairs a scorer that knows nothing gets: {scorers}; the floor is {percent(floor)} %"
+
+
 def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
     """Differences with their paired intervals and the smallest difference that could have been seen."""
     return pd.DataFrame(

@@ -9,19 +9,36 @@ from probekit.stats.intervals import (
     macro_interval,
     simultaneous_band,
 )
-from probekit.stats.protocols import PROTOCOLS, Outcome, strict
+from probekit.stats.protocols import (
+    PROTOCOLS,
+    Expectations,
+    Outcome,
+    Protocol,
+    expectations,
+    prompt_weights,
+    strict,
+    tune_threshold,
+)
+from probekit.stats.votes import VoteCeiling, vote_ceiling
 
 __all__ = [
     "PROTOCOLS",
     "Band",
     "Difference",
+    "Expectations",
     "Interval",
     "Outcome",
+    "Protocol",
+    "VoteCeiling",
     "accuracy_interval",
     "effective_groups",
+    "expectations",
     "macro_interval",
     "paired_difference",
     "planned_difference",
+    "prompt_weights",
     "simultaneous_band",
     "strict",
+    "tune_threshold",
+    "vote_ceiling",
 ]

@@ -107,11 +107,12 @@ def accuracy_interval(
     Parameters
     ----------
     correct
-        (n,) 1 right, 0 wrong; NaN entries are left out.
+        (n,) 1 right, 0 wrong, or between; NaN entries are left out.
     groups
         (n,) labels of what is resampled.
     weights
-        (n,) weights of pairs, not negative.
+        (n,) weights of pairs, not negative: the accuracy is sum of weight x correct over sum of weight. Weights of one
+        over the pairs of a prompt (`probekit.stats.prompt_weights`) make it a mean over prompts.
     n_boot, level, seed
         Resamples, coverage, and seed of the resamples. Data with equally many groups share their resamples.
 
@@ -194,6 +195,7 @@ def macro_interval(
     groups: NDArray[Any],
     kinds: NDArray[Any],
     *,
+    weights: FloatArray | None = None,
     n_boot: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -205,8 +207,8 @@ def macro_interval(
 
     Parameters
     ----------
-    correct, groups, n_boot, level, seed
-        As in `accuracy_interval`.
+    correct, groups, weights, n_boot, level, seed
+        As in `accuracy_interval`; pairs of a kind count by their weights, kinds alike.
     kinds
         (n,) kind of each pair. A resample without a kind takes that kind's accuracy from the data.
 
@@ -219,16 +221,19 @@ def macro_interval(
     if kinds.shape != correct.shape:
         message = f"kinds have shape {kinds.shape} and correct {correct.shape}; both must be (pairs,)"
         raise ValueError(message)
-    scored = ~np.isnan(correct)
-    names, kind, sizes = np.unique(kinds[scored], return_inverse=True, return_counts=True)
-    weights = np.zeros(len(correct))
-    weights[scored] = 1 / (len(names) * sizes[kind])
-    whole = Scored.of(correct[None], groups, weights)
+    given = np.ones(len(correct)) if weights is None else np.asarray(weights, dtype=np.float64)
+    scored = ~np.isnan(correct) & (given > 0)
+    names, kind = np.unique(kinds[scored], return_inverse=True)
+    counted = given[scored]
+    sizes = np.bincount(kind, counted, len(names))
+    share_of_all = np.zeros(len(correct))
+    share_of_all[scored] = counted / (len(names) * sizes[kind])
+    whole = Scored.of(correct[None], groups, share_of_all)
     # y, n (G, K): right and all pairs by group and kind
     member = np.unique(groups[scored], return_inverse=True)[1]
     shape = (len(whole.size), len(names))
-    n = np.bincount(member * shape[1] + kind, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
-    y = np.bincount(member * shape[1] + kind, correct[scored], shape[0] * shape[1]).reshape(shape)
+    n = np.bincount(member * shape[1] + kind, counted, shape[0] * shape[1]).reshape(shape)
+    y = np.bincount(member * shape[1] + kind, counted * correct[scored], shape[0] * shape[1]).reshape(shape)
     by_kind = y.sum(axis=0) / sizes
     estimate = float(by_kind.mean())
     share = len(names) * sizes
@@ -239,8 +244,9 @@ def macro_interval(
     ts = []
     for counts in resamples(shape[0], n_boot, seed):
         right, pairs = counts @ y, counts @ n
-        drawn = np.where(pairs > 0, right / np.maximum(pairs, 1), by_kind)
-        share = len(names) * np.maximum(pairs, 1)
+        held = np.where(pairs > 0, pairs, 1)
+        drawn = np.where(pairs > 0, right / held, by_kind)
+        share = len(names) * held
         influence = np.hstack([1 / share, -drawn / share]) @ np.hstack([y, n]).T
         variance = shape[0] / (shape[0] - 1) * np.einsum("bg,bg,bg->b", counts, influence, influence)
         ts.append(_t(drawn.mean(axis=1), variance, estimate, shape[0]))

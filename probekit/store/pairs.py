@@ -34,7 +34,8 @@ class Pairs:
     label
         Probability (n,) that the first row is preferred; 0.5 = tie.
     frame
-        The judgements of the same n pairs: ``pair_id``, ``group``, ``split``, ``source``, ``weight``, ...
+        The judgements of the same n pairs: ``pair_id``, ``group``, ``split``, ``source``, ``weight``, ..., and the
+        ``prompt`` of their first rows.
     excluded
         Pairs that are not here, in the order of the judgements: ``pair_id``, ``source``, ``split``, ``reason``. A
         reason is ``missing_rows`` (a row is not in the store), ``bad_status`` (an image was unreadable or its features
@@ -134,10 +135,11 @@ class BoundJudgements:
         reason = np.select([missing, bad, no_label], REASONS, "")
         keep = reason == ""
         self._name(frame[missing & ~frame["pair_id"].isin(self.named).to_numpy()], split or "judged")
+        prompts = self.store_rows["prompt"].to_numpy(object)
         return Pairs(
             rows=rows[keep],
             label=frame["label"].to_numpy(np.float64)[keep],
-            frame=frame[keep].reset_index(drop=True),
+            frame=frame[keep].assign(prompt=prompts[rows[keep, 0]]).reset_index(drop=True),
             excluded=frame[["pair_id", "source", "split"]].assign(reason=reason)[~keep].reset_index(drop=True),
         )
 

@@ -1,5 +1,6 @@
 """Stores and a configuration in, results out: the plan of all fits, their run, and how they are judged."""
 
+from probekit.sweep.external import ScoreTable, score_table
 from probekit.sweep.run import run_sweep
 
-__all__ = ["run_sweep"]
+__all__ = ["ScoreTable", "run_sweep", "score_table"]

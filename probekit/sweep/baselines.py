@@ -20,7 +20,6 @@ from probekit import results
 from probekit._types import FloatArray
 from probekit.config import Ties
 from probekit.heads import BradleyTerryClassifierCV
-from probekit.stats import PROTOCOLS
 from probekit.store import Pairs, canonical_json
 from probekit.sweep.evaluate import judged_rows
 from probekit.sweep.material import Selection, material
@@ -99,7 +98,6 @@ def run_baseline(baseline: Baseline, *, out: Path) -> None:
     def margins(pairs: Pairs) -> FloatArray:
         return np.asarray(design(pairs.frame) @ head)
 
-    trained = PROTOCOLS[baseline.protocol](margins(data.train), data.train.label)
     facts = {
         "record_id": baseline.record_id,
         "backbone": baseline.name,
@@ -116,7 +114,6 @@ def run_baseline(baseline: Baseline, *, out: Path) -> None:
         "head": "rule" if baseline.name in RULES else "linear",
         "head_kind": "metadata",
         "seed": 0,
-        "train_accuracy": float(np.nanmean(trained.correct)),
         "backbone_parameters": None,
         "width": 0,
         "n_blocks": 0,

@@ -1,6 +1,7 @@
 """What is said of a fitted head: the columns of its rows in the results, and its accuracy with intervals."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -10,8 +11,9 @@ import pandas as pd
 from probekit import results
 from probekit._types import FloatArray
 from probekit.heads import combination_name, layer_set_name
-from probekit.stats import PROTOCOLS, accuracy_interval, macro_interval
+from probekit.stats import Outcome, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
+from probekit.sweep.judging import judge, measures, tuned_threshold
 from probekit.sweep.material import Material
 from probekit.sweep.plan import Judged, Record
 from probekit.sweep.slices import Slices, slices
@@ -77,26 +79,33 @@ def judged_rows(
         Whether there is no head.
     """
     chosen_on = margins(data.validation)
+    threshold = tuned_threshold(record.protocol, chosen_on, data.validation.label)
+    judged = partial(judge, record.protocol, threshold=threshold)
+    trained = judged(margins(data.train), data.train.label, data.train.frame)
     tests = {dataset: margins(pairs) for dataset, pairs in data.tests.items()}
     facts |= {
+        "train_accuracy": np.nan if blind else trained.accuracy,
         "train_left_out": len(data.train.excluded),
         "train_ties": data.train_ties,
         "train_connected": data.train_connected,
     }
-    validation = list(
-        accuracies(record, data.validation, chosen_on, split="validation", weight=data.validation_weight, blind=blind)
-    )
+    options: dict[str, Any] = {"blind": blind, "threshold": threshold}
+    weight = data.validation_weight
+    validation = [*accuracies(record, data.validation, chosen_on, split="validation", weight=weight, **options)]
     rows = []
     for dataset, pairs in data.tests.items():
-        tested = accuracies(record, pairs, tests[dataset], split="test", blind=blind)
+        tested = accuracies(record, pairs, tests[dataset], split="test", **options)
         rows += [facts | {"dataset": dataset} | row for row in (*validation, *tested)]
-    judged = [("validation", data.validation, chosen_on)]
-    judged += [("test", data.tests[dataset], values) for dataset, values in tests.items()]
-    kept = pd.concat(
-        pairs.frame[["pair_id", "dataset", "group", "source"]].assign(split=split, label=pairs.label, margin=values)
-        for split, pairs, values in judged
-    )
-    return pd.DataFrame(rows), kept
+    kept = [kept_margins(data.validation, chosen_on, judged, split="validation")]
+    kept += [kept_margins(data.tests[dataset], values, judged, split="test") for dataset, values in tests.items()]
+    return pd.DataFrame(rows), pd.concat(kept)
+
+
+def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcome], *, split: str) -> pd.DataFrame:
+    """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, frame) under the protocol."""
+    outcome = judged(margins, pairs.label, pairs.frame)
+    kept = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
+    return kept.assign(split=split, label=pairs.label, margin=margins, correct=outcome.correct)
 
 
 def sliced(pairs: Pairs, *, split: str) -> Slices:
@@ -118,6 +127,7 @@ def accuracies(
     split: str,
     weight: FloatArray | None = None,
     blind: bool = False,
+    threshold: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Accuracy over all pairs of a split, then per slice; intervals by the group bootstrap; none without a head.
 
@@ -133,13 +143,16 @@ def accuracies(
         Of each pair (n,), where data sets of a mixture weigh differently.
     blind
         Whether there is no head, since no training pair differed.
+    threshold
+        Of a protocol that has one.
     """
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
     excluded = pairs.excluded
     left_out = {"all": len(excluded)}
     for slicing, source, inside in sliced(pairs, split=split):
-        outcome = PROTOCOLS[record.protocol](margins[inside], pairs.label[inside])
+        here, labels = pairs.frame[inside], pairs.label[inside]
+        outcome = judge(record.protocol, margins[inside], labels, here, threshold=threshold)
         decided = ~np.isnan(outcome.correct) & (not blind)
         row: dict[str, Any] = {
             "split": split,
@@ -152,13 +165,14 @@ def accuracies(
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
+        row |= measures(record.protocol, outcome, labels, here, threshold=threshold, blind=blind)
         if decided.any():
             whole = slicing in ("all", "source")
             n_boot = record.resamples if whole else max(100, record.resamples // SLICE_RESAMPLES)
             options: dict[str, Any] = {"n_boot": n_boot, "level": record.level}
             correct, clusters = outcome.correct[decided], groups[inside][decided]
-            counted = None if weight is None else weight[inside][decided]
-            interval = accuracy_interval(correct, clusters, weights=counted, **options)
+            options["weights"] = outcome.weight[decided] * (1.0 if weight is None else weight[inside][decided])
+            interval = accuracy_interval(correct, clusters, **options)
             row |= {
                 "accuracy": interval.estimate,
                 "low": interval.low,

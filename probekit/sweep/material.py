@@ -18,6 +18,7 @@ from probekit.heads import concatenate
 from probekit.preferences.groups import assign_groups, drop_connected, placeholder_images
 from probekit.results import SPLITS
 from probekit.store import FeatureStore, Pairs
+from probekit.sweep.judging import prompt_ids
 
 _DIGESTED = ("pair_id", "group", "split", "source", "weight", "model_a", "model_b", "ranking_id")
 
@@ -192,8 +193,8 @@ def _pairs(portion: Portion, judged: Path | None) -> Pairs:
 def _shifted(pairs: Pairs, offset: int, portion: Portion) -> Pairs:
     """Count rows from the first of all stores, and name what the pairs come from."""
     weight = pairs.frame["weight"] * portion.weight
-    prompt = open_cached(portion.store).rows["prompt"].to_numpy()[pairs.rows[:, 0]]
-    frame = pairs.frame.assign(dataset=portion.dataset, prompt=prompt, weight=weight, portion_weight=portion.weight)
+    frame = pairs.frame.assign(dataset=portion.dataset, weight=weight, portion_weight=portion.weight)
+    frame["prompt_id"] = prompt_ids(frame)
     return replace(pairs, rows=pairs.rows + offset, frame=frame)
 
 

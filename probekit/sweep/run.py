@@ -24,11 +24,11 @@ from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
-from probekit.stats import PROTOCOLS
 from probekit.store import Pairs
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.judging import check_protocol
 from probekit.sweep.material import features_of, forget, material, open_cached
 from probekit.sweep.plan import (
     Record,
@@ -109,7 +109,7 @@ def run_sweep(
         message = f"{given}; allowed: stores (--store, perhaps --prefs), or train and test in the configuration"
         raise ConfigError(message)
     out = Path(out)
-    _check_folder(out)
+    check_folder(out)
     forget()
     opened = [open_cached(Path(path).absolute()) for path in stores]
     judged = None if prefs is None else _bind_file(prefs, reading, out=out)
@@ -117,8 +117,13 @@ def run_sweep(
     opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
     records = [record for selection in selections for record in plan_records(config, selection)]
     check_distinct(records)
+    for selection in selections:
+        data = material(selection)
+        for pairs in (data.train, data.validation, *data.tests.values()):
+            check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
     baselines = plan_baselines(records)
-    resolved = {"sweep": config.model_dump(mode="json"), "splits": split_files(selections)}
+    scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
+    resolved = scorers | {"sweep": config.model_dump(mode="json"), "splits": split_files(selections)}
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
@@ -138,7 +143,7 @@ def run_sweep(
     return out
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
     if not out.exists() or (out / "config.json").is_file():
         return
@@ -168,9 +173,7 @@ def _run(record: Record, *, out: Path) -> str:
         record.selection, layers=record.layers, sigma=record.sigma, pooling=record.pooling, draw=record.draw
     )
     head, fitted = _fit(record, features, data.train)
-    trained = PROTOCOLS[record.protocol](_margins(head, features, data.train.rows), data.train.label)
     facts = record_facts(record, open_cached(record.store)) | fitted
-    facts["train_accuracy"] = np.nan if head is None else float(np.nanmean(trained.correct))
     rows, margins = judged_rows(
         record, data, lambda pairs: _margins(head, features, pairs.rows), facts, blind=head is None
     )

@@ -1,0 +1,94 @@
+"""What a protocol needs beside margins and labels, taken from the judgements of pairs, and the columns it fills.
+
+n = pairs. A frame of pairs has ``group``, ``prompt`` and ``prompt_id`` (of `prompt_ids`), and may have ``ranking_id``
+(empty where a pair comes from no ranking) and ``a_listed_first`` (stores of earlier versions have none).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from probekit._types import FloatArray, IntArray
+from probekit.errors import ConfigError
+from probekit.stats import PROTOCOLS, Outcome, expectations, tune_threshold
+
+
+def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
+    """Name the ranking of each pair (n,), or a hash of its prompt where it comes from none."""
+    texts = frame["prompt"].unique()
+    hashed = {text: hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts}
+    prompts = frame["prompt"].map(hashed)
+    if "ranking_id" in frame:
+        ranking = frame["ranking_id"].fillna("").astype(str)
+        prompts = prompts.where(ranking == "", "ranking " + ranking)
+    return prompts.to_numpy(object)
+
+
+def _numbers(frame: pd.DataFrame) -> IntArray:
+    """Give each pair (n,) the number of its prompt: numbers are quicker to tell apart than names."""
+    return pd.factorize(frame["prompt_id"])[0]
+
+
+def listed_first(frame: pd.DataFrame) -> NDArray[np.bool_] | None:
+    """Whether the first side of each pair (n,) stood first in the preference file; None where that is not known."""
+    if "a_listed_first" not in frame or frame["a_listed_first"].isna().any():
+        return None
+    return frame["a_listed_first"].to_numpy(bool)
+
+
+def check_protocol(protocol: str, frame: pd.DataFrame, *, where: Path) -> None:
+    """Refuse a protocol that looks at something the judgements do not say.
+
+    Raises
+    ------
+    ConfigError
+        If it looks at the order in the preference file and that is not known.
+    """
+    if "listed_first" in PROTOCOLS[protocol].needs and listed_first(frame) is None:
+        others = ", ".join(name for name, one in PROTOCOLS.items() if "listed_first" not in one.needs)
+        message = (
+            f"{where}: protocol is {protocol!r}, but the judgements do not say which picture the file lists first "
+            f"(an earlier version wrote them: run the dump again, which computes nothing anew); allowed here: {others}"
+        )
+        raise ConfigError(message)
+
+
+def tuned_threshold(protocol: str, margins: FloatArray, labels: FloatArray) -> float | None:
+    """Tune the threshold of a protocol that has one on these validation pairs; None for the others."""
+    return tune_threshold(margins, labels) if "threshold" in PROTOCOLS[protocol].needs else None
+
+
+def judge(
+    protocol: str, margins: FloatArray, labels: FloatArray, frame: pd.DataFrame, *, threshold: float | None
+) -> Outcome:
+    """Score margins (n,) of the pairs of a frame under a protocol."""
+    return PROTOCOLS[protocol](
+        margins, labels, prompts=_numbers(frame), threshold=threshold, listed_first=listed_first(frame)
+    )
+
+
+def measures(
+    protocol: str, outcome: Outcome, labels: FloatArray, frame: pd.DataFrame, *, threshold: float | None, blind: bool
+) -> dict[str, Any]:
+    """Give the columns of results that belong to the protocol: both means, threshold, and what knows-nothing gets.
+
+    Without a head (`blind`) there are no means.
+    """
+    prompts = _numbers(frame)
+    row = {
+        "micro_accuracy": np.nan if blind else outcome.over_pairs,
+        "prompt_accuracy": np.nan if blind else outcome.over_prompts(prompts),
+        "threshold": np.nan if threshold is None else threshold,
+    }
+    if not outcome.n_pairs:
+        return row | dict.fromkeys(("expected_random", "expected_constant", "expected_first"), np.nan)
+    known = expectations(protocol, labels, prompts=prompts, listed_first=listed_first(frame))
+    return row | {
+        "expected_random": known.random,
+        "expected_constant": known.constant,
+        "expected_first": known.first_listed,
+    }
