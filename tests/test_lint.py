@@ -93,18 +93,18 @@ def test_processes_find_the_same(clean):
 def test_repeated_and_contradicting_judgements_are_told_apart(tmp_path):
     first = {"prompt": "p", "image_a": "1", "image_b": "2", "label": 1}
     turned = {"prompt": "p", "image_a": "2", "image_b": "1", "label": 0.1}  # the same winner from the other side
-    records = [first, turned, first | {"label": 0.2}]  # 2 for image 1, 1 for image 2
+    records = [first, turned, first | {"prompt": "r"}, first | {"prompt": "r", "label": 0.2}]
     records += [{"prompt": "q", "image_a": "3", "image_b": "4", "label": label} for label in (0.5, 0.5, 1)]
     records += [first | {"prompt": "another"}]
     found = lint(load_preferences(write(tmp_path / "p.jsonl", records)))
     assert found.facts()["repeats"] == {
         "duplicates": 2,
         "contradicting_pairs": 1,
-        "contradicting_judgements": 3,
+        "contradicting_judgements": 2,
     }
     assert found.facts()["true_ties"] == 2
     assert "2 judgements repeat another one of the same prompt and images" in found.warnings
-    assert "1 pairs were judged both ways (3 judgements)" in found.warnings
+    assert "1 pairs were judged both ways (2 judgements)" in found.warnings
 
 
 def test_the_overlap_of_the_file_s_own_splits_is_counted(tmp_path):
@@ -198,7 +198,7 @@ def test_the_same_picture_in_two_splits_is_found(clean):
         "2 images are one colour, in 2 pairs: 2b.png, 10a.png",
         "train and test: 1 train images have the same bytes under another name on the other side, "
         "1 train and 1 test pairs: 1b.png = 9b.png",
-        "train and test: 1 train images have a near duplicate (at most 4 of 64 bits) on the other side, "
+        "train and test: 1 train images have a near duplicate (at most 4 of 64 bits differ) on the other side, "
         "1 train and 1 test pairs: 0a.png = 8a.png",
     )
 
@@ -230,6 +230,9 @@ def test_what_two_files_share_is_counted(clean, tmp_path):
     assert seen["near_duplicates"] == {"images": 1, "pairs": {"validation": 1}, "names": [["4b.png", "other3b.png"]]}
     assert report.facts()["files"]["missing"]["files"] == 0
     assert f"{other}/q.jsonl: shares 1 prompts, 1 test pairs here" in report.warnings
+    assert (
+        f"{other}/q.jsonl: has the bytes of 1 images here, 1 validation pairs: 5a.png = other2a.png" in report.warnings
+    )
     assert len(report.warnings) == 4
 
 
@@ -247,6 +250,14 @@ def test_near_hashes_are_those_of_a_search_through_all(left, right, flips):
         [i, j] for i, one in enumerate(left) for j, other in enumerate(right) if (one ^ other).bit_count() <= NEAR_BITS
     ]
     assert found.tolist() == wanted
+
+
+def test_near_hashes_may_differ_anywhere():
+    """Four bits that are spread as widely as can be leave no band of 16 bits the same."""
+    one = np.array([0x0123456789ABCDEF], np.uint64)
+    for bits, wanted in ([(8, 24, 40, 56), 1], [(0, 16, 32, 48), 1], [(3, 14, 27, 40), 1], [(8, 24, 40, 56, 60), 0]):
+        other = one ^ np.uint64(sum(1 << bit for bit in bits))
+        assert len(near_hashes(one, other)) == wanted
 
 
 def test_the_threshold_parts_copies_from_other_pictures(tmp_path):

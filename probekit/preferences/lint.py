@@ -19,6 +19,7 @@ from probekit.preferences.preference_set import PreferenceSet
 
 LARGE_GROUP = 0.1  # a group with a larger share of the pairs makes the shares of the splits a matter of luck
 UNBALANCED = 4.0  # standard errors from one half: once in 16,000 files if sides are drawn
+_NEAR = f"at most {NEAR_BITS} of 64 bits differ"
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,7 @@ def _warnings(found: dict[str, Any]) -> Iterator[str]:
     if "files" in found and found["files"]["one_colour"]["files"]:
         at = found["files"]["one_colour"]
         yield f"{at['files']:,} images are one colour, in {at['pairs']:,} pairs: {listed(at)}"
-    kinds = {
-        "equal_bytes": "the same bytes under another name",
-        "near_duplicates": f"a near duplicate (at most {NEAR_BITS} of 64 bits)",
-    }
+    kinds = {"equal_bytes": "the same bytes under another name", "near_duplicates": f"a near duplicate ({_NEAR})"}
     for both, shared in found.get("across_splits", {}).items():
         for kind, at in shared.items():
             first = both.partition(" ")[0]
@@ -162,18 +160,16 @@ def _warnings(found: dict[str, Any]) -> Iterator[str]:
                 f"{counted(at['pairs'])}: {listed(at)}"
             )
     if "against" in found:
-        yield from _shared_with(found["against"], kinds)
+        yield from _shared_with(found["against"])
 
 
-def _shared_with(at: dict[str, Any], kinds: dict[str, str]) -> Iterator[str]:
+def _shared_with(at: dict[str, Any]) -> Iterator[str]:
     for what in ("prompt", "image"):
         if at[f"{what}s"]:
             many = f"{at[f'{what}s']:,} {what}s{' by name' * (what == 'image')}"
             yield f"{at['file']}: shares {many}, {counted(at[f'pairs_by_{what}'])} here"
-    for kind, words in kinds.items():
+    for kind, words in (("equal_bytes", "the bytes"), ("near_duplicates", f"near duplicates ({_NEAR})")):
         if kind in at:
             found = at[kind]
-            yield (
-                f"{at['file']}: has, of {found['images']:,} images here, {words}, "
-                f"{counted(found['pairs'])} here: {listed(found)}"
-            )
+            many = f"{words} of {found['images']:,} images here, {counted(found['pairs'])}"
+            yield f"{at['file']}: has {many}: {listed(found)}"
