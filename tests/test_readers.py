@@ -447,19 +447,19 @@ def test_the_general_form_with_bytes(tmp_path):
 
 
 def test_order_alone_says_nothing(tmp_path):
-    """Chosen first in every file: a scorer that always prefers A is right half the time, over 40 files."""
+    """Chosen first in every file: a scorer that always prefers A is right half the time, over 12 files."""
     shares = []
-    for seed in range(40):
+    for seed in range(12):
         records = [
             {"prompt": f"{seed}-{i}", "path1": f"{seed}/{i}a", "path2": f"{seed}/{i}b", "model1": "", "model2": ""}
-            for i in range(100)
+            for i in range(300)
         ]
         pairs = load_preferences(save(tmp_path / "all.json", records)).pairs
         assert (pairs["a_listed_first"] == (pairs["label"] == 1)).all()
         shares.append((pairs["label"] == 1).mean())
-    # 4000 fair coins: a standard error of 0.8 points in all, of 5 points in each file
+    # 3600 fair coins: a standard error of 0.8 points in all, of 2.9 points in each file
     assert abs(np.mean(shares) - 0.5) < 0.03
-    assert 0.03 < np.std(shares) < 0.07
+    assert 0.01 < np.std(shares) < 0.06
 
 
 records_of_any_kind = st.lists(

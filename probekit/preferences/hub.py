@@ -65,7 +65,7 @@ def _parts(datasets: Any, found: Any) -> dict[str, Any]:
 
 
 def _root(folder: Path, part: Path) -> Root:
-    """Images in the folder, by path from a part of it; those unpacked go beside it, since in it they would be data.
+    """Images in the folder, by path from a part; those unpacked go beside it: in it, they would be taken for data.
 
     Parts in several folders may have one name.
     """
