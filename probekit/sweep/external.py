@@ -67,8 +67,8 @@ class ScoreTable:
             found = self.ceiling
             yield (
                 "single votes",
-                f"two annotators agree in about {_percent(found.agreement)}, no scorer predicts a vote in more than about "
-                f"{_percent(found.ceiling)} ({found.n_pairs:,} test pairs, {found.votes:.3g} votes each)",
+                f"two annotators agree in about {_percent(found.agreement)}, no scorer predicts a vote in more than "
+                f"about {_percent(found.ceiling)} ({found.n_pairs:,} test pairs, {found.votes:.3g} votes each)",
             )
         if self.unknown:
             yield "not used", f"{self.unknown:,} scores of nothing in the preference file"
