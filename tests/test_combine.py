@@ -67,6 +67,8 @@ def test_layer_sets_from_features_come_in_two_steps():
     assert specs[1] == {"search": SubsetSearch(max_size=3, refit_top=2)}
     found = [[(0, 2), (0, 1, 2)], [(0, 1), (2,)]]
     assert resolve_layer_sets(specs, 2, found=found) == [(0,), (1,), (2,), (0, 2), (0, 1, 2), (0, 1)]
+    with pytest.raises(ConfigError, match="'blocks': 2}: needs features"):
+        resolve_layer_sets(specs, 2, found=found[:1])
     assert most_layer_sets(specs[3], 3) == 2
     assert most_layer_sets(specs[1], 3) == 2 + 1
     assert most_layer_sets({"search": SubsetSearch(max_size=4, refit_top=5)}, 24) == 15

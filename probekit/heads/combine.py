@@ -178,7 +178,11 @@ def resolve_layer_sets(
                 sets += [tuple(inner[start::step]) for start in range(step)]
             case {"blocks": int(least), **rest} | {"search": SubsetSearch(max_size=least), **rest} if not rest:
                 _enough(least, inner, spec)
-                for one in next(answers):
+                answer = next(answers, None)
+                if answer is None:
+                    message = f"layer_sets: {_plain(spec)}: needs features; give its layer sets as found"
+                    raise ConfigError(message)
+                for one in answer:
                     sets.append(_present(set(one), spec, layers))
             case [*_] if not isinstance(spec, str):
                 sets.append(_present(set(spec), spec, layers))
