@@ -67,6 +67,9 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         raise ResultsError(msg)
     everything = load_results(run)
     frame = unsliced(probed(everything))
+    if frame.empty:
+        msg = f"{run}: holds no head on features, only scores of other models; run probekit sweep into it"
+        raise ResultsError(msg)
     config = load_config(run)
     folder = out.with_name(f"{out.stem}_figures")
     found = settings(frame)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.errors import ResultsError
 from probekit.results import ALL_SOURCES, UNPROBED
 
 CHOSEN = "chosen layer"
@@ -78,18 +77,8 @@ class Model:
 
 
 def probed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of heads on features, without baselines of metadata and scores of other models.
-
-    Raises
-    ------
-    ResultsError
-        If there is none.
-    """
-    heads = frame[~frame["head_kind"].isin(UNPROBED)]
-    if heads.empty:
-        msg = "the run holds no head on features, only scores of other models; run probekit sweep into it"
-        raise ResultsError(msg)
-    return heads
+    """Keep the rows of heads on features: baselines of metadata and scores from elsewhere have tables of their own."""
+    return frame[~frame["head_kind"].isin(UNPROBED)]
 
 
 def unsliced(frame: pd.DataFrame) -> pd.DataFrame:

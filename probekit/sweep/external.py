@@ -128,6 +128,7 @@ def _scored(loaded: PreferenceSet, values: FloatArray, *, out: Path) -> Pairs:
     frame = loaded.pairs.drop(columns=["item_a", "item_b"])
     frame = frame.assign(prompt=loaded.items["prompt"].to_numpy(object)[items[:, 0]], dataset=loaded.name)
     frame["prompt_id"] = prompt_ids(frame)
+    frame[["row_a", "row_b"]] = items
     reason = np.where(np.isnan(values[items]).any(axis=1), "no_score", "")
     held = _run_pairs(out, loaded.name)
     if held is not None:
