@@ -337,8 +337,9 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         If the run has no results yet or they are damaged.
     """
     frame = load_results(run)
-    frame = frame[~frame["head_kind"].isin(UNPROBED)]
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
+    beside = test[test["head_kind"].isin(UNPROBED)]
+    frame, test = (rows[~rows["head_kind"].isin(UNPROBED)] for rows in (frame, test))
     shown = [
         "backbone",
         "control",
@@ -365,6 +366,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         "unresolved": unresolved.drop_duplicates().to_dict("records"),
         "test_pairs": int(test["n_pairs"].max()) if len(test) else 0,
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),
+        "scorers": beside[["backbone", "control", "dataset", "protocol", "accuracy", "low", "high"]].to_dict("records"),
     }
 
 

@@ -512,7 +512,7 @@ def test_layer_sets():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("pairs", "'pairs' is unknown; allowed: 'singles', 'all'"),
+        ("triples", "'triples' is unknown; allowed: 'singles', 'all'"),
         ([3], "layer 3 is not there; allowed: 0, 1, 2"),
         ([], "names no layer"),
         ({"relative": [1.5]}, "relative depth 1.5 is outside 0 to 1"),

@@ -88,7 +88,8 @@ def test_an_empty_folder_becomes_a_run(tmp_path, prefs):
     expected = accuracy_interval(np.repeat(np.array(right, float), 5), np.repeat(np.arange(20), 5))
     assert (row["n_groups"], row["se"]) == (20, pytest.approx(expected.se))
     assert set(made.rows["source"]) == {"all", "even", "odd"}
-    assert results.describe_run(run)["records"] == 1
+    (told,) = results.describe_run(run)["scorers"]
+    assert (told["backbone"], told["dataset"], told["accuracy"]) == ("scorer", "judged", row["accuracy"])
     margins = results.load_margins(run)
     ids = load_preferences(prefs).pairs["pair_id"]
     assert set(margins["pair_id"]) == set(ids)  # as stores keep them
