@@ -24,7 +24,7 @@ from probekit.heads.linear import INNER_TOL, _folds
 from probekit.heads.mlp import fit_together
 
 FOLDS = 5
-EPOCHS = 3  # of the MLP cases that compare throughput
+EPOCHS = 6  # of the MLP cases that compare throughput
 LONG_EPOCHS = 20
 _RAW_ITERATIONS = 1000
 
@@ -102,8 +102,10 @@ def _linear(case: Case, *, seed: int) -> Run:
     sides = np.where(flip > 0, label, 1 - label)  # without intercept, a pair turned round is the same pair
 
     def turned() -> FloatArray:
-        Z = D * flip[:, None]
-        return Z / np.sqrt(np.mean(Z**2, axis=0)) if standardize else Z
+        Z: FloatArray = D * flip[:, None]
+        if standardize:
+            Z /= np.sqrt(np.mean(Z**2, axis=0))
+        return Z
 
     def cross_validated() -> LogisticRegressionCV:
         splits = [(np.flatnonzero(~out), np.flatnonzero(out)) for out in held_out]
