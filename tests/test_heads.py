@@ -164,7 +164,7 @@ def test_cross_validation_equals_a_scikit_learn_loop():
     assert np.abs(head.cv_accuracy_.mean(axis=0) - accuracy.mean(axis=0)).max() <= 0.004  # one of 300 pairs
     assert Cs.index(head.C_) == loss.mean(axis=0).argmin()
     alone = BradleyTerryClassifier(C=head.C_).fit_differences(D, label)
-    np.testing.assert_allclose(head.coef_, alone.coef_, atol=1e-4 * np.linalg.norm(alone.coef_))
+    np.testing.assert_allclose(head.coef_, alone.coef_, atol=2e-4 * np.linalg.norm(alone.coef_))
 
 
 def test_folds_keep_groups_whole_and_even():
