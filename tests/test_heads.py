@@ -121,6 +121,12 @@ def test_float32_channels_that_almost_repeat_each_other(n, d, C):
     assert np.linalg.norm(gradient) == pytest.approx(head.gradient_norm_, rel=1e-2, abs=1e-9)
 
 
+def test_few_iterations_whatever_the_condition():
+    D, label = synthetic(2000, 60, spread=8.0)
+    assert BradleyTerryClassifier(C=0.01).fit_differences(D, label).n_iter_ <= 5
+    assert BradleyTerryClassifier(C=100.0).fit_differences(D.astype(np.float32), label).n_iter_ <= 5
+
+
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (40, 90)])
 def test_matrix_free_fits_reach_the_same_optimum(n, d):
     D, label = synthetic(n, d, spread=6.0)
