@@ -121,6 +121,12 @@ def test_float32_channels_that_almost_repeat_each_other(n, d, C):
     assert np.linalg.norm(gradient) == pytest.approx(head.gradient_norm_, rel=1e-2, abs=1e-9)
 
 
+def test_few_iterations_whatever_the_condition():
+    D, label = synthetic(2000, 60, spread=8.0)
+    assert BradleyTerryClassifier(C=0.01).fit_differences(D, label).n_iter_ <= 5
+    assert BradleyTerryClassifier(C=100.0).fit_differences(D.astype(np.float32), label).n_iter_ <= 5
+
+
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (40, 90)])
 def test_matrix_free_fits_reach_the_same_optimum(n, d):
     D, label = synthetic(n, d, spread=6.0)
@@ -164,7 +170,7 @@ def test_cross_validation_equals_a_scikit_learn_loop():
     assert np.abs(head.cv_accuracy_.mean(axis=0) - accuracy.mean(axis=0)).max() <= 0.004  # one of 300 pairs
     assert Cs.index(head.C_) == loss.mean(axis=0).argmin()
     alone = BradleyTerryClassifier(C=head.C_).fit_differences(D, label)
-    np.testing.assert_allclose(head.coef_, alone.coef_, atol=1e-4 * np.linalg.norm(alone.coef_))
+    np.testing.assert_allclose(head.coef_, alone.coef_, atol=2e-4 * np.linalg.norm(alone.coef_))
 
 
 def test_folds_keep_groups_whole_and_even():

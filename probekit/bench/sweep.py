@@ -65,6 +65,7 @@ def _facts(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "channels": case.d,
         "splits": case.repeats,
         "heads": case.heads,
+        "hidden": case.hidden,
         "asked": case.asked,
         "ratio": dict(zip(("median", "smallest", "largest"), ratio, strict=True)),
         "seconds": {side: float(np.median([getattr(run, side) for run in runs])) for side in ("ours", "theirs")},
@@ -112,7 +113,7 @@ def bench_sweep(
     runs: dict[Case, list[Run]] = {case: [] for case in cases}
     with threadpool_limits(1), one_thread():
         for case in {case.rival: case for case in cases}.values():  # first calls load libraries
-            run_case(case.scaled(0), seed=0)
+            run_case(case.scaled(0.0), seed=0)
         for layer in range(layers):
             for number, case in enumerate(cases, start=1):
                 runs[case].append(run_case(case, seed=layer))

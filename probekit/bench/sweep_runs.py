@@ -24,7 +24,7 @@ from probekit.heads.linear import INNER_TOL, _folds
 from probekit.heads.mlp import fit_together
 
 FOLDS = 5
-EPOCHS = 3  # of the MLP cases that compare throughput
+EPOCHS = 6  # of the MLP cases that compare throughput
 LONG_EPOCHS = 20
 _RAW_ITERATIONS = 1000
 

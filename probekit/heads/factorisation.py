@@ -94,7 +94,7 @@ class Problem:
     scale
         (d,) float64: of each channel, 0 where a channel is dropped.
     lift
-        (d, r): from coefficients on T to those on unscaled channels; None where fits run on Z.
+        Z (n, d) and U / sqrt(n e) (n, r), which take coefficients on T to channels; None where fits run on Z.
     matrix_free
         Whether the preconditioner is diagonal for want of memory.
     """
@@ -103,12 +103,15 @@ class Problem:
     fast: Differences | None
     spectrum: Spectrum
     scale: Tensor
-    lift: Tensor | None = None
+    lift: tuple[Tensor, Tensor] | None = None
     matrix_free: bool = False
 
     def coefficients(self, w: Tensor) -> Tensor:
         """Coefficients (d,) float64 on unscaled channels for a solution w (r,)."""
-        return w * self.exact.gain if self.lift is None else self.lift @ w
+        if self.lift is not None:
+            scaled, vectors = self.lift
+            w = scaled.T @ (vectors @ w)
+        return w * _gain(self.scale)
 
 
 def factorise(
@@ -195,14 +198,13 @@ def _dual(rows: Tensor, scale: Tensor, *, fast: bool) -> Problem:
     """Factorise the kernel of n < d pairs, in float64: T is what is fitted, and must be right."""
     n = len(rows)
     scaled = rows.double() * _gain(scale)
-    eigenvalues, vectors = torch.linalg.eigh(_gram(scaled.T, None, torch.float64) / n)
+    eigenvalues, vectors = torch.linalg.eigh(_gram(scaled.T.contiguous(), None, torch.float64) / n)
     # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
     kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     singular = (n * eigenvalues).sqrt()
-    lift = (scaled.T @ (vectors / singular)) * _gain(scale)[:, None]
     exact, single = _in_both_precisions(vectors * singular, torch.ones_like(eigenvalues), fast=fast)
-    return Problem(exact, single, Spectrum(eigenvalues, None), scale, lift=lift)
+    return Problem(exact, single, Spectrum(eigenvalues, None), scale, lift=(scaled, vectors / singular))
 
 
 def _in_both_precisions(rows: Tensor, scale: Tensor, *, fast: bool) -> tuple[Differences, Differences | None]:

@@ -21,7 +21,7 @@ from probekit.heads.factorisation import Problem, factorise
 
 MEMORY = float(4 * 2**30)
 """Bytes that a factorisation may take by default: enough for 11,500 channels."""
-INNER_TOL = 1e-6
+INNER_TOL = 3e-7
 """Gap to the optimum of the fits inside a cross-validation; refits go down to the estimator's own ``tol``."""
 
 
@@ -102,7 +102,7 @@ class BradleyTerryClassifier(_LinearHead):
         channel (d,). With ``standardize``, channels below three times it are dropped.
     tol
         The fit has converged when its mean log-loss, penalty included, is estimated to lie at most this above the
-        minimum, and its coefficients at most sqrt(tol) from the optimal ones, relative to their length.
+        minimum, and its coefficients at most 2 sqrt(tol) from the optimal ones, relative to their length.
     max_iter
         Iterations after which an unconverged fit is kept, with ``converged_`` False.
     memory
@@ -199,7 +199,7 @@ class BradleyTerryClassifierCV(_LinearHead):
     n_repeats
         How many splits into folds are averaged; later ones deal groups of equal size in another, fixed order.
     standardize, quantisation, tol, max_iter, memory, device
-        As in `BradleyTerryClassifier`. ``tol`` is for the refit; fits inside the folds stop at 1e-6 where that is
+        As in `BradleyTerryClassifier`. ``tol`` is for the refit; fits inside the folds stop at 3e-7 where that is
         larger.
 
     Attributes

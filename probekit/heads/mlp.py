@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 from probekit.heads import solvers, training
-from probekit.heads.base import PairHead, checked_groups, checked_pairs, checked_rows, checked_targets, row_groups
+from probekit.heads.base import (
+    PairHead,
+    checked_groups,
+    checked_pairs,
+    checked_rows,
+    checked_targets,
+    differences,
+    row_groups,
+)
 from probekit.heads.factorisation import channel_scale
 from probekit.heads.linear import BradleyTerryClassifierCV
 
@@ -211,10 +219,7 @@ def fit_together(
                 raise HeadError(message)
     X = checked_rows(X)
     pairs = checked_pairs(pairs, len(X))
-    used, local = np.unique(pairs, return_inverse=True)
-    local = local.reshape(-1, 2)
-    rows = X[used].astype(np.float64)
-    _, label, weight = checked_targets(rows[local[:, 0]] - rows[local[:, 1]], label, sample_weight)
+    _, label, weight = checked_targets(differences(X, pairs), label, sample_weight)
     groups = row_groups(pairs) if groups is None else checked_groups(groups, len(pairs))
     held_out = first._held_out(groups)
     train = ~held_out
@@ -222,22 +227,30 @@ def fit_together(
         message = "the pairs for training or for early stopping all have weight 0; give both some weight"
         raise HeadError(message)
 
-    fitted = rows[np.unique(local[train])]
-    # rounding of the mean gives constant channels a tiny deviation
-    spread = np.where((fitted != fitted[0]).any(axis=0), fitted.std(axis=0), 0.0)
-    if not spread.any():
+    used, local = np.unique(pairs, return_inverse=True)
+    local = local.reshape(-1, 2)
+    raw = X[used]
+    trained = np.isin(np.arange(len(used)), local[train])
+    varies = (raw[trained] != raw[local[train][0, 0]]).any(axis=0)
+    if not varies.any():
         message = f"none of the {X.shape[1]} channels varies over the rows; there is nothing to fit"
         raise HeadError(message)
-    scale = channel_scale(torch.from_numpy(spread**2), torch.zeros(1), standardize=True).numpy()
-    mean = fitted.mean(axis=0)
+    share = trained / trained.sum()
+    rows = raw.astype(np.float64)
+    mean = share @ rows
+    rows -= mean
+    # rounding of the mean gives constant channels a tiny deviation
+    variance = np.where(varies, np.einsum("m,md,md->d", share, rows, rows), 0.0)
+    scale = channel_scale(torch.from_numpy(variance), torch.zeros(1), standardize=True).numpy()
     # A dropped channel is multiplied by zero, so that it reaches the network as a constant.
     gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    rows *= gain
     device = first.device
     linear = skip = None
     if first.linear_skip:
         linear = BradleyTerryClassifierCV(device=device)
         linear.fit(X, pairs[train], label[train], weight[train], groups[train])
-        skip = torch.from_numpy(linear.score_items(rows)).float().to(device)
+        skip = torch.from_numpy(linear.score_items(raw)).float().to(device)
 
     def batch(chosen: NDArray[np.bool_]) -> training.PairBatch:
         return training.PairBatch(
@@ -248,7 +261,7 @@ def fit_together(
 
     how = training.Schedule(**{name: getattr(first, name) for name in training.Schedule.__dataclass_fields__})
     shapes = [training.Shape(tuple(head.hidden), head.seed) for head in heads]
-    standardised = torch.from_numpy((rows - mean) * gain).float().to(device)
+    standardised = torch.from_numpy(rows).float().to(device)
     with solvers.one_thread():
         results = training.train_mlps(standardised, skip, batch(train), batch(held_out), shapes, how)
     for head, result in zip(heads, results, strict=True):

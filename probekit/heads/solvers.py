@@ -112,8 +112,8 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
         What to fit.
     tol
         A column has converged when its estimated gap to the optimum (a mean log-loss) is at most this, and its
-        estimated distance from it at most sqrt(tol) of its length. The second matters on separable data, where the loss
-        is flat.
+        estimated distance from it at most 2 sqrt(tol) of its length. The second matters on separable data, where the
+        loss is flat.
     max_iter
         Iterations after which a column is returned as it is.
     start
@@ -176,7 +176,7 @@ def _descend(
         inverse = 1 / (c * spectrum.eigenvalues + lam)
         direction = -_two_loop(gradient, spectrum, inverse, history)
         slope = (direction * gradient).sum(1)
-        done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= math.sqrt(tol) * w.norm(dim=1))
+        done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
         if leaves.any():
             at = active[leaves]

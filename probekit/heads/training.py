@@ -92,6 +92,8 @@ class _Together:
         First weights (H, d), first biases (H,) and, where all heads have one hidden layer, output weights (H,).
     later
         Further layers of each head.
+    of_head
+        (H, K): 1 where a first unit belongs to a head, else 0.
     """
 
     def __init__(self, heads: Sequence[Layers], generators: Sequence[torch.Generator], dropout: float) -> None:
@@ -106,8 +108,14 @@ class _Together:
         ]
         self.generators = list(generators)
         self.dropout = dropout
+        self.of_head = self._units()
         for parameter in self.parameters():
             parameter.requires_grad_()
+
+    def _units(self) -> Tensor:
+        """Which first units (H, K) belong to which head."""
+        owner = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
+        return (owner[:, None] == torch.arange(len(self.widths))).to(self.wide[0])
 
     def parameters(self) -> list[Tensor]:
         return [*self.wide, *(x for layers in self.later for pair in layers for x in pair if x.numel())]
@@ -116,24 +124,24 @@ class _Together:
         """Scores (m, K) of rows (m, d)."""
         h = torch.nn.functional.linear(rows, self.wide[0], self.wide[1]).relu()
         if training and self.dropout:
-            h = h * torch.cat([self._kept(len(h), width, k) for k, width in enumerate(self.widths)], dim=1)
+            h = h * self._kept(len(h), self.widths, self.generators)
         if self.shallow:
-            owner = torch.arange(len(self.widths), device=h.device)
-            of_head = owner.repeat_interleave(torch.tensor(self.widths, device=h.device))[:, None] == owner
-            return h @ (self.wide[2][:, None] * of_head)
+            return h @ (self.wide[2][:, None] * self.of_head)
         scores = []
         for k, (part, layers) in enumerate(zip(torch.split(h, self.widths, dim=1), self.later, strict=True)):
             for weight, bias in layers[:-1]:
                 part = torch.nn.functional.linear(part, weight, bias).relu()
                 if training and self.dropout:
-                    part = part * self._kept(len(part), len(bias), k)
+                    part = part * self._kept(len(part), [len(bias)], self.generators[k : k + 1])
             scores.append(part @ layers[-1][0].T)
         return torch.cat(scores, dim=1)
 
-    def _kept(self, m: int, width: int, k: int) -> Tensor:
-        """Dropout mask (m, width) of head k, divided by the share that is kept."""
-        mask = torch.empty(m, width, device=self.wide[0].device)
-        return mask.bernoulli_(1 - self.dropout, generator=self.generators[k]).div_(1 - self.dropout)
+    def _kept(self, m: int, widths: list[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """Dropout mask (m, sum of widths), each head's part by its own generator, divided by the share kept."""
+        mask = torch.empty(sum(widths), m, device=self.wide[0].device)
+        for part, generator in zip(torch.split(mask, widths), generators, strict=True):
+            part.bernoulli_(1 - self.dropout, generator=generator)
+        return mask.div_(1 - self.dropout).T
 
     def layers(self, k: int) -> Layers:
         """Copy of the layers of head k."""
@@ -143,14 +151,14 @@ class _Together:
 
     def keep(self, heads: list[int], optimiser: torch.optim.AdamW) -> None:
         """Let all but some heads leave, and their moments with them."""
-        units = torch.cat([torch.full((width,), k in heads) for k, width in enumerate(self.widths)])
+        chosen = self.of_head[:, heads].any(dim=1)
         for place, old in enumerate(self.wide):
-            chosen = units.to(old.device)
             new = old.detach()[chosen].requires_grad_()
             state = optimiser.state.pop(old)
             optimiser.state[new] = {key: x[chosen] if x.dim() else x for key, x in state.items()}
             self.wide[place] = new
         self.widths = [self.widths[k] for k in heads]
+        self.of_head = self._units()
         self.later = [self.later[k] for k in heads]
         self.generators = [self.generators[k] for k in heads]
         optimiser.param_groups[0]["params"] = self.parameters()
