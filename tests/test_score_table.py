@@ -190,7 +190,10 @@ def write_sweep(run, prefs, *, drop=(), seed=0):
     for key in keys:
         margins = pairs[["pair_id", "split", "source", "label"]].assign(
             dataset=prefs.stem,
-            group="pair of prompts " + (number // 2).astype(str), prompt_id=pairs["ranking_id"], margin=1.0, correct=1.0
+            group="pair of prompts " + (number // 2).astype(str),
+            prompt_id=pairs["ranking_id"],
+            margin=1.0,
+            correct=1.0,
         )
         rows = frame[frame["record_id"] == key].drop(
             columns=["family_tested", "sigma_ratio", "pooling_layers", "imported"]
@@ -316,7 +319,9 @@ def test_differences_in_reports_weigh_prompts_as_the_protocol_does(tmp_path, pre
     prompts = np.repeat(np.arange(90), np.array([1, 1, 2])[many + many])
     for key, right in ((first, np.ones(len(prompts))), (second, many[prompts].astype(float))):
         margins = pd.DataFrame({"pair_id": [f"p{i}" for i in range(len(prompts))], "prompt_id": prompts.astype(str)})
-        margins = margins.assign(group=margins["prompt_id"], split="test", source="", label=1.0, margin=1.0, dataset=prefs.stem)
+        margins = margins.assign(
+            group=margins["prompt_id"], split="test", source="", label=1.0, margin=1.0, dataset=prefs.stem
+        )
         filled_in = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
         rows = frame[frame["record_id"] == key].drop(columns=filled_in)
         results.write_part(run, key, rows, margins.assign(correct=right))

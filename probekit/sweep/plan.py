@@ -11,10 +11,10 @@ import pandas as pd
 
 from probekit.config import LinearHead, MLPHead, SweepConfig, Ties
 from probekit.errors import ConfigError
-from probekit.heads import resolve_layer_sets
 from probekit.results import SPLITS
 from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
+from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, material, open_cached
 
 FIT_VERSION = "2"  # part of every record's identity: raised when the same settings would give other numbers
@@ -174,7 +174,7 @@ def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
     fingerprints = sorted({open_cached(path).fingerprint for path in selection.stores})
     for (sigma, draw), pooling, head in product(coordinates, poolings, config.heads):
         seeds = head.seeds if isinstance(head, MLPHead) else [0]
-        for layers, seed in product(_layer_sets(head, store, pooling), seeds):
+        for layers, seed in product(layer_sets(head, selection, sigma=sigma, draw=draw, pooling=pooling), seeds):
             yield Record(
                 selection=selection,
                 backbone=store.describe["name"],
@@ -199,15 +199,6 @@ def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
 
 def _digest(texts: list[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def _layer_sets(head: LinearHead | MLPHead, store: FeatureStore, pooling: str) -> list[tuple[int, ...]]:
-    stored = [layer.index for layer in store.layers_of(pooling)]
-    try:
-        return resolve_layer_sets(head.layer_sets, int(store.describe["n_blocks"]), stored=stored)
-    except ConfigError as error:
-        message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"
-        raise ConfigError(message) from None
 
 
 def _coordinates(config: SweepConfig, store: FeatureStore) -> list[tuple[str, int]]:

@@ -1,0 +1,74 @@
+"""Layer sets of a head on a selection; blocks of similar layers and the best subsets are found on training pairs alone.
+
+They are found anew by every run of a sweep, which gives the same sets each time. m = rows, n = pairs.
+"""
+
+import logging
+
+import numpy as np
+
+from probekit._types import FloatArray
+from probekit.config import LinearHead, MLPHead
+from probekit.errors import ConfigError
+from probekit.heads import (
+    best_subsets,
+    block_ranges,
+    find_blocks,
+    resolve_layer_sets,
+    screen_subsets,
+    specs_with_features,
+)
+from probekit.heads.combine import depth_layers
+from probekit.sweep.material import Selection, features_of, material, open_cached
+
+logger = logging.getLogger(__name__)
+
+
+def layer_sets(
+    head: LinearHead | MLPHead, selection: Selection, *, sigma: str, draw: int, pooling: str
+) -> list[tuple[int, ...]]:
+    """Say which layer sets the configuration of a head means here.
+
+    Raises
+    ------
+    ConfigError
+        If a specification names layers that the store does not hold.
+    """
+    store = open_cached(selection.stores[0])
+    n_blocks = int(store.describe["n_blocks"])
+    stored = [layer.index for layer in store.layers_of(pooling)]
+    train = material(selection).train
+
+    def features(layer: int) -> FloatArray:
+        return features_of(selection, layers=(layer,), sigma=sigma, pooling=pooling, draw=draw)
+
+    def differences(layer: int) -> FloatArray:
+        rows = features(layer)
+        return rows[train.rows[:, 0]] - rows[train.rows[:, 1]]
+
+    try:
+        found = []
+        for spec in specs_with_features(head.layer_sets):
+            layers = depth_layers(stored, n_blocks)
+            if "blocks" in spec:
+                used = np.unique(train.rows)
+                blocks = find_blocks(lambda layer: features(layer)[used], layers, spec["blocks"])  # noqa: B023
+                logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(blocks))
+                found.append(blocks)
+            else:
+                linear = head if isinstance(head, LinearHead) else LinearHead(kind="linear", layer_sets=["all"])
+                screened = screen_subsets(
+                    differences,
+                    layers,
+                    train.label,
+                    train.frame["weight"].to_numpy(np.float64),
+                    train.frame["group"].to_numpy(),
+                    max_size=spec["search"].max_size,
+                    Cs=linear.strengths,
+                    cv=linear.folds,
+                )
+                found.append(best_subsets(screened, spec["search"].refit_top))
+        return resolve_layer_sets(head.layer_sets, n_blocks, stored=stored, found=found)
+    except ConfigError as error:
+        message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"
+        raise ConfigError(message) from None
