@@ -28,7 +28,7 @@ def test_the_first_two_blocks_are_one_command_each():
 
 
 def needs_real_weights(block: str) -> bool:
-    return re.search(r"\b(stabilityai|black-forest-labs|Qwen|openai)/", block) is not None
+    return re.search(r"\b(stabilityai|black-forest-labs|Qwen|openai|hpdv3)/", block) is not None
 
 
 def commands() -> list[str]:
