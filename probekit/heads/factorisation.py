@@ -24,7 +24,7 @@ from probekit.errors import HeadError
 
 _BLOCK = 512  # rows that are multiplied, or converted to float64, at a time: they stay in the cache
 _SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
-_PANEL = 128  # columns of the Gram matrix in one product
+_PANEL = 256  # channels whose products are not split further
 _COPIES = 4  # matrices of the size of the Gram matrix that an eigendecomposition holds at once
 
 
@@ -230,11 +230,25 @@ def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         block = rows[start : start + _SLAB].to(dtype)
         if weight is not None and not even:
             block = block * weight[start : start + _SLAB, None].sqrt().to(dtype)
-        for left in range(0, d, _PANEL):
-            right = min(left + _PANEL, d)
-            total[:right, left:right] += block[:, :right].T @ block[:, left:right]
+        _add_upper(total, block)
     total = total.triu() + total.triu(1).T
     return total * weight[0] if weight is not None and even else total
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Add rows' rows to the upper triangle of total (d, d), in products as large as can be."""
+    d = len(total)
+    if rows.device.type == "cpu":
+        array = rows.numpy()
+        total += torch.from_numpy(array.T @ array)  # numpy sees the symmetry and saves half, in less time than halving
+        return
+    if d <= _PANEL:
+        total += rows.T @ rows
+        return
+    half = d // 2
+    total[:half, half:] += rows[:, :half].T @ rows[:, half:]
+    _add_upper(total[:half, :half], rows[:, :half])
+    _add_upper(total[half:, half:], rows[:, half:])
 
 
 def _squares(rows: Tensor, weight: Tensor) -> Tensor:

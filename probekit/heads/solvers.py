@@ -29,12 +29,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from probekit.heads.factorisation import Differences, Problem, Spectrum
 
 HISTORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
+_POOLS = ThreadpoolController()
 _SINGLE_ITERATIONS = 40
 _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
@@ -42,11 +44,12 @@ _SINGLE_LEAST = 1e-9
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one CPU thread: the same bits on every machine setting, and sweeps parallelise over processes."""
+    """Run torch and numpy on one thread: the same bits on every machine setting; sweeps parallelise over processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _POOLS.limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
