@@ -14,7 +14,7 @@ from probekit.heads.combine import (
 )
 from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.heads.mix import BradleyTerryLateFusion, BradleyTerryScalarMix
-from probekit.heads.mlp import BradleyTerryMLP
+from probekit.heads.mlp import BradleyTerryMLP, fit_together
 from probekit.heads.search import best_subsets, refit_subsets, screen_subsets
 from probekit.heads.similarity import (
     PairKindSummary,
@@ -42,6 +42,7 @@ __all__ = [
     "contiguous_blocks",
     "depth_layers",
     "find_blocks",
+    "fit_together",
     "layer_set_name",
     "layer_similarity",
     "mean_features",

@@ -17,7 +17,7 @@ from probekit.store.settings import differing
 from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, material, open_cached
 
-FIT_VERSION = "2"  # part of every record's identity: raised when the same settings would give other numbers
+FIT_VERSION = "3"  # part of every record's identity: raised when the same settings would give other numbers
 _T = TypeVar("_T", str, int)
 
 
