@@ -29,6 +29,7 @@ from probekit.config import (
     PreferenceOptions,
     ScoreTableConfig,
     SweepConfig,
+    Ties,
     load_yaml,
 )
 from probekit.errors import ConfigError, ProbekitError
@@ -48,7 +49,6 @@ bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
 app.add_typer(bench, name="bench")
 
 ExportFormat = Literal["parquet", "safetensors"]
-Ties = Literal["drop", "half", "soft"]
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -135,7 +135,7 @@ def dump(
     from_file = {} if config is None else load_yaml(config)
     source = "options" if config is None else f"{config} and options"
     settings = DumpConfig.checked(from_file | given, source=source)
-    _existing(settings.prefs)  # that of a YAML file too
+    _preferences(settings.prefs)  # those of a YAML file too
 
     import probekit.dump
 
@@ -320,7 +320,9 @@ def lint(
     against: Annotated[
         Path | None, typer.Option(help="another preference file that should share nothing", callback=_preferences)
     ] = None,
-    ties: Annotated[Ties, typer.Option(help="how labels count: without ties, winners and half, vote shares")] = "soft",
+    ties: Annotated[
+        Ties, typer.Option(help="labels: soft (as are), half (winners, ties 0.5), drop (no ties)")
+    ] = "soft",
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
     min_confidence: ConfidenceOption = None,
@@ -335,7 +337,8 @@ def lint(
     from probekit.preferences.lint import lint as look_for_faults
 
     loaded = load_preferences(prefs, **reading.loading())
-    other = None if against is None else load_preferences(against)
+    told = reading.loading() | {"split_file": None}
+    other = None if against is None else load_preferences(against, **told)
     with _progress() as progress:
         found = look_for_faults(loaded, images=images, against=other, ties=ties, jobs=jobs, progress=progress)
     _show(found.facts(), found.lines(), as_json=as_json)

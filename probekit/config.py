@@ -214,10 +214,12 @@ def _allowed_layer_set(value: object) -> object:
     match value:
         case "singles" | "pairs" | "all":
             return value
+        case {"search": SubsetSearch(), **rest} if not rest:
+            return value
         case {"search": dict() as settings, **rest} if not rest:
             return {"search": SubsetSearch.checked(settings, source="search")}
         case {"relative": [*depths], **rest} if depths and not rest:
-            if all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
+            if all(type(depth) in (int, float) and 0 <= depth <= 1 for depth in depths):
                 return value
         case {"windows": number, **rest} | {"strides": number, **rest} | {"blocks": number, **rest} if not rest:
             if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
@@ -235,7 +237,7 @@ def _allowed_layer_set(value: object) -> object:
 Ties = Literal["drop", "half", "soft"]
 TIES_HELP = (
     "training pairs: labels as they are (soft), winners 1 and 0 and ties 0.5 (half), or no tied pairs (drop); "
-    "test pairs that are tied are never scored"
+    "the protocol says what tied test pairs count"
 )
 
 LayerSet = Annotated[
@@ -375,6 +377,9 @@ class ScoreTableConfig(PreferenceOptions):
             raise ValueError(message)
         if self.agreement is not None and self.name is None:
             message = "--agreement needs --name, which says whose it is"
+            raise ValueError(message)
+        if self.agreement is not None and self.split is not None:
+            message = "--split and --agreement are given; allowed: one of them, as a given share has no split"
             raise ValueError(message)
         return self
 

@@ -63,7 +63,7 @@ RESULT_COLUMNS: dict[str, str] = {
     "low": "float64",
     "high": "float64",
     "se": "float64",
-    "micro_accuracy": "float64",  # of what the protocol scores, the mean over pairs
+    "micro_accuracy": "float64",  # of what the protocol scores, the mean over pairs, data sets of a mixture alike
     "prompt_accuracy": "float64",  # and the mean over prompts (rankings); one of the two is the accuracy
     "threshold": "float64",  # tie threshold of protocol "pickscore", tuned on validation
     "expected_random": "float64",  # accuracy that random scores get on these pairs by this protocol,

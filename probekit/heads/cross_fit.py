@@ -71,7 +71,7 @@ def cross_fit(
     Parameters
     ----------
     D
-        (n, d) float64 differences, first minus second.
+        (n, d) differences, float32 or float64, first minus second.
     label, weight, folds
         (n,).
     strengths

@@ -160,7 +160,7 @@ def factorise(
         eigenvalues, vectors = torch.linalg.eigh(scaled.float())
         rounding = 4 * torch.finfo(torch.float32).eps * eigenvalues[-1]
         if rounding <= max(eigenvalues[0], smallest_lam):
-            return Problem(exact, fast, Spectrum(eigenvalues, vectors), scale)
+            return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
         scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
     eigenvalues, vectors = torch.linalg.eigh(scaled)
     return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)

@@ -1,5 +1,6 @@
 """Data sets of the library ``datasets``: what it saved, folders of data files, and ids of the Hugging Face Hub."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from probekit.errors import PreferenceError
 from probekit.preferences.packed import DatasetRows
 from probekit.preferences.readers import split_of
 from probekit.preferences.tables import READERS, Opened, Root
+
+logger = logging.getLogger(__name__)
 
 
 def seems_hub_id(path: str | Path) -> bool:
@@ -33,6 +36,8 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
     if not files:
         msg = f"{folder}: holds no data files; allowed: {', '.join(READERS)}, or what datasets saved"
         raise PreferenceError(msg)
+    doubled = _doubled([str(split) for split, _ in files], folder)
+    files = [(split, file) for split, file in files if split not in doubled]
     several = len({split for split, _ in files}) > 1  # the one split of an unnamed file is called train
     return [
         (split_of(str(split)) if several else split_of(file.name), Opened(file, _root(folder, file)))
@@ -50,6 +55,8 @@ def open_hub(name: str) -> list[tuple[str, Opened]]:
 
 def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[tuple[str, Opened]]:
     parts = _parts(datasets, found)
+    doubled = _doubled(list(parts), named)
+    parts = {split: part for split, part in parts.items() if split not in doubled}
     several = len(parts) > 1
     return [
         (
@@ -58,6 +65,14 @@ def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[t
         )
         for split, part in parts.items()
     ]
+
+
+def _doubled(splits: list[str], folder: Path) -> set[str]:
+    """Name parts such as Pick-a-Pic's ``test_unique``, whose pairs are also in ``test``."""
+    found = {split for split in splits if split.removesuffix("_unique") in set(splits) - {split}}
+    if found:
+        logger.warning("%s: left out, since their pairs are in other parts too: %s", folder, ", ".join(sorted(found)))
+    return found
 
 
 def _parts(datasets: Any, found: Any) -> dict[str, Any]:

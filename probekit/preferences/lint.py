@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from probekit._types import Progress
+from probekit.config import Ties
 from probekit.preferences import lint_checks as checks
 from probekit.preferences.groups import PLACEHOLDER_PROMPTS, SPLITS
-from probekit.preferences.lint_checks import Ties
 from probekit.preferences.lint_text import counted, fact_lines, listed, percent
 from probekit.preferences.near_duplicates import NEAR_BITS
 from probekit.preferences.picture_checks import PROBLEMS, across_splits, bad_files, shared_pictures

@@ -3,7 +3,7 @@
 n = pairs, m = items.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,23 +11,22 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 from sklearn.linear_model import LogisticRegression
 
+from probekit.config import Ties
 from probekit.preferences.groups import SPLITS
 from probekit.preferences.preference_set import PreferenceSet
 
-Ties = Literal["drop", "half", "soft"]
 SHOWN = 10  # names that are listed
 
 
 def targets(label: pd.Series, ties: Ties) -> pd.Series:
     """Turn labels (n,) into what counts under a rule of ties.
 
-    ``soft``: the label as it is; ``half``: the winner, 1 or 0, and 0.5 for a tie; ``drop``: the winner, and nothing
-    (missing) for a tie.
+    As in a sweep, ``soft``: the label as it is; ``half``: the winner, 1 or 0, and 0.5 for a tie; ``drop``: the label as
+    it is, and nothing (missing) for a tie.
     """
-    if ties == "soft":
-        return label
-    winner = label.mask(label > 0.5, 1.0).mask(label < 0.5, 0.0)
-    return winner.mask(label == 0.5) if ties == "drop" else winner
+    if ties == "drop":
+        return label.mask(label == 0.5)
+    return label.mask(label > 0.5, 1.0).mask(label < 0.5, 0.0) if ties == "half" else label
 
 
 def sizes(prefs: PreferenceSet) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def beyond_table(gains: pd.DataFrame) -> pd.DataFrame:
             "Paired interval": interval(row["low"], row["high"], signed=True),
             "Detectable": f"{100 * row['detectable']:.1f}",
             "Pairs": f"{row['n_pairs']:,}",
-            "Of one generator": f"{row['n_same']:,}",
+            "Without a generator logit": f"{row['n_same']:,}",
         }
         for row in gains.to_dict("records")
     )

@@ -27,6 +27,7 @@ from probekit.report.select import (
 )
 from probekit.report.style import in_millions
 from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS
+from probekit.stats import PROTOCOLS
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -289,7 +290,7 @@ def warnings_list(
             "have no validation rows, so no layer is chosen there",
         ),
     ]
-    ties = int(test["true_ties"].max())
+    ties, skips = int(test["true_ties"].max()), PROTOCOLS[test["protocol"].iloc[0]].skips_ties
     everything = frame[frame["slice_by"] == "all"]
     most = everything.groupby("split")["left_out"].max()
     left_out = {"training": int(records["train_left_out"].max())} | {
@@ -298,8 +299,8 @@ def warnings_list(
     if any(left_out.values()):
         counted = ", ".join(f"{count:,} {split}" for split, count in left_out.items() if count)
         found.append(
-            f"Up to {counted} pairs are left out: rows missing from the store, unreadable or non-finite pictures, or no"
-            " label."
+            f"Up to {counted} pairs are left out: rows missing from the store, unreadable or non-finite pictures, no"
+            " label, or (validation) connected to test pairs of another data set."
         )
     if connected := int(records["train_connected"].max()):
         found.append(
@@ -312,9 +313,13 @@ def warnings_list(
             " them."
         )
     if ties:
-        found.append(f"{ties:,} test pairs are true ties: they have no right answer and are not scored.")
+        counted = "have no right answer and are not scored" if skips else "count as the protocol says"
+        found.append(f"{ties:,} test pairs are true ties: they {counted}.")
     if predicted := int(test["predicted_ties"].where(test["accuracy"].notna(), 0).max()):
-        found.append(f"Up to {predicted:,} test pairs got exactly equal scores and count as wrong.")
+        counted = (
+            "exactly equal scores and count as wrong" if skips else "equal scores, which count as the protocol says"
+        )
+        found.append(f"Up to {predicted:,} test pairs got {counted}.")
     return [text for text in found if text]
 
 

@@ -306,6 +306,11 @@ class Protocol:
     needs: tuple[str, ...] = ()
 
     @property
+    def skips_ties(self) -> bool:
+        """Whether true ties are not scored and predicted ones wrong; else the definition says what they count."""
+        return self.name in ("strict", "imagereward", "hpsv2-imagereward")
+
+    @property
     def rule(self) -> str:
         """The definition in a sentence."""
         return " ".join((self.function.__doc__ or "").partition("\n\n")[0].split())

@@ -22,6 +22,7 @@ from probekit.config import Ties
 from probekit.heads import BradleyTerryClassifierCV
 from probekit.store import Pairs, canonical_json
 from probekit.sweep.evaluate import judged_rows
+from probekit.sweep.judging import listed_first
 from probekit.sweep.material import Selection, material
 from probekit.sweep.plan import FIT_VERSION, Judged, Record
 
@@ -92,7 +93,7 @@ def plan_baselines(records: list[Record]) -> list[Baseline]:
 def run_baseline(baseline: Baseline, *, out: Path) -> None:
     """Fit one baseline and write its part."""
     data = material(baseline.selection)
-    design = _design(baseline.name, data.train.frame)
+    design = _design(baseline.name, _frames(baseline.selection))
     head, fitted = _fit(design, data.train) if baseline.name not in RULES else (np.ones(1), _RULE)
 
     def margins(pairs: Pairs) -> FloatArray:
@@ -203,10 +204,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 COLUMNS[JOINT] = tuple(dict.fromkeys(column for name in _JOINED for column in COLUMNS[name]))
 
 
-def _design(name: str, train: pd.DataFrame) -> Design:
+def _design(name: str, frames: list[pd.DataFrame]) -> Design:
+    """Make the design of a baseline from the training pairs, the first of the frames of all its pairs."""
     if name != JOINT:
-        return _DESIGNS[name](train)
-    parts = [_DESIGNS[part](train) for part in _JOINED if _says(part, [train])]
+        return _DESIGNS[name](frames[0])
+    parts = [_DESIGNS[part](frames[0]) for part in _JOINED if _says(part, frames)]
     return lambda frame: np.hstack([part(frame) for part in parts])
 
 
@@ -220,6 +222,8 @@ def _says(name: str, frames: list[pd.DataFrame]) -> bool:
     if name == JOINT:  # more than one of its parts, else it is that part
         return sum(_says(part, frames) for part in _JOINED) > 1
     if not all(set(COLUMNS[name]) <= set(frame) for frame in frames):
+        return False
+    if "a_listed_first" in COLUMNS[name] and any(listed_first(frame) is None for frame in frames):
         return False
     return bool(_DESIGNS[name](frames[0])(frames[0]).any())
 

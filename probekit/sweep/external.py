@@ -104,7 +104,7 @@ def score_table(config: ScoreTableConfig) -> ScoreTable:
         name = config.name or config.scores.stem
         values, unknown = match_scores(config.scores, read_scores(config.scores), loaded.items)
         pairs = _scored(loaded, values, out=config.out)
-        record_id, made, margins = _judged(config, rules, name, pairs, values, unknown)
+        record_id, made, margins = _judged(config, rules, name, loaded.name, pairs, values, unknown)
     entry = {
         "name": name,
         "scores": None if config.scores is None else config.scores.name,
@@ -113,8 +113,8 @@ def score_table(config: ScoreTableConfig) -> ScoreTable:
         "agreement": config.agreement,
     }
     others = [one for one in known.get("scorers", []) if _key(one) != _key(entry)]
-    results.write_config(config.out, known | {"scorers": [*others, entry]})
     results.add_external(config.out, record_id, made.rows, margins)
+    results.write_config(config.out, known | {"scorers": [*others, entry]})
     return made
 
 
@@ -173,7 +173,13 @@ def _run_pairs(out: Path, dataset: str) -> pd.DataFrame | None:
 
 
 def _judged(
-    config: ScoreTableConfig, rules: Judged, name: str, pairs: Pairs, values: FloatArray, unknown: int
+    config: ScoreTableConfig,
+    rules: Judged,
+    name: str,
+    dataset: str,
+    pairs: Pairs,
+    values: FloatArray,
+    unknown: int,
 ) -> tuple[str, ScoreTable, pd.DataFrame]:
     """Record id, rows and margins of a scorer."""
     check_protocol(rules.protocol, pairs.frame, where=config.prefs)
@@ -185,7 +191,10 @@ def _judged(
         raise ConfigError(message)
     by_split = {split: _of_split(pairs, split) for split in dict.fromkeys([*wanted, "validation"])}
     margins = {split: values[some.rows[:, 0]] - values[some.rows[:, 1]] for split, some in by_split.items()}
-    threshold = config.threshold if "threshold" in PROTOCOLS[rules.protocol].needs else None
+    threshold = config.threshold
+    if threshold is not None and "threshold" not in PROTOCOLS[rules.protocol].needs:
+        message = f"--threshold is {threshold:g}, but protocol {rules.protocol!r} has none; allowed: with pickscore"
+        raise ConfigError(message)
     if threshold is None:
         if "threshold" in PROTOCOLS[rules.protocol].needs and not len(margins["validation"]):
             message = f"{config.prefs}: has no scored validation pairs to tune on; give --threshold (0 to 1)"
@@ -196,7 +205,7 @@ def _judged(
     data = hashlib.sha256(pd.util.hash_pandas_object(table.astype(str), index=False).to_numpy().tobytes()).hexdigest()
     plain = {"name": name, "scores": scores, "data": data, "split": wanted, "threshold": threshold} | vars(rules)
     record_id = results.EXTERNAL + hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:24]
-    facts = _facts(record_id, name, config.prefs.stem, rules, head="scores") | {
+    facts = _facts(record_id, name, dataset, rules, head="scores") | {
         "store_fingerprint": scores,
         "data_digest": data,
     }

@@ -1,7 +1,7 @@
 """What a protocol needs beside margins and labels, taken from the judgements of pairs, and the columns it fills.
 
-n = pairs. A frame of pairs has ``group``, ``prompt`` and ``prompt_id`` (of `prompt_ids`), and may have ``ranking_id``
-(empty where a pair comes from no ranking) and ``a_listed_first`` (stores of earlier versions have none).
+n = pairs. A frame of pairs has ``dataset``, ``group``, ``prompt`` and ``prompt_id`` (of `prompt_ids`), and may have
+``ranking_id`` (empty where a pair comes from no ranking) and ``a_listed_first`` (stores of earlier versions have none).
 """
 
 import hashlib
@@ -18,14 +18,11 @@ from probekit.stats import PROTOCOLS, Outcome, expectations, tune_threshold
 
 
 def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
-    """Name the ranking of each pair (n,), or a hash of its prompt where it comes from none."""
-    texts = frame["prompt"].unique()
-    hashed = {text: hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts}
-    prompts = frame["prompt"].map(hashed)
-    if "ranking_id" in frame:
-        ranking = frame["ranking_id"].fillna("").astype(str)
-        prompts = prompts.where(ranking == "", "ranking " + ranking)
-    return prompts.to_numpy(object)
+    """Name the prompt of each pair (n,), or its ranking of that prompt: a hash of data set, prompt and ranking."""
+    ranking = frame["ranking_id"].fillna("").astype(str) if "ranking_id" in frame else ""
+    texts = frame["dataset"] + "\0" + frame["prompt"] + "\0" + ranking
+    hashed = {text: hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts.unique()}
+    return texts.map(hashed).to_numpy(object)
 
 
 def _numbers(frame: pd.DataFrame) -> IntArray:

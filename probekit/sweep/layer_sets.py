@@ -8,8 +8,8 @@ import logging
 import numpy as np
 
 from probekit._types import FloatArray
-from probekit.config import LinearHead, MLPHead
-from probekit.errors import ConfigError
+from probekit.config import LinearHead, MLPHead, SubsetSearch
+from probekit.errors import ConfigError, HeadError
 from probekit.heads import (
     best_subsets,
     block_ranges,
@@ -46,28 +46,35 @@ def layer_sets(
         rows = features(layer)
         return rows[train.rows[:, 0]] - rows[train.rows[:, 1]]
 
+    def blocks(number: int, layers: list[int]) -> list[tuple[int, ...]]:
+        used = np.unique(train.rows)
+        made = find_blocks(lambda layer: features(layer)[used], layers, number)
+        logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(made))
+        return made
+
+    def searched(search: SubsetSearch, layers: list[int]) -> list[tuple[int, ...]]:
+        linear = head if isinstance(head, LinearHead) else LinearHead(kind="linear", layer_sets=["all"])
+        screened = screen_subsets(
+            differences,
+            layers,
+            train.label,
+            train.frame["weight"].to_numpy(np.float64),
+            train.frame["group"].to_numpy(),
+            max_size=search.max_size,
+            Cs=linear.strengths,
+            cv=linear.folds,
+        )
+        return best_subsets(screened, search.refit_top)
+
     try:
-        found = []
+        found: list[list[tuple[int, ...]]] = []
         for spec in specs_with_features(head.layer_sets):
             layers = depth_layers(stored, n_blocks)
-            if "blocks" in spec:
-                used = np.unique(train.rows)
-                blocks = find_blocks(lambda layer: features(layer)[used], layers, spec["blocks"])  # noqa: B023
-                logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(blocks))
-                found.append(blocks)
-            else:
-                linear = head if isinstance(head, LinearHead) else LinearHead(kind="linear", layer_sets=["all"])
-                screened = screen_subsets(
-                    differences,
-                    layers,
-                    train.label,
-                    train.frame["weight"].to_numpy(np.float64),
-                    train.frame["group"].to_numpy(),
-                    max_size=spec["search"].max_size,
-                    Cs=linear.strengths,
-                    cv=linear.folds,
-                )
-                found.append(best_subsets(screened, spec["search"].refit_top))
+            try:
+                found.append(blocks(spec["blocks"], layers) if "blocks" in spec else searched(spec["search"], layers))
+            except HeadError as error:  # a layer that is the same in all rows
+                logger.warning("%s, %s, head %s: no layer sets of %s: %s", store.path, pooling, head.name, spec, error)
+                found.append([])
         return resolve_layer_sets(head.layer_sets, n_blocks, stored=stored, found=found)
     except ConfigError as error:
         message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"

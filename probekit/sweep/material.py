@@ -20,7 +20,7 @@ from probekit.results import SPLITS
 from probekit.store import FeatureStore, Pairs
 from probekit.sweep.judging import prompt_ids
 
-_DIGESTED = ("pair_id", "group", "split", "source", "weight", "model_a", "model_b", "ranking_id")
+_DIGESTED = ("pair_id", "group", "split", "source", "weight", "model_a", "model_b", "ranking_id", "a_listed_first")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def select_stores(stores: Sequence[FeatureStore], *, judged: Path | None, ties: 
 def select_mixtures(config: SweepConfig) -> Iterator[Selection]:
     """One mixture for each backbone (and control) that the entries of `train` and `test` name.
 
-    The layer is chosen on the validation pairs of the data sets that are fitted on, weighted alike.
+    The layer is chosen on the validation pairs of the data sets that are fitted on, with the same weights.
 
     Raises
     ------
@@ -134,6 +134,14 @@ def _check_portions(train: list[Portion], test: list[Portion]) -> None:
             )
             raise ConfigError(message)
         seen.add((portion.store, portion.dataset, portion.split))
+    weights: dict[tuple[Path, str], float] = {}
+    for portion in train:
+        if weights.setdefault((portion.store, portion.dataset), portion.weight) != portion.weight:
+            message = (
+                f"train: {portion.store}: two weights for {portion.dataset!r}; allowed: one, which its validation "
+                "pairs have too"
+            )
+            raise ConfigError(message)
     names = [portion.dataset for portion in test]
     for portion in test:
         if names.count(portion.dataset) > 1:

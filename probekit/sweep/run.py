@@ -3,8 +3,9 @@
 A record's results are written as one part, atomically, by the process that computed them; the same command again
 computes only the records that have no part.
 
-Every refitting loop lives here. Nothing is chosen on what is reported: the strength of a linear head comes from grouped
-cross-validation inside the training split, the layer from the validation split (marked by `probekit.results.rebuild`).
+Every refitting loop lives in this package. Nothing is chosen on what is reported: the strength of a linear head comes
+from grouped cross-validation inside the training split, the layer from the validation split (marked by
+`probekit.results.rebuild`).
 """
 
 import logging
@@ -24,7 +25,7 @@ from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
-from probekit.store import Pairs
+from probekit.store import IMAGE_DIGESTS, Pairs
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.evaluate import judged_rows, record_facts
@@ -43,7 +44,7 @@ from probekit.sweep.plan import (
 
 logger = logging.getLogger(__name__)
 
-_JUDGEMENTS, _DIGESTS = "judgements", "image_digests.parquet"  # what `prefs` leaves in a run
+_JUDGEMENTS, _DIGESTS = "judgements", IMAGE_DIGESTS  # what `prefs` leaves in a run
 
 
 def run_sweep(
