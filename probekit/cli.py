@@ -340,6 +340,9 @@ def lint(
     told = reading.loading() | {"split_file": None}
     other = None if against is None else load_preferences(against, **told)
     with _progress() as progress:
+        for preferences in (loaded, other) if images else ():
+            if preferences is not None:
+                preferences.unpack_images(progress)
         found = look_for_faults(loaded, images=images, against=other, ties=ties, jobs=jobs, progress=progress)
     _show(found.facts(), found.lines(), as_json=as_json)
     if found.errors:

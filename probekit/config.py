@@ -287,6 +287,7 @@ class TestSet(_Strict):
     __test__ = False  # no test class of pytest's
     store: Path = Field(description="feature store, relative to the current folder")
     dataset: str | None = Field(None, description="judgements in the store; may be left out where it holds one")
+    name: str | None = Field(None, min_length=1, description="what results call the data set (default: as the store)")
     split: Literal["train", "validation", "test"] = "test"
 
 
@@ -295,6 +296,7 @@ class TrainSet(_Strict):
 
     store: Path = Field(description="feature store, relative to the current folder")
     dataset: str | None = Field(None, description="judgements in the store; may be left out where it holds one")
+    name: str | None = Field(None, min_length=1, description="what results call the data set (default: as the store)")
     split: Literal["train", "test"] = "train"  # validation pairs choose, so they are never fitted on
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of each pair: 2 is having every pair twice")
 

@@ -363,6 +363,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
             for column in ("dataset", "protocol", "sigma", "draw", "pooling", "backbone", "control", "head")
         },
         "splits": load_config(run).get("splits", {}),
+        "left_out": load_config(run).get("left_out", {}),
         "unresolved": unresolved.drop_duplicates().to_dict("records"),
         "test_pairs": int(test["n_pairs"].max()) if len(test) else 0,
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),

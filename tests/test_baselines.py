@@ -171,7 +171,9 @@ def test_frequent_generators_are_named_and_the_rest_is_together():
 
 def test_vote_shares_are_those_of_the_preferred_side():
     found = named(pairs_of(label=[0.5, 0.55, 0.45, 0.6, 0.3, 0.9, 0.0]))
-    assert found["vote_share"] == {"tie": 1, "under 60 %": 2, "60 to 75 %": 2, "90 % and more": 2}
+    assert found["vote_share"] == {"tie": 1, "under 60 %": 2, "60 to 75 %": 2, "90 % and more": 1, "no votes": 1}
+    counted = named(pairs_of(label=[0.6, 1.0, 0.0], n_votes=[5, 5, None]))
+    assert counted["vote_share"] == {"60 to 75 %": 1, "90 % and more": 1, "no votes": 1}
 
 
 def test_images_are_those_of_a_ranking_or_of_a_prompt():

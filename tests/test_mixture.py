@@ -135,6 +135,18 @@ def test_what_does_not_fit_together_is_one_line(stores, tmp_path):
     assert not out.exists()
 
 
+def test_files_of_one_name_are_told_apart_by_a_name_in_the_mixture(tmp_path):
+    held = [planted_store(tmp_path / str(i), signal=SIGNAL, seed=i, of=9, dataset="test", pairs=200) for i in (0, 1)]
+    sets = [{"store": store, "name": name} for store, name in zip(held, ("hpdv2", "hpdv3"), strict=True)]
+    settings = {"heads": [LINEAR], "resamples": 200, "train": sets}
+    run = probekit.run_sweep(SweepConfig.checked(settings | {"test": sets}, source="m"), out=tmp_path / "run")
+    assert set(heads(run)["dataset"]) == {"hpdv2", "hpdv3"}
+    assert set(heads(run)["trained_on"]) == {"hpdv2+hpdv3"}
+    without = [{"store": store} for store in held]
+    with pytest.raises(ConfigError, match="named 'test'; allowed: one; give the others a name"):
+        probekit.run_sweep(SweepConfig.checked(settings | {"test": without}, source="m"), out=tmp_path / "other")
+
+
 def test_a_test_set_that_is_the_training_set_leaves_nothing_to_fit(stores, tmp_path):
     for others in ([], [{"store": stores["c"]}]):
         leaking = config(stores, {"a": 1.0}, "", test=[{"store": stores["a"], "split": "train"}, *others])

@@ -470,3 +470,28 @@ def test_only_regular_files_are_images(tmp_path):
     prefs = load_preferences(write(tmp_path / "p.jsonl", [GOOD]))
     with pytest.raises(ImageError, match=r"2 image files are missing: \S*a.png, \S*b.png; 2 of 2 rows"):
         prefs.image_digests()
+
+
+def test_pairs_that_a_file_has_and_a_set_has_not_are_told_with_its_judgements(tmp_path):
+    records = [{"prompt": f"p{i // 2}", "image_a": f"{i}a", "image_b": f"{i}b", "label": 1} for i in range(8)]
+    for i, record in enumerate(records):
+        record["split"] = "test" if i % 4 == 1 else "train"
+        (tmp_path / record["image_a"]).write_bytes(bytes([2 * i]))
+        (tmp_path / record["image_b"]).write_bytes(bytes([2 * i + 1]))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prefs = load_preferences(tmp_path / "p.jsonl")
+    judged = prefs.judgements(prefs.image_digests())
+    assert set(judged["left_out_of_set"]) == {"2 train connected to test"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": "1", "prompt": "p", "generations": ["a.png"], "ranking": [1]}]', "no ranking has two images"),
+        ('[{"prompt": "\\ud800", "image_a": "a", "image_b": "b", "label": 1}]', "holds half a character"),
+    ],
+)
+def test_files_that_give_no_pairs_or_no_text_are_one_line(tmp_path, text, message):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(PreferenceError, match=message):
+        load_preferences(tmp_path / "p.json")

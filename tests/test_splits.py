@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from test_cli import probekit, refused
 from test_preferences import write
 
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences import load_preferences
 from probekit.preferences.split_files import make_split, read_split
 
@@ -108,8 +108,8 @@ def test_features_that_know_the_image_leak_through_folds_that_cut_groups(tmp_pat
     for seed in range(3):
         test = rng.random(len(prefs.pairs)) < 0.3
         cut.append(accuracy(prefs.pairs, ~test, test))
-        split(prefs, test=0.3, validation=0.0, seed=seed).write(tmp_path / "s.json")
-        ours = load_preferences(path, split_file=tmp_path / "s.json").pairs
+        split(prefs, test=0.3, validation=0.0, seed=seed).write(tmp_path / f"{seed}.json")
+        ours = load_preferences(path, split_file=tmp_path / f"{seed}.json").pairs
         whole.append(accuracy(ours, ours["split"] == "train", ours["split"] == "test"))
     assert np.mean(cut) > 0.9
     assert abs(np.mean(whole) - 0.5) < 0.05
@@ -229,6 +229,9 @@ def test_split_files_that_do_not_fit_are_refused(tmp_path):
     official = [{**record, "split": "test" if i % 2 else "train"} for i, record in enumerate(many())]
     fails(official, "pairs contradict the preference file's own test split, such as .*there test, here train")
     twice = made.model_copy(update={"dropped": {"twice": made.splits["train"][:1]}})
+    with pytest.raises(ConfigError, match="holds another split, which runs may name; allowed: a new file"):
+        twice.write(file)
+    file.unlink()
     twice.write(file)
     with pytest.raises(PreferenceError, match="stands twice"):
         read_split(file)

@@ -87,7 +87,11 @@ def load_preferences(
     frames: list[pd.DataFrame] = []
     packed: list[PackedColumn] = []
     for split, one in opened:
-        pairs, of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        try:
+            pairs, of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
+        except UnicodeEncodeError as error:
+            msg = f"{one.path}: the text {error.object[:40]!r} holds half a character; allowed: Unicode"
+            raise PreferenceError(msg) from None
         frames.append(pairs)
         packed += of_bytes
     del pairs  # the frame alone is kept, and given back step by step
@@ -119,7 +123,11 @@ def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def _prepare(file: Path, frame: pd.DataFrame, packed: Packed, split_file: str | Path | None) -> PreferenceSet:
     """Name the pairs, put them into groups and splits, and make items of their images."""
     dropped = dict(Counter(frame["drop"][frame["drop"] != ""]))
-    frame = _identify(frame)
+    try:
+        frame = _identify(frame)
+    except UnicodeEncodeError as error:
+        msg = f"{file}: the text {error.object[:40]!r} holds half a character; allowed: Unicode"
+        raise PreferenceError(msg) from None
     frame = frame[frame["drop"] == ""].reset_index(drop=True)
     if not len(frame):
         log_dropped(file, dropped)

@@ -5,6 +5,7 @@ n = pairs, m = items.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -217,7 +218,8 @@ class PreferenceSet:
         ``format_a`` (such as PNG; empty where unknown) and the same of B.
 
         Files of equal bytes are one image here. A pair of two such files is left out; groups that share an image under
-        two names become one, and the pairs of all but its last split are left out. Both are logged.
+        two names become one, and the pairs of all but its last split are left out. Both are logged. ``left_out_of_set``
+        says in each pair how many pairs of the file are not here, by reason; empty where all are.
         """
         ids = self._row_ids(digests)
         keys = {"row_a": ids[self.pairs["item_a"]], "row_b": ids[self.pairs["item_b"]]}
@@ -232,7 +234,9 @@ class PreferenceSet:
         log_dropped(self.path, dropped)
         images = self.items["image"].to_numpy()
         named = {f"image_{side}": images[self.pairs[f"item_{side}"]] for side in ("a", "b")}
-        judged = self.pairs[COLUMNS].assign(group=group, split=split, **self._facts(digests))
+        lost = Counter(self.dropped) + Counter(dropped) + Counter({"same_picture_twice": int(same.sum())})
+        told = "; ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(lost.items()))
+        judged = self.pairs[COLUMNS].assign(group=group, split=split, left_out_of_set=told, **self._facts(digests))
         frame = self.pairs[["pair_id"]].assign(**keys, **named).join(judged)
         return frame[frame["split"].notna()].reset_index(drop=True)
 

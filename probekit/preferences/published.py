@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from probekit._types import FloatArray
+from probekit.errors import PreferenceError
 from probekit.preferences.packed import uid_name
 from probekit.preferences.readers import SHARE, finish, image_names
 from probekit.preferences.tables import Table, show
@@ -177,6 +178,9 @@ def _ranked(
     ]
     if alone := sum(len(images) < 2 for _, images, _ in rankings):
         logger.warning("%s: %d rankings have one image only, which makes no pair", table.path, alone)
+    if not lines:
+        msg = f"{table.path}: no ranking has two images, so there are no pairs; allowed: one pair at least"
+        raise PreferenceError(msg)
     frame = pd.DataFrame(lines, columns=["record", "image_a", "image_b", "label"])
     prefix = "" if prefixed else table.root.prefix
     for side in ("image_a", "image_b"):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from probekit.errors import PreferenceError
+from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences.groups import SPLITS, TEST_SHARE, VALIDATION_SHARE, assign_splits, hash_share, seeded
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,16 @@ class SplitFile(BaseModel):
         return hashlib.sha256(plain.encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the file, as a whole or not at all."""
+        """Write the file, as a whole or not at all.
+
+        Raises
+        ------
+        ConfigError
+            If there is another split.
+        """
+        if path.exists() and read_split(path).sha256 != self.sha256:
+            msg = f"{path}: holds another split, which runs may name; allowed: a new file"
+            raise ConfigError(msg)
         text = json.dumps({"sha256": self.sha256} | self.model_dump(), ensure_ascii=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

@@ -81,6 +81,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         | {
             "scorers": tables.scorers_table(everything, setting),
             "expected": tables.expected_text(narrow(frame, setting)),
+            "left_out": config.get("left_out", {}).get(setting.dataset, ""),
         }
         for i, setting in enumerate(found, start=1)
     ]

@@ -96,6 +96,12 @@ def score_table(config: ScoreTableConfig) -> ScoreTable:
         resamples=sweep.get("resamples", 2000),
         level=sweep.get("level", 0.95),
     )
+    if sweep and rules.protocol != sweep.get("protocol"):
+        message = (
+            f"--protocol is {rules.protocol!r}, but the heads of {config.out} are judged by {sweep.get('protocol')!r}; "
+            "allowed: that, or another folder"
+        )
+        raise ConfigError(message)
     loaded = load_preferences(config.prefs, **config.loading())
     if config.scores is None:
         made, name = _given(config, rules, loaded.name), str(config.name)

@@ -25,12 +25,21 @@ _DIGESTED = ("pair_id", "group", "split", "source", "weight", "model_a", "model_
 
 @dataclass(frozen=True)
 class Portion:
-    """The pairs of one split of one data set in one store, and what each of them weighs beside its own weight."""
+    """The pairs of one split of one data set in one store, and what each of them weighs beside its own weight.
+
+    `name` is what results call the data set; empty, it has the name that the store gives it.
+    """
 
     store: Path
     dataset: str
     split: str
     weight: float = 1.0
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """What results call the data set."""
+        return self.name or self.dataset
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Selection:
     @property
     def trained_on(self) -> str:
         """Name of what is fitted on: the data sets, with their weights where these are not 1."""
-        names = [f"{portion.weight:g}*".removeprefix("1*") + portion.dataset for portion in self.train]
+        names = [f"{portion.weight:g}*".removeprefix("1*") + portion.title for portion in self.train]
         return "+".join(dict.fromkeys(names))
 
 
@@ -148,7 +157,7 @@ def material(selection: Selection) -> Material:
     return Material(
         train=_with_ties(train, selection.ties),
         validation=validation,
-        tests=dict(zip((portion.dataset for portion in selection.test), by_role["test"], strict=True)),
+        tests=dict(zip((portion.title for portion in selection.test), by_role["test"], strict=True)),
         validation_weight=validation.frame["portion_weight"].to_numpy(np.float64) if len(weights) > 1 else None,
         train_ties=int(tied.sum()),
         train_connected=connected,
@@ -193,7 +202,7 @@ def _pairs(portion: Portion, judged: Path | None) -> Pairs:
 def _shifted(pairs: Pairs, offset: int, portion: Portion) -> Pairs:
     """Count rows from the first of all stores, and name what the pairs come from."""
     weight = pairs.frame["weight"] * portion.weight
-    frame = pairs.frame.assign(dataset=portion.dataset, weight=weight, portion_weight=portion.weight)
+    frame = pairs.frame.assign(dataset=portion.title, weight=weight, portion_weight=portion.weight)
     frame["prompt_id"] = prompt_ids(frame)
     return replace(pairs, rows=pairs.rows + offset, frame=frame)
 

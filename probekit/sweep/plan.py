@@ -97,7 +97,7 @@ def select_mixtures(config: SweepConfig) -> Iterator[Selection]:
             dataset = _dataset(store, entry.dataset, role=role)
             weight = getattr(entry, "weight", 1.0)
             backbone = entries.setdefault((store.describe["name"], _control(store)), {"train": [], "test": []})
-            backbone[role].append(Portion(store.path, dataset, entry.split, weight))
+            backbone[role].append(Portion(store.path, dataset, entry.split, weight, entry.name or ""))
     for (name, control), found in entries.items():
         for role, portions in found.items():
             if not portions:
@@ -106,7 +106,8 @@ def select_mixtures(config: SweepConfig) -> Iterator[Selection]:
                 raise ConfigError(message)
         _check_portions(found["train"], found["test"])
         validation = {
-            (at.store, at.dataset): Portion(at.store, at.dataset, "validation", at.weight) for at in found["train"]
+            (at.store, at.dataset): Portion(at.store, at.dataset, "validation", at.weight, at.name)
+            for at in found["train"]
         }
         selection = Selection(tuple(found["train"]), tuple(validation.values()), tuple(found["test"]), config.ties)
         _check_alike([open_cached(path) for path in selection.stores])
@@ -142,10 +143,13 @@ def _check_portions(train: list[Portion], test: list[Portion]) -> None:
                 "pairs have too"
             )
             raise ConfigError(message)
-    names = [portion.dataset for portion in test]
+    names = [portion.title for portion in test]
     for portion in test:
-        if names.count(portion.dataset) > 1:
-            message = f"test: {portion.store}: two test sets of a backbone are named {portion.dataset!r}; allowed: one"
+        if names.count(portion.title) > 1:
+            message = (
+                f"test: {portion.store}: two test sets of a backbone are named {portion.title!r}; allowed: one; give "
+                "the others a name of their own (name: ...)"
+            )
             raise ConfigError(message)
 
 
@@ -255,22 +259,30 @@ def check_distinct(records: list[Record]) -> None:
             raise ConfigError(message)
 
 
-def split_files(selections: Sequence[Selection]) -> dict[str, str]:
-    """Say by which split file each data set was split: its SHA-256, or that the file itself or a hash decided."""
-    found: dict[str, set[str]] = {}
+def told_of_sets(selections: Sequence[Selection]) -> dict[str, dict[str, str]]:
+    """Say of each data set how it was split (``splits``) and which pairs of its file are not in it (``left_out``).
+
+    A split is named by the SHA-256 of its split file, or else the preference file itself or a hash decided.
+    """
+    found: dict[str, dict[str, set[str]]] = {"split_file": {}, "left_out_of_set": {}}
     for data in map(material, selections):
         for pairs in (data.train, data.validation, *data.tests.values()):
-            frame = (
-                pairs.frame if "split_file" in pairs.frame else pairs.frame.assign(split_file="")
-            )  # older judgements
-            hashes = frame["split_file"].fillna("")
-            for dataset, names in hashes.groupby(pairs.frame["dataset"]):
-                found.setdefault(str(dataset), set()).update(names)
+            for column, texts in found.items():
+                # Older judgements have no such columns.
+                values = pairs.frame.get(column, pd.Series("", pairs.frame.index)).fillna("")
+                for dataset, names in values.groupby(pairs.frame["dataset"]):
+                    texts.setdefault(str(dataset), set()).update(names)
+    by_hash = "by the preference file or by hash"
     return {
-        dataset: ", ".join(
-            f"split file {name}" if name else "by the preference file or by hash" for name in sorted(hashes)
-        )
-        for dataset, hashes in found.items()
+        "splits": {
+            dataset: ", ".join(f"split file {name}" if name else by_hash for name in sorted(hashes))
+            for dataset, hashes in found["split_file"].items()
+        },
+        "left_out": {
+            dataset: " / ".join(sorted(texts - {""}))
+            for dataset, texts in found["left_out_of_set"].items()
+            if any(texts)
+        },
     }
 
 

@@ -37,9 +37,9 @@ from probekit.sweep.plan import (
     plan_records,
     select_mixtures,
     select_stores,
-    split_files,
     store_facts,
     store_settings,
+    told_of_sets,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def run_sweep(
             check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
     baselines = plan_baselines(records)
     scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
-    resolved = scorers | {"sweep": config.model_dump(mode="json"), "splits": split_files(selections)}
+    resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(selections)
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]

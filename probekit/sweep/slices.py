@@ -17,6 +17,7 @@ SAME, DIFFERENT, UNKNOWN, OTHER = "same", "different", "unknown", "other"
 _SHARES = {"under 60 %": 0.6, "60 to 75 %": 0.75, "75 to 90 %": 0.9, "90 % and more": np.inf}  # of the preferred side
 _IMAGES = {"2": 3, "3": 4, "4": 5, "5 to 9": 10, "10 and more": np.inf}
 
+NO_VOTES = "no votes"
 Slices = Iterator[tuple[str, str, NDArray[np.bool_]]]
 
 
@@ -34,7 +35,8 @@ def slices(pairs: Pairs) -> Slices:
         (frame["model_a"].fillna("") + frame["model_b"].fillna("")) != ""
     ).any():
         found |= _by_generator(frame)
-    found["vote_share"] = _by_vote_share(pairs.label)
+    votes = frame["n_votes"] if "n_votes" in frame else pd.Series(pd.NA, frame.index)
+    found["vote_share"] = _by_vote_share(pairs.label, votes.isna().to_numpy())
     found["images"] = _by_images(frame)
     for slicing, value in found.items():
         names = np.asarray(value, dtype=object)
@@ -57,13 +59,13 @@ def _by_generator(frame: pd.DataFrame) -> dict[str, Any]:
     return {"generators": named, "same_generator": np.where(known, np.where(a == b, SAME, DIFFERENT), UNKNOWN)}
 
 
-def _by_vote_share(label: NDArray[np.float64]) -> NDArray[Any]:
-    """Slices by the share of votes of the preferred side; true ties are one of their own, so that none is uncounted."""
+def _by_vote_share(label: NDArray[np.float64], uncounted: NDArray[np.bool_]) -> NDArray[Any]:
+    """Slices by the share of votes of the preferred side, ties and pairs without a share or number of votes apart."""
     share = np.maximum(label, 1 - label)
     if set(np.unique(share)) <= {0.5, 1.0}:  # winners alone
         return np.full(len(label), "", dtype=object)
     names = np.array(list(_SHARES), object)[np.searchsorted(list(_SHARES.values()), share, side="right")]
-    return np.where(share == 0.5, "tie", names)
+    return np.select([share == 0.5, uncounted & (share == 1)], ["tie", NO_VOTES], names)
 
 
 def _by_images(frame: pd.DataFrame) -> NDArray[Any]:
