@@ -495,3 +495,12 @@ def test_files_that_give_no_pairs_or_no_text_are_one_line(tmp_path, text, messag
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(PreferenceError, match=message):
         load_preferences(tmp_path / "p.json")
+
+
+def test_a_text_is_no_number_where_the_file_has_numbers(tmp_path):
+    record = {"prompt": "p", "image_a": "a", "image_b": "b", "label": "1"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    with pytest.raises(PreferenceError, match="line 1: label is '1'; allowed: a number from 0 to 1"):
+        load_preferences(tmp_path / "p.jsonl")
+    (tmp_path / "p.csv").write_text("prompt,image_a,image_b,label\np,a,b,1\n")
+    assert len(load_preferences(tmp_path / "p.csv").pairs) == 1

@@ -34,7 +34,10 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
     files = [(split, Path(str(file))) for split, of in (found or {}).items() for file in of]
     files = [(split, file) for split, file in files if file.suffix.lower() in READERS]
     if not files:
-        msg = f"{folder}: holds no data files; allowed: {', '.join(READERS)}, or what datasets saved"
+        msg = (
+            f"{folder}: datasets finds no data files there (in a folder of pictures it does not look for others); "
+            f"allowed: {', '.join(READERS)}, what datasets saved, or one file by its own name"
+        )
         raise PreferenceError(msg)
     doubled = _doubled([str(split) for split, _ in files], folder)
     files = [(split, file) for split, file in files if split not in doubled]

@@ -135,8 +135,9 @@ class Table:
         if not self.has(name) and default is not None:
             return pd.Series(np.full(len(self), default))
         out = np.empty(len(self))
+        typed = self.path.suffix.lower() != ".csv"  # where numbers are numbers, a text is no number
         for i, value in enumerate(self.values(name)):
-            number = _number(value)
+            number = None if typed and isinstance(value, str) else _number(value)
             if number is None and default is not None and (value is None or value == "" or value != value):
                 number = default
             elif number is None or not fits(number):
