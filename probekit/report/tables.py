@@ -437,6 +437,7 @@ def _notes(row: dict[Hashable, Any]) -> list[str]:
     notes = ["chosen on validation"] if row["chosen"] else []
     notes += ["edge of grid"] if row["edge_of_grid"] else []
     notes += ["nothing to fit"] if row["head_parameters"] == 0 else []
+    notes += [] if pd.isna(row["threshold"]) else [f"ties up to a difference in probability of {row['threshold']:g}"]
     return notes + (["not converged"] if not row["converged"] else [])
 
 

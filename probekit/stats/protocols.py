@@ -170,8 +170,8 @@ def hpsv2_inversion(margins: FloatArray, labels: FloatArray, *, prompts: NDArray
     """Mean over prompts of 1 - discordant pairs / all pairs; true ties are right, predicted ties go to the first side.
 
     The original sorts the pictures by score and compares places, so that equal scores take the order of the sort. Here
-    pictures stand in hash order before it, since a hash of the pair decides which one is first: nothing that a file's
-    order says can be gained. `hpsv2_inversion_listed` keeps that quirk.
+    a hash of each pair decides which picture is first, so that nothing that a file's order says can be gained; over the
+    pairs of a ranking these need not be one order. `hpsv2_inversion_listed` keeps that quirk.
 
     Notes
     -----
