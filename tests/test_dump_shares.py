@@ -258,7 +258,7 @@ def lines(done) -> dict[str, str]:
 
 
 def test_a_dry_run_says_what_the_dump_then_does(dump, small_shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "2000")
     out = tmp_path / "store"
     command = [*dump, "--out", out, "--pooling", "mean", "--pooling", "grid4", "--batch-size", 8]
     done = probekit(*command, "--dry-run")
@@ -287,7 +287,7 @@ def test_a_dry_run_says_what_the_dump_then_does(dump, small_shards, tmp_path, mo
 
 
 def test_a_dry_run_names_what_is_done_again_and_changes_nothing(dump, small_shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "2000")
     out = tmp_path / "store"
     assert probekit(*dump, "--out", out).returncode == 0
     short, lost = sorted(out.rglob("*.h5"))[:2]
@@ -305,7 +305,7 @@ def test_a_dry_run_names_what_is_done_again_and_changes_nothing(dump, small_shar
 
 
 def test_without_weights_the_time_is_unknown(pairs, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "2000")
     base, transformer = tmp_path / "base", tmp_path / "transformer"
     weights = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(base_folder(), base, ignore=weights)

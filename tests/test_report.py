@@ -444,7 +444,7 @@ def test_warnings_name_what_a_reader_must_know(frame):
         "equal scores",
     ):
         assert words in text
-    assert "rows missing from the store, unreadable or non-finite pictures, or no label" in text
+    assert "rows missing from the store, unreadable or non-finite pictures, no label" in text
     calm = frame.assign(edge_of_grid=False, converged=True, effective_groups=500.0, left_out=0, true_ties=0)
     assert warnings_list(calm) == []
 
