@@ -25,7 +25,8 @@ from probekit.store.half import convert
 from probekit.store.mend import MEND_PLAN, MEND_SHARD, MEND_STORE_FILE
 from probekit.store.records import Sidecar, parse_plan, parse_sidecar, parse_store_file
 
-CHUNK_BYTES = 2**20  # read at once: few system calls, and still in the cache when it is summed and converted
+CHUNK_BYTES = 2**20  # read at once: few system calls, and still in the cache when it is converted
+FIRST_BYTES = 2**18  # the first time, while the checksum is computed too: the disk reads ahead meanwhile
 _DRAW = re.compile("[1-9][0-9]*")  # draw 0 lies one folder higher
 _SHARD = re.compile(r"[0-9a-f]{32}\.(h5|json)")  # other names are not ours
 
@@ -254,7 +255,7 @@ class Shard:
         if record.dtype == "<f4":
             self.read_into(name, flat.view(np.uint8))
             return
-        for start, part in self.chunks(name):
+        for start, part in self.chunks(name, size=CHUNK_BYTES if name in self._checked else FIRST_BYTES):
             convert(part.view("<f2"), flat[start // 2 : (start + len(part)) // 2])
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
