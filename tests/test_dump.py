@@ -196,7 +196,8 @@ def test_killed_or_stopped_at_random_moments_it_ends_with_the_same_bytes(pairs, 
             assert code == -number
             continue
         assert code == 128 + number
-        assert "rows are stored" in said.read_text()
+        # Between two noise levels no shard is under way, and nothing is counted.
+        assert "rows are stored" in said.read_text() or "what is done is kept" in said.read_text()
         assert "the same command resumes" in said.read_text().splitlines()[-1]
         assert "Traceback" not in said.read_text()
         assert not list(killed.rglob(".tmp-*"))

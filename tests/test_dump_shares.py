@@ -297,8 +297,9 @@ def test_a_dry_run_names_what_is_done_again_and_changes_nothing(dump, small_shar
     said = lines(probekit(*dump, "--out", out, "--dry-run"))
     assert tree(out) == before
     assert "2 done again, 0 new" in said["shards"]
-    assert str(short) in said["done again"]
-    assert str(lost) in said["done again"]
+    again = said["done again"].replace(" ", "")  # long paths are cut where a line ends
+    assert str(short) in again
+    assert str(lost) in again
     refused(
         probekit(*dump, "--out", out, "--dry-run", "--seed", 3), 1, "noise.seed is 0 in this store, 3 was asked for"
     )
