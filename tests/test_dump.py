@@ -196,8 +196,7 @@ def test_killed_or_stopped_at_random_moments_it_ends_with_the_same_bytes(pairs, 
             assert code == -number
             continue
         assert code == 128 + number
-        # Between two noise levels no shard is under way, and nothing is counted.
-        assert "rows are stored" in said.read_text() or "what is done is kept" in said.read_text()
+        assert "rows are stored" in " ".join(said.read_text().split())  # the line is cut where a path is long
         assert "the same command resumes" in said.read_text().splitlines()[-1]
         assert "Traceback" not in said.read_text()
         assert not list(killed.rglob(".tmp-*"))
