@@ -149,6 +149,27 @@ BEYOND_COLUMNS: dict[str, str] = {
     "detectable": "float64",
 }
 
+#: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
+NO_FEATURES: dict[str, Any] = {
+    "sigma": "",
+    "draw": 0,
+    "pooling": "",
+    "layer_set": "",
+    "layer": None,
+    "n_layers": 0,
+    "combination": "",
+    "seed": 0,
+    "backbone_parameters": None,
+    "width": 0,
+    "n_blocks": 0,
+    "relative_depth": np.nan,
+    "training_images": None,
+    "store_fingerprint": "",
+}
+
+#: Columns of records to which nothing was fitted.
+NO_FIT: dict[str, Any] = {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
+
 #: What a layer is chosen within: everything of a record but its layer set.
 CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 

@@ -12,6 +12,7 @@ the differences sum_l g_l D_l, with |w| = 1 that in g is one on the L columns D_
 and the objective never rises. One layer alone gives `BradleyTerryClassifierCV`.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -80,10 +81,11 @@ class _SeveralLayers(PairHead):
         self.n_features_in_ = D.shape[1]
         return self
 
+    @abstractmethod
     def _fit(
         self, D: FloatArray, widths: list[int], label: FloatArray, weight: FloatArray, groups: NDArray[Any]
     ) -> None:
-        raise NotImplementedError
+        """Fit checked differences D (n, sum of widths)."""
 
     def _score(self, X: FloatArray) -> FloatArray:
         return np.asarray(X @ self.coef_)

@@ -94,41 +94,25 @@ def run_baseline(baseline: Baseline, *, out: Path) -> None:
     """Fit one baseline and write its part."""
     data = material(baseline.selection)
     design = _design(baseline.name, _frames(baseline.selection))
-    head, fitted = _fit(design, data.train) if baseline.name not in RULES else (np.ones(1), _RULE)
+    head, fitted = _fit(design, data.train) if baseline.name not in RULES else (np.ones(1), results.NO_FIT)
 
     def margins(pairs: Pairs) -> FloatArray:
         return np.asarray(design(pairs.frame) @ head)
 
-    facts = {
+    facts = results.NO_FEATURES | {
         "record_id": baseline.record_id,
         "backbone": baseline.name,
         "control": "metadata",
         "trained_on": baseline.trained_on,
         "protocol": baseline.protocol,
-        "sigma": "",
-        "draw": 0,
-        "pooling": "",
-        "layer_set": "",
-        "layer": None,
-        "n_layers": 0,
-        "combination": "",
         "head": "rule" if baseline.name in RULES else "linear",
         "head_kind": "metadata",
-        "seed": 0,
-        "backbone_parameters": None,
-        "width": 0,
-        "n_blocks": 0,
-        "relative_depth": np.nan,
-        "training_images": None,
-        "store_fingerprint": "",
         "data_digest": baseline.data_digest,
         "probekit_version": version("dit-probekit"),
-    } | fitted
+    }
+    facts |= fitted
     rows, kept = judged_rows(baseline, data, margins, facts)
     results.write_part(out, baseline.record_id, rows, kept)
-
-
-_RULE = {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
 
 
 def _fit(design: Design, train: Pairs) -> tuple[FloatArray, dict[str, Any]]:

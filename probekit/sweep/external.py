@@ -257,40 +257,20 @@ def _no_margins() -> pd.DataFrame:
 
 def _facts(record_id: str, name: str, dataset: str, rules: Judged, *, head: str) -> dict[str, Any]:
     """Columns of results that say who scored; those of features and fits are empty."""
-    return {
+    who = {
         "record_id": record_id,
         "backbone": name,
         "control": "external",
         "dataset": dataset,
         "trained_on": "",
         "protocol": rules.protocol,
-        "sigma": "",
-        "draw": 0,
-        "pooling": "",
-        "layer_set": "",
-        "layer": None,
-        "n_layers": 0,
-        "combination": "",
         "head": head,
         "head_kind": "external",
-        "seed": 0,
-        "strength": np.nan,
-        "edge_of_grid": False,
-        "converged": True,
-        "train_accuracy": np.nan,
-        "train_left_out": 0,
-        "train_ties": 0,
-        "train_connected": 0,
-        "head_parameters": 0,
-        "backbone_parameters": None,
-        "width": 0,
-        "n_blocks": 0,
-        "relative_depth": np.nan,
-        "training_images": None,
-        "store_fingerprint": "",
         "data_digest": "",
         "probekit_version": version("dit-probekit"),
     }
+    untrained = {"train_accuracy": np.nan} | dict.fromkeys(("train_left_out", "train_ties", "train_connected"), 0)
+    return results.NO_FEATURES | results.NO_FIT | untrained | who
 
 
 def _percent(value: float) -> str:
