@@ -13,22 +13,18 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from probekit import results
-from probekit._types import FloatArray, IntArray, Progress
+from probekit._types import Progress
 from probekit._workers import run_in_processes
-from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
+from probekit.config import PreferenceOptions, SweepConfig, load_yaml
 from probekit.errors import ConfigError
-from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
-from probekit.heads.base import PairHead
 from probekit.preferences import load_preferences
-from probekit.store import IMAGE_DIGESTS, Pairs
+from probekit.store import IMAGE_DIGESTS
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.fitting import fit, margins
 from probekit.sweep.judging import check_protocol
 from probekit.sweep.material import features_of, forget, material, open_cached
 from probekit.sweep.plan import (
@@ -173,46 +169,10 @@ def _run(record: Record, *, out: Path) -> str:
     features = features_of(
         record.selection, layers=record.layers, sigma=record.sigma, pooling=record.pooling, draw=record.draw
     )
-    head, fitted = _fit(record, features, data.train)
+    head, fitted = fit(record, features, data.train)
     facts = record_facts(record, open_cached(record.store)) | fitted
-    rows, margins = judged_rows(
-        record, data, lambda pairs: _margins(head, features, pairs.rows), facts, blind=head is None
-    )
-    results.write_part(out, record.record_id, rows, margins)
+    rows, kept = judged_rows(record, data, lambda pairs: margins(head, features, pairs.rows), facts, blind=head is None)
+    results.write_part(out, record.record_id, rows, kept)
     test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
     shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
     return f"{record.head.name} {facts['layer_set']}: {shown}"
-
-
-def _fit(record: Record, features: FloatArray, train: Pairs) -> tuple[PairHead | None, dict[str, Any]]:
-    """Fit a head, or none where no training pair differs: text that has not met the image is that of its prompt."""
-    if not any((features[a] != features[b]).any() for a, b in train.rows):
-        return None, {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
-    groups = train.frame["group"].to_numpy()
-    weight = train.frame["weight"].to_numpy()
-    if isinstance(record.head, LinearHead):
-        linear = BradleyTerryClassifierCV(Cs=record.head.strengths, cv=record.head.folds)
-        linear.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-        return linear, {
-            "strength": linear.C_,
-            "edge_of_grid": linear.edge_of_grid_,
-            "converged": linear.converged_,
-            "head_parameters": linear.n_parameters_,
-        }
-    settings = record.head.model_dump(exclude={"kind", "name", "layer_sets", "seeds"})
-    mlp = BradleyTerryMLP(**settings, seed=record.seed)
-    mlp.fit(features, train.rows, train.label, sample_weight=weight, groups=groups)
-    return mlp, {
-        "strength": np.nan,
-        "edge_of_grid": False,
-        "converged": mlp.converged_,
-        "head_parameters": mlp.n_parameters_,
-    }
-
-
-def _margins(head: PairHead | None, features: FloatArray, rows: IntArray) -> FloatArray:
-    """Score the rows of pairs (n, 2) only: other rows of the store may have no features."""
-    if head is None:
-        return np.zeros(len(rows))
-    used, place = np.unique(rows, return_inverse=True)
-    return head.decision_function(features[used], place.reshape(rows.shape))
