@@ -277,15 +277,18 @@ def choose_dtype(
         first = first[np.linspace(0, len(first) - 1, FP16_PAIRS).astype(np.int64)]
     signal, noise = np.zeros(values.shape[1]), np.zeros(values.shape[1])
     step = max(1, _CHOICE_VALUES // values.shape[1])
+    # Used again for every piece: new memory of this size would come from the system each time.
     sides, lost = (np.empty((2, step, values.shape[1]), np.float32) for _ in range(2))
+    half, difference = np.empty(sides[0].size, np.float16), np.empty(sides[0].shape)
     for start in range(0, len(first), step):
         part = first[start : start + step]
         for side, (pair, error) in enumerate(zip(sides, lost, strict=True)):
             np.take(values, part + side, axis=0, out=pair[: len(part)], mode="clip")  # "clip": without a copy
-            _rounding_errors(pair[: len(part)], error[: len(part)])
+            _rounding_errors(pair[: len(part)], error[: len(part)], half)
         # Errors fit into float32; differences and their squares need float64.
-        signal = _add_squares(signal, np.subtract(*sides[:, : len(part)], dtype=np.float64))
-        noise = _add_squares(noise, np.subtract(*lost[:, : len(part)], dtype=np.float64))
+        here = difference[: len(part)]
+        signal = _add_squares(signal, _difference(sides, here))
+        noise = _add_squares(noise, _difference(lost, here))
     # Second moments, not variances: which row of a pair comes first is arbitrary.
     # A channel that never differs within a pair rounds to no difference either: 0 / 0 is no noise.
     ratio = float(np.quantile(np.divide(noise, signal, out=np.zeros_like(noise), where=signal > 0), 0.99))
@@ -294,12 +297,17 @@ def choose_dtype(
     return "<f2", Figures(absmax, ratio, float(np.median(np.sqrt(noise / len(first)))))
 
 
-def _rounding_errors(values: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Fill `out` with what rounding to float16 adds to contiguous values."""
-    half = np.empty(values.size, np.float16)
+def _rounding_errors(values: NDArray[np.float32], out: NDArray[np.float32], half: NDArray[np.float16]) -> None:
+    """Fill `out` with what rounding to float16 adds to contiguous values; `half` is memory to work in."""
+    half = half[: values.size]
     convert(values.reshape(-1), half)
     convert(half, out.reshape(-1))
     np.subtract(out, values, out=out)
+
+
+def _difference(sides: NDArray[np.float32], out: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Fill `out` (n, d) with first minus second of the first n of two sides (2, at least n, d)."""
+    return np.subtract(sides[0, : len(out)], sides[1, : len(out)], out=out, dtype=np.float64)
 
 
 def _add_squares(total: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,6 +69,7 @@ def write_hdf5(
     readable = given == fmt.STATUS_OK
     records: dict[str, dict[str, Any]] = {}
     threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    writeback = ThreadPoolExecutor(1)  # sends to the disk what is written, so that little is left for the last sync
     try:
         finite = dict(zip(features, threads.map(_finite_rows, features.values()), strict=True))
         ok = readable & np.logical_and.reduce(list(finite.values()))
@@ -80,6 +81,7 @@ def write_hdf5(
         needed += len(fmt.canonical_json(dict(attributes)).encode()) + _OVERHEAD_BYTES
         reserve(descriptor, needed)
         # While one dataset is written, the threads look at the next ones.
+        synced = writeback.submit(os.fdatasync, descriptor)
         chosen = {key: threads.submit(_choose, features[key], ok, prompt_index) for key in _ordered(config)}
         # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
         with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
@@ -103,6 +105,9 @@ def write_hdf5(
                 } | {figure: value for figure, value in recorded.items() if value is not None}
                 _set_attributes(file[name], described)
                 records[name] = recorded | written
+                if synced.done():
+                    synced.result()
+                    synced = writeback.submit(os.fdatasync, descriptor)
             sidecar = {
                 **identity,
                 "n_rows": len(rows),
@@ -113,9 +118,11 @@ def write_hdf5(
             _set_attributes(file, {fmt.RECORD: fmt.record_digest(sidecar)})
             file.flush()
             size = file.id.get_filesize()
+            synced.result()
         os.ftruncate(descriptor, size)  # what was reserved and not used
     finally:
         threads.shutdown(cancel_futures=True)
+        writeback.shutdown(cancel_futures=True)
     return sidecar
 
 

@@ -5,6 +5,7 @@ m = rows of a shard, d = channels of a feature vector.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,12 @@ class StoreWriter:
                 attributes=attributes,
                 accept=accept,
             )
-            os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
             ranges = [(r["offset"], r["nbytes"]) for r in sidecar["datasets"].values() if r["offset"] is not None]
-            whole, outside = file_digests(descriptor, size, without=ranges)
+            with ThreadPoolExecutor(1) as thread:  # syncing waits for the disk, digests for the processor
+                synced = thread.submit(os.fsync, descriptor)
+                whole, outside = file_digests(descriptor, size, without=ranges)
+                synced.result()
             sidecar |= {
                 "bytes": size,
                 "sha256": whole,
