@@ -1,5 +1,6 @@
 """Scores of other models: judged on the pairs of a preference file, kept in a run beside its heads."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -232,6 +233,35 @@ def test_a_run_on_another_file_of_the_same_name_is_refused(tmp_path, prefs):
     other = write_prefs(tmp_path / "other" / "judged.jsonl", votes=True)
     with pytest.raises(ConfigError, match=r"labels 150 pairs otherwise: .* holds another data set 'judged'"):
         run_scores(tmp_path, other, scores_of())
+
+
+def test_a_run_of_an_earlier_version_may_have_the_sides_of_pairs_the_other_way(tmp_path, prefs):
+    """Sides were chosen pair by pair once; scores are judged beside such a run, and not beside other labels."""
+    run = tmp_path / "run"
+    keys = write_sweep(run, prefs)
+    loaded = load_preferences(prefs)
+    sides = [loaded.items.iloc[loaded.pairs[item]].reset_index(drop=True) for item in ("item_a", "item_b")]
+    turned = {}
+    for pair, a, b in zip(loaded.pairs["pair_id"], *(side.itertuples() for side in sides), strict=True):
+        first, second = sorted([a.image, b.image])
+        bit = hashlib.sha256(f"{a.prompt}\0{first}\0{second}".encode()).digest()[0] & 1
+        turned[pair] = a.image != (first if bit else second)
+    assert 20 < sum(turned.values()) < len(turned) - 20
+    plain = whole(run_scores(tmp_path, prefs, scores_of())[0].rows)
+    for key in keys:
+        kept = results.load_margins(run, [key]).drop(columns="record_id")
+        way = kept["pair_id"].map(turned)
+        kept["label"] = kept["label"].where(~way, 1 - kept["label"])
+        rows = results.load_results(run).query("record_id == @key")
+        filled_in = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
+        results.write_part(run, key, rows.drop(columns=filled_in), kept)
+    row = whole(run_scores(tmp_path, prefs, scores_of())[0].rows)
+    assert row["accuracy"] == plain["accuracy"]
+    lines = [json.loads(line) for line in prefs.read_text().splitlines()]
+    lines[-2]["label"] = 1 - lines[-2]["label"]
+    prefs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match="labels 1 pairs otherwise"):
+        run_scores(tmp_path, prefs, scores_of())
 
 
 def test_an_agreement_is_a_line_without_pairs(tmp_path, prefs):

@@ -49,6 +49,7 @@ def sizes(prefs: PreferenceSet) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
         "left_out": prefs.dropped,
+        "notes": prefs.notes,
         "rows": len(prefs.items),
         "prompts": len(prompts),
         "images": len(images),
@@ -101,21 +102,30 @@ def repeats(prefs: PreferenceSet) -> dict[str, int]:
 
 
 def sides(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
-    """Say how often the first side is preferred: as listed in the file, and as a hash of the pair's identity put it.
+    """Say how often the first side is preferred: as listed in the file, and as hashes of prompt and image put it.
 
     Returns
     -------
     dict
-        ``listed`` and ``hashed``: each ``share`` of wins and its ``standard_error``; missing where no pair counts.
+        ``listed`` and ``hashed``: each ``share`` of wins and its ``standard_error``, clustered by prompt, since the
+        sides of a ranking's pairs are one order of its images; missing where no pair, or of one prompt only, counts.
     """
     target = targets(prefs.pairs["label"], ties)
     # Sets that do not say which side stood first are as the file has them.
     first = prefs.pairs["a_listed_first"].astype(bool) if "a_listed_first" in prefs.pairs else target.notna()
     shares = {"listed": target.where(first, 1 - target), "hashed": target}
+    prompt = pd.Series(pd.factorize(prefs.items["prompt"])[0][prefs.pairs["item_a"]], target.index)
     return {
-        name: {"share": _plain(values.mean()), "standard_error": _plain(values.sem())}
+        name: {"share": _plain(values.mean()), "standard_error": _plain(_clustered_error(values, prompt))}
         for name, values in shares.items()
     }
+
+
+def _clustered_error(values: pd.Series, cluster: pd.Series) -> float:
+    """Give the standard error of the mean of values (n,) that go together in clusters, perhaps of one each."""
+    sums = (values - values.mean()).dropna().groupby(cluster).sum()
+    count = len(sums)
+    return float(np.sqrt((sums**2).sum() * count / (count - 1)) / values.count()) if count > 1 else np.nan
 
 
 def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:

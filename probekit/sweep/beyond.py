@@ -43,8 +43,10 @@ def beyond_generator(run: Path, *, resamples: int, level: float) -> pd.DataFrame
     rows = []
     for found in both.itertuples(index=False):
         ours = load_margins(run, [str(found.record_id)])
-        theirs = margins[found.record_id_prior][["split", "dataset", "pair_id", "margin"]]
+        theirs = margins[found.record_id_prior][["split", "dataset", "pair_id", "margin", "label"]]
         pairs = ours.merge(theirs, on=["split", "dataset", "pair_id"], suffixes=("", "_prior"))
+        # Of two stores one may be of an earlier version, which chose the sides of pairs otherwise.
+        pairs["margin_prior"] *= np.where((pairs["label"] > 0.5) == (pairs["label_prior"] > 0.5), 1, -1)
         decided = pairs[pairs["label"] != 0.5]
         scores = decided[["margin", "margin_prior"]].to_numpy(np.float64)
         fit_on = (decided["split"] == "validation").to_numpy()
