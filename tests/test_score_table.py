@@ -333,6 +333,15 @@ def test_a_report_shows_other_scorers_beside_the_heads(tmp_path, prefs):
     assert "the floor is 50.0 %" in page
 
 
+def test_scores_judged_by_another_protocol_than_the_heads_stay_in_the_report_and_say_so(tmp_path, prefs):
+    run_scores(tmp_path, prefs, scores_of(), name="clip.csv", protocol="hpsv2-inversion")
+    write_sweep(tmp_path / "run", prefs)
+    page = build_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    table = page.partition("Other scorers on the same pairs")[2].partition("</table>")[0]
+    assert "by hpsv2-inversion, unlike the heads" in table
+    assert table.count("<td>clip") == 1
+
+
 def test_a_run_of_scores_alone_has_no_report(tmp_path, prefs):
     _, run = run_scores(tmp_path, prefs, scores_of())
     with pytest.raises(ResultsError, match="holds no head on features"):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, vstack
-from sklearn.linear_model import LogisticRegression
 
 from probekit.config import Ties
+from probekit.preferences.generators import fit_generators
 from probekit.preferences.groups import SPLITS
 from probekit.preferences.preference_set import PreferenceSet
+from probekit.stats import right_with_a_coin
 
 SHOWN = 10  # names that are listed
 
@@ -131,21 +131,21 @@ def _clustered_error(values: pd.Series, cluster: pd.Series) -> float:
 def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
     """Say which generators there are and how well they alone predict the label.
 
-    A Bradley-Terry model with one strength for each generator (scikit-learn's logistic regression without intercept,
-    C = 1) is fitted on training pairs of two different generators and judged on such test pairs that are no ties.
+    The model is the sweep's baseline of this name (`fit_generators`), fitted on training pairs of two different
+    generators and judged on such test pairs that are no ties. Where it says nothing, since a generator is unseen in
+    training, a pair counts half.
 
     Returns
     -------
     dict
         ``count``, ``pairs`` (with both generators known), ``same`` (of these, of one generator twice), ``most_common``
-        (name -> share of wins and pairs), ``accuracy`` (missing where nothing can be fitted or judged) and
-        ``test_pairs`` (behind it).
+        (name -> share of wins and pairs), ``accuracy`` (missing where nothing can be fitted or judged), ``test_pairs``
+        (behind it) and ``unseen`` (of these, with a generator that no training pair compares).
     """
-    pairs = prefs.pairs[["model_a", "model_b", "split"]].assign(label=prefs.pairs["label"])
+    pairs = prefs.pairs[["model_a", "model_b", "split", "weight"]].assign(label=prefs.pairs["label"])
     pairs["target"] = targets(pairs["label"], ties)
     pairs = pairs[(pairs["model_a"] != "") & (pairs["model_b"] != "")]
     code, known = pd.factorize(pd.concat([pairs["model_a"], pairs["model_b"]]), sort=True)
-    a, b = code.reshape(2, -1)
     wins = pd.DataFrame(
         {"model": code, "wins": np.concatenate([pairs["target"], 1 - pairs["target"]]), "pairs": 1}
     ).dropna()
@@ -155,41 +155,23 @@ def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
         str(known[int(model)]): {"wins": _plain(share), "pairs": int(count)}
         for model, share, count in table.itertuples()
     }
-    differ = a != b
-    train = differ & (pairs["split"] == "train").to_numpy() & pairs["target"].notna().to_numpy()
-    test = differ & (pairs["split"] == "test").to_numpy() & (pairs["label"] != 0.5).to_numpy()
-    accuracy = None
-    if train.any() and test.any():
-        strength = _bradley_terry(a[train], b[train], pairs["target"].to_numpy()[train], len(known))
-        # A tie of two strengths is no prediction: it counts as wrong, as in the protocol strict.
-        predicted = np.sign(strength[a[test]] - strength[b[test]])
-        accuracy = float((predicted == np.sign(pairs["label"].to_numpy()[test] - 0.5)).mean())
+    differ = pairs["model_a"] != pairs["model_b"]
+    train = pairs[differ & (pairs["split"] == "train") & pairs["target"].notna()]
+    test = pairs[differ & (pairs["split"] == "test") & (pairs["label"] != 0.5)]
+    accuracy, unseen = None, 0
+    if len(train) and len(test):
+        fitted = fit_generators(train, *(train[name].to_numpy(np.float64) for name in ("target", "weight")))
+        accuracy = float(right_with_a_coin(fitted.margins(test), test["label"].to_numpy(np.float64)).mean())
+        unseen = int((fitted.places(test) < 0).any(axis=1).sum())
     return {
         "count": len(known),
         "pairs": len(pairs),
         "same": int((~differ).sum()),
         "most_common": common,
         "accuracy": accuracy,
-        "test_pairs": int(test.sum()),
+        "test_pairs": len(test),
+        "unseen": unseen,
     }
-
-
-def _bradley_terry(
-    a: NDArray[np.int64], b: NDArray[np.int64], target: NDArray[np.float64], count: int
-) -> NDArray[np.float64]:
-    """Fit one strength a generator; judgements of the same two are summed first, so a million cost as few."""
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    key, place = np.unique(low.astype(np.int64) * count + high, return_inverse=True)
-    won = np.bincount(place, weights=np.where(a == low, target, 1 - target))
-    lost = np.bincount(place) - won
-    lower, higher = np.divmod(key, count)
-    rows = np.tile(np.arange(len(key)), 2)
-    signs = np.repeat([1.0, -1.0], len(key))
-    design = csr_array((signs, (rows, np.concatenate([lower, higher]))), shape=(len(key), count))
-    model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(vstack([design, design]), np.repeat([1, 0], len(key)), sample_weight=np.concatenate([won, lost]))
-    strength: NDArray[np.float64] = model.coef_[0]
-    return strength
 
 
 def against(prefs: PreferenceSet, other: PreferenceSet) -> dict[str, Any]:

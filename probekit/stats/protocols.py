@@ -388,6 +388,11 @@ class Expectations:
         """The largest of the three: below it a number shows nothing."""
         return float(np.nanmax([self.random, self.constant, self.first_listed]))
 
+    def __str__(self) -> str:
+        told = {"random": self.random, "constant": self.constant, "first listed": self.first_listed}
+        known = [f"{name} {100 * value:.1f} %" for name, value in told.items() if not np.isnan(value)]
+        return f"{', '.join(known)}; the floor is {100 * self.floor:.1f} %"
+
 
 def expectations(
     protocol: str,

@@ -62,10 +62,7 @@ class ScoreTable:
             yield "", f"{counts}; true ties {row['true_ties']:,}, predicted ties {row['predicted_ties']:,}"
             if not np.isnan(row["threshold"]):
                 yield "", f"ties are predicted up to a difference in probability of {row['threshold']:g}"
-            known = [row[f"expected_{scorer}"] for scorer in ("random", "constant", "first")]
-            texts = [_percent(value) for value in known]
-            floor = f"; floor {_percent(max(value for value in known if value == value))}" if row["n_pairs"] else ""
-            yield "knowing nothing", f"random {texts[0]}, constant {texts[1]}, first listed {texts[2]}{floor}"
+            yield "knowing nothing", results.knowing_nothing(pd.DataFrame([row])) or "no pair is scored"
         if self.ceiling is not None:
             found = self.ceiling
             yield (
