@@ -214,6 +214,7 @@ def sweep(
     """
     reading = _reading(locals())
 
+    from probekit.results import knowing_nothing_lines
     from probekit.sweep import run_sweep
 
     with _progress("fits") as progress:
@@ -227,6 +228,7 @@ def sweep(
             jobs=jobs,
             progress=progress,
         )
+    _print_lines(knowing_nothing_lines(out))
     out_console.print(f"{out / 'results.parquet'}")
 
 

@@ -28,6 +28,7 @@ from pyarrow.parquet import ParquetFile, ParquetWriter
 
 from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
+from probekit.stats import Expectations
 
 RESULTS_VERSION = "1.3"
 ALL_SOURCES = "all"
@@ -63,9 +64,10 @@ RESULT_COLUMNS: dict[str, str] = {
     "low": "float64",
     "high": "float64",
     "se": "float64",
-    "micro_accuracy": "float64",  # of what the protocol scores, the mean over pairs, data sets of a mixture alike
-    "prompt_accuracy": "float64",  # and the mean over prompts (rankings); one of the two is the accuracy
-    "threshold": "float64",  # tie threshold of protocol "pickscore", tuned on validation
+    "micro_accuracy": "float64",  # of what the protocol scores, the mean over pairs
+    "prompt_accuracy": "float64",  # and the mean over prompts (rankings); one of the two is the accuracy, but for
+    # validation rows of a mixture with weights, of which only accuracy, low, high, se and macro use the weights
+    "threshold": "float64",  # tie threshold of protocol "pickscore", tuned on validation pairs, which weigh alike
     "expected_random": "float64",  # accuracy that random scores get on these pairs by this protocol,
     "expected_constant": "float64",  # that a constant gets,
     "expected_first": "float64",  # and preferring what the file lists first, where that is known
@@ -131,7 +133,8 @@ MARGIN_COLUMNS: dict[str, str] = {
 }
 
 #: What chosen layers add to what the generators' names say of a pair, on test pairs; `accuracy_*` count half a pair
-#: where a score says nothing (a pair of one generator has no generator logit).
+#: where a score says nothing (a pair of one generator, or with one unseen in training, has no generator logit), and
+#: decided pairs alike, whatever the protocol weighs.
 BEYOND_COLUMNS: dict[str, str] = {
     "record_id": "str",
     "baseline_id": "str",  # record of the generator baseline
@@ -390,6 +393,24 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         "chosen": test.loc[test["chosen"], shown].to_dict("records"),
         "scorers": beside[["backbone", "control", "dataset", "protocol", "accuracy", "low", "high"]].to_dict("records"),
     }
+
+
+def knowing_nothing(rows: pd.DataFrame) -> str:
+    """Say what scorers that know nothing get, of the row with the most pairs; empty where no pair was scored."""
+    known = rows[rows["expected_random"].notna()].sort_values("n_pairs", kind="stable")
+    columns = ["expected_random", "expected_constant", "expected_first"]
+    return str(Expectations(*known[columns].iloc[-1])) if len(known) else ""
+
+
+def knowing_nothing_lines(run: str | Path) -> list[tuple[str, str]]:
+    """Say this of the test pairs of each data set of a run, by the protocol of its heads, as (heading, text)."""
+    frame = load_results(run)
+    test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
+    return [
+        (f"knowing nothing, {dataset}", f"{text}; by {protocol} on {rows['n_pairs'].max():,} test pairs")
+        for (dataset, protocol), rows in test.groupby(["dataset", "protocol"], sort=False)
+        if (text := knowing_nothing(rows))
+    ]
 
 
 def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:

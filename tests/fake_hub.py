@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on localhost with one repository.
+"""A Hugging Face Hub on localhost with one repository, of a model or of a data set.
 
 It answers as huggingface.co does: listings, a relative redirect for small files and an absolute one for large files,
 commits, entity tags and error codes in headers.
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -49,18 +50,21 @@ class FakeHub:
             commit, name = words[1], "/".join(words[2:])
             self.fetched += [name] if method == "GET" else []
             return 200, self._headers(commit, name), self.commits[commit][name]
-        is_api = words[:2] == ["api", "models"]
-        words = words[2:] if is_api else words
+        is_api = words[0] == "api"
+        words = words[2:] if is_api else words[words[0] == "datasets" :]
         if words[:2] != ["owner", "name"]:
             return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}, b""
         revision = unquote(words[3])
         commit = self.refs.get(revision, revision)
         if commit not in self.commits:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if words[2] == "tree":
-            content = self.commits[commit].items()
-            found = [{"type": "file", "path": name, "size": len(b), "oid": "0"} for name, b in content]
-            return 200, {}, json.dumps([{"type": "directory", "path": "vae", "oid": "0"}, *found]).encode()
+        if words[2] in ("tree", "paths-info"):
+            below = "/".join(words[4:])
+            files = {name: body for name, body in self.commits[commit].items() if name.startswith(below)}
+            folders = sorted({str(parent) for name in files for parent in PurePosixPath(name).parents} - {".", below})
+            found = [{"type": "directory", "path": name, "oid": "0"} for name in folders]
+            found += [{"type": "file", "path": name, "size": len(b), "oid": "0"} for name, b in files.items()]
+            return 200, {}, json.dumps(found).encode()
         if is_api:
             siblings = [{"rfilename": name} for name in self.commits[commit]]
             return 200, {}, json.dumps({"id": "owner/name", "sha": commit, "siblings": siblings}).encode()
@@ -86,6 +90,21 @@ def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, *, offline: bool = 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
+def point_datasets_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path, *, offline: bool = False) -> None:
+    """Point the library ``datasets`` to another Hub and an empty cache."""
+    import datasets
+
+    point_at(monkeypatch, endpoint, offline=offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "datasets" / "downloads")
+    monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
+    monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # another server, which converts published files
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+
+
 @contextmanager
 def served(fake: FakeHub) -> Iterator[str]:
     """Answer for `fake` on localhost; gives the endpoint."""
@@ -94,16 +113,17 @@ def served(fake: FakeHub) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))  # else the next request would begin with it
             status, headers, body = fake.answer(self.command, unquote(urlsplit(self.path).path))
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
             pass

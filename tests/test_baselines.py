@@ -4,10 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted_store import planted_store
+from scipy.optimize import minimize
 
 import probekit
 from probekit.config import SweepConfig
+from probekit.preferences.generators import fit_generators
 from probekit.results import load_beyond, load_margins
+from probekit.stats import right_with_a_coin
 from probekit.store import Pairs
 from probekit.sweep.slices import slices
 
@@ -73,11 +76,60 @@ def test_generator_strengths_are_those_of_a_fit_on_training_pairs(run, frame):
     design = sum(
         sign * (pairs.frame[side].to_numpy()[:, None] == names) for sign, side in ((1.0, "model_a"), (-1.0, "model_b"))
     )
-    head = probekit.BradleyTerryClassifier(C=row["strength"]).fit_differences(design, pairs.label)
+
+    def objective(strength):
+        margin = design @ strength
+        losses = pairs.label * np.logaddexp(0, -margin) + (1 - pairs.label) * np.logaddexp(0, margin)
+        return losses.sum() + strength @ strength / (2 * row["strength"])
+
+    found = minimize(objective, np.zeros(3), tol=1e-10).x
     margins = load_margins(folder, [row["record_id"]]).query("split == 'test'")
     test = store.pairs(split="test").frame
-    expected = head.coef_[test["model_a"].map(names.index)] - head.coef_[test["model_b"].map(names.index)]
+    expected = found[test["model_a"].map(names.index)] - found[test["model_b"].map(names.index)]
     np.testing.assert_allclose(margins["margin"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_of_generators_is_that_of_lint_and_says_nothing_of_unseen_ones(tmp_path):
+    """The sweep's margins are those of `fit_generators`, and 0 for a generator that only test pairs show."""
+    store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=200, metadata=True)
+    path = next((store / "judgements").glob("*.parquet"))
+    judged = pd.read_parquet(path)
+    new = (judged["split"] == "test") & (np.arange(len(judged)) % 20 == 9)
+    judged.loc[new, "model_a"] = "new"
+    judged.to_parquet(path, index=False)
+    path.with_suffix(".json").unlink()
+    folder = probekit.run_sweep(CONFIG, stores=[store], out=tmp_path / "run")
+    row = baseline(probekit.load_results(folder)).loc["generator"]
+    margins = load_margins(folder, [row["record_id"]]).query("split == 'test'").set_index("pair_id")["margin"]
+    train, test = (judged[judged["split"] == split] for split in ("train", "test"))
+    model = fit_generators(train, train["label"].to_numpy(), np.ones(len(train)))
+    np.testing.assert_allclose(margins[test["pair_id"]], model.margins(test), atol=1e-6)
+    assert (margins[judged.loc[new, "pair_id"]] == 0).all()
+    assert row["predicted_ties"] == (margins == 0).sum() > new.sum() > 5
+    gain = load_beyond(folder).iloc[0]
+    right = right_with_a_coin(model.margins(test), test["label"].to_numpy())
+    assert (gain["accuracy_generator"], gain["n_same"]) == (pytest.approx(right.mean()), row["predicted_ties"])
+
+
+def test_a_store_with_other_sides_gives_the_same_gain_over_generators(run, tmp_path):
+    """Which picture is A says nothing; an earlier version chose it otherwise, and both may stand in one run."""
+    options = {"signal": {2: 1.5}, "seed": 0, "pairs": 1000, "ties": 0.1, "metadata": True}
+    stores = [planted_store(tmp_path / name, of=of, **options) for name, of in (("one", 0), ("two", 1))]
+    path = next((stores[1] / "judgements").glob("*.parquet"))
+    judged = pd.read_parquet(path)
+    turned = np.arange(len(judged)) % 3 == 0
+    for name in ("row", "model", "bytes", "width", "height", "format"):
+        a, b = judged[f"{name}_a"], judged[f"{name}_b"]
+        judged[f"{name}_a"], judged[f"{name}_b"] = a.mask(turned, b), b.mask(turned, a)
+    judged["label"] = judged["label"].mask(turned, 1 - judged["label"])
+    judged["a_listed_first"] ^= turned
+    judged.to_parquet(path, index=False)
+    path.with_suffix(".json").unlink()
+    again = load_beyond(probekit.run_sweep(CONFIG, stores=stores, out=tmp_path / "run"))
+    before = load_beyond(run[0])
+    columns = ["n_pairs", "n_same", "accuracy_generator", "accuracy_both", "difference"]
+    np.testing.assert_allclose(again[columns], before[columns], atol=0.005)
+    np.testing.assert_allclose(again["generator_coefficient"], before["generator_coefficient"], rtol=0.02)
 
 
 def test_slices_leave_no_pair_uncounted(frame):

@@ -11,13 +11,16 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+import pandas as pd
 import pytest
 from PIL import Image
 from planted_store import planted_store
 
 from probekit.cli import main
+from probekit.config import PreferenceOptions
 from probekit.playground import base_folder, models
 from probekit.results import load_results
+from probekit.sweep import run_sweep
 
 
 def probekit(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -292,6 +295,80 @@ def test_another_preference_file_binds_to_the_rows_of_a_store(pairs, store, tmp_
     test = frame.query("split == 'test' and layer == 3").set_index("source")
     assert test.loc["all", "left_out"] == test.loc["new", "left_out"] == 1
     assert test.loc["new", "n_pairs"] == 0
+
+
+def renamed(lines, path):
+    """Write the pairs of a preference file with a caption, two pictures and a confidence that grows with the line."""
+    ours = {"prompt": "caption", "image_a": "left", "image_b": "right", "label": "better"}
+    texts = (
+        json.dumps({ours.get(key, key): value for key, value in line.items()} | {"confidence": i / len(lines)})
+        for i, line in enumerate(lines)
+    )
+    path.write_text("".join(f"{text}\n" for text in texts))
+    return path
+
+
+COLUMNS = "prompt=caption,image_a=left,image_b=right,label=better"
+
+
+def test_lint_reads_a_file_as_it_is_told(pairs, tmp_path):
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    path = renamed(lines, tmp_path / "renamed.jsonl")
+    refused(probekit("lint", path), 1, "renamed.jsonl: no column 'prompt' (found: caption, left, right, better")
+    told = json.loads(probekit("lint", path, "--columns", COLUMNS, "--json").stdout)
+    usual = json.loads(probekit("lint", pairs, "--format", "general", "--json").stdout)
+    assert (told["pairs"], told["true_ties"]) == (usual["pairs"], usual["true_ties"])
+    sure = probekit("lint", path, "--columns", COLUMNS, "--min-confidence", "0.5", "--json")
+    assert json.loads(sure.stdout)["left_out"]["confidence_below_0.5"] == -(-len(lines) // 2)
+    refused(probekit("lint", pairs, "--format", "hpdv3"), 1, "is not hpdv3", "needed: prompt, path1, path2")
+    refused(probekit("lint", pairs, "--format", "hpdv9"), 2, "format is 'hpdv9'; allowed: auto, general")
+    refused(probekit("lint", pairs, "--columns", "text=caption"), 2, "columns has 'text=caption'; allowed: mj-bench")
+    refused(probekit("lint", pairs, "--min-confidence", "95"), 2, "min_confidence", "95", "1")
+
+
+def test_a_dump_reads_a_file_as_it_is_told(pairs, dump, tmp_path):
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    shutil.copytree(pairs.parent, tmp_path / "pairs")
+    path = renamed(lines, tmp_path / "pairs" / "renamed.jsonl")
+    command = [*dump[:-1], path, "--out", tmp_path / "store", "--layers", "1"]
+    refused(probekit(*command), 1, "no column 'prompt'")
+    refused(probekit(*command, "--format", "hpdv3"), 1, "is not hpdv3")
+    done = probekit(*command, "--columns", COLUMNS, "--min-confidence", "0.9")
+    assert done.returncode == 0, done.stderr
+    (kept,) = (pd.read_parquet(path) for path in (tmp_path / "store" / "judgements").glob("*.parquet"))
+    assert len(kept) <= len(lines) // 10
+    assert kept["left_out_of_set"].str.contains("confidence below 0.9").all()
+
+
+def test_a_sweep_and_scores_read_a_file_as_they_are_told(pairs, store, tmp_path):
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    shutil.copytree(pairs.parent, tmp_path / "pairs")
+    path = renamed(lines[::2] + lines[1::2], tmp_path / "pairs" / "renamed.jsonl")
+    config = tmp_path / "sweep.yaml"
+    config.write_text("heads: [{kind: linear, layer_sets: [[3]], strengths: [0.1]}]\nresamples: 200\n")
+    command = ["sweep", config, "--store", store, "--out", tmp_path / "run"]
+    refused(probekit(*command, "--columns", COLUMNS), 2, "--columns: says how a preference file is read, and none is")
+    refused(probekit(*command, "--prefs", path), 1, "renamed.jsonl: no column 'prompt'")
+    done = probekit(*command, "--prefs", path, "--columns", COLUMNS, "--min-confidence", "0.25")
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "knowing nothing, renamed random 50.0 %, constant 0.0 %, first listed" in told
+    assert "; by strict on" in told
+    config_told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert f"{-(-len(lines) // 4)} confidence below 0.25" in config_told["left_out"]["renamed"]
+    reading = PreferenceOptions(columns=COLUMNS, min_confidence=0.25)
+    again = run_sweep(config, stores=[store], out=tmp_path / "again", prefs=path, reading=reading)
+    judged = [load_results(run)[["record_id", "accuracy", "n_pairs"]] for run in (tmp_path / "run", again)]
+    pd.testing.assert_frame_equal(*judged)
+    names = sorted({line[side] for line in lines for side in ("image_a", "image_b")})
+    pd.DataFrame({"image": names, "score": range(len(names))}).to_csv(tmp_path / "scores.csv", index=False)
+    scores = ["score-table", tmp_path / "scores.csv", "--prefs", path, "--out", tmp_path / "run"]
+    refused(probekit(*scores), 1, "renamed.jsonl: no column 'prompt'")
+    refused(probekit(*scores, "--format", "hpdv3"), 1, "is not hpdv3")
+    done = probekit(*scores, "--columns", COLUMNS, "--min-confidence", "0.25", "--format", "general")
+    assert done.returncode == 0, done.stderr
+    rows = load_results(tmp_path / "run").query("split == 'test' and slice_by == 'all'")
+    assert rows.query("head_kind == 'external'")["n_pairs"].item() == rows.query("layer == 3")["n_pairs"].item()
 
 
 DROPPED = """

@@ -176,6 +176,23 @@ def test_generators_alone_are_judged_on_test_pairs(tmp_path):
     assert (without["count"], without["accuracy"]) == (0, None)
 
 
+def test_a_generator_unseen_in_training_says_nothing_and_is_counted(tmp_path):
+    """Two of four test pairs show m9, which is only ever compared with itself in training: half a point each."""
+
+    def pair(name, split, model_a, model_b, label):
+        return judged(1, name)[0] | {"split": split, "model_a": model_a, "model_b": model_b, "label": label}
+
+    records = [pair(f"t{i}", "train", "m1", "m0", 1) for i in range(5)] + [pair("s", "train", "m9", "m9", 1)]
+    records += [pair("v", "validation", "m1", "m0", 1)]
+    records += [pair("a", "test", "m1", "m0", 1), pair("b", "test", "m0", "m1", 1)]
+    records += [pair("c", "test", "m1", "m9", 1), pair("d", "test", "m9", "m0", 1)]
+    report = lint(load_preferences(write(tmp_path / "p.jsonl", records)))
+    found = report.facts()["generators"]
+    assert (found["accuracy"], found["test_pairs"], found["unseen"]) == ((1 + 0 + 0.5 + 0.5) / 4, 4, 2)
+    alone = dict(report.lines())["generators alone"]
+    assert alone.startswith("predict 50.0 % of 4 test pairs of two generators; 2 of these show one unseen in training")
+
+
 def test_the_same_picture_in_two_splits_is_found(clean):
     """Saved again as JPEG, and scaled: near. Copied: equal bytes. Unrelated, or in the same split: nothing."""
     folder = clean.parent

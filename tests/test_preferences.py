@@ -8,6 +8,8 @@ from hashlib import sha256
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -424,8 +426,14 @@ def test_bad_values(tmp_path, change, message):
         ("p.csv", "prompt,image_a,image_b,label\np,a,b\n", "line 2: 3 fields; allowed: 4"),
         ("p.csv", 'prompt,image_a,image_b,label\n"p,a,b,1\n', "line .: not CSV"),
         ("p.csv", "prompt,image_a,image_b,label\np,a,b,\n", "line 2: label is ''; allowed"),
-        ("p.csv", b"\xff\xfe\x00", "not UTF-8 text"),
-        ("p.parquet", "PAR1", "not a Parquet file"),
+        ("p.csv", b"\xff\xfe\x00", r"p.csv, line 1: not UTF-8 text \(byte 0xff at character 1\); allowed: UTF-8"),
+        ("p.csv", b"prompt,image_a\n\np\xe9,a\n", "p.csv, line 3: not UTF-8 text .byte 0xe9 at character 2"),
+        ("p.jsonl", b'{"prompt": "p"}\n{"prompt": "\xe9"}\n', "p.jsonl, line 2: not UTF-8 text .byte 0xe9"),
+        ("p.json", b'[{"prompt": "\xc3\xa9"},\n{"prompt": "\xe9"}]', "p.json, record 2: not UTF-8 text .byte 0xe9"),
+        ("p.json", '[{"prompt": "p"}]'.encode("utf-16"), "p.json, whole file: not UTF-8 text .byte 0xff"),
+        ("p.parquet", "PAR1", "p.parquet: not a Parquet file .*; allowed: Parquet, or another ending for text"),
+        ("p.parquet", '{"prompt": "p"}\n' * 9, "p.parquet: not a Parquet file .*; allowed: Parquet, or another"),
+        ("p.parquet", "", "p.parquet: not a Parquet file .*; allowed: Parquet, or another ending for text"),
         ("p.xlsx", "", r"ends in '.xlsx'; allowed: .jsonl, .json, .csv, .parquet"),
     ],
 )
@@ -488,7 +496,15 @@ def test_pairs_that_a_file_has_and_a_set_has_not_are_told_with_its_judgements(tm
     ("text", "message"),
     [
         ('[{"id": "1", "prompt": "p", "generations": ["a.png"], "ranking": [1]}]', "no ranking has two images"),
-        ('[{"prompt": "\\ud800", "image_a": "a", "image_b": "b", "label": 1}]', "holds half a character"),
+        (
+            '[{"prompt": "p", "image_a": "a", "image_b": "b", "label": 1}, '
+            '{"prompt": "\\ud800", "image_a": "a", "image_b": "b", "label": 1}]',
+            r"record 2: prompt is '\\ud800', which holds half a character; allowed: Unicode",
+        ),
+        (
+            '[{"prompt": "p", "file_path": ["a", "\\udc00"], "human_preference": [1, 0]}]',
+            r"record 1: file_path is \['a', '\\udc00'\], which holds half a character",
+        ),
     ],
 )
 def test_files_that_give_no_pairs_or_no_text_are_one_line(tmp_path, text, message):
@@ -504,3 +520,54 @@ def test_a_text_is_no_number_where_the_file_has_numbers(tmp_path):
         load_preferences(tmp_path / "p.jsonl")
     (tmp_path / "p.csv").write_text("prompt,image_a,image_b,label\np,a,b,1\n")
     assert len(load_preferences(tmp_path / "p.csv").pairs) == 1
+
+
+def test_parquet_without_rows_columns_or_unicode_is_one_line(tmp_path):
+    path = tmp_path / "p.parquet"
+    pd.DataFrame({"prompt": ["p"], "image_a": ["a"], "image_b": ["b"]}).to_parquet(path)
+    with pytest.raises(
+        PreferenceError, match=r"p.parquet: no column 'label' \(found: prompt, .*\); needed: prompt, ch"
+    ):
+        load_preferences(path)
+    pd.DataFrame({"something": ["p"]}).to_parquet(path)
+    with pytest.raises(PreferenceError, match=r"p.parquet: no column 'prompt' \(found: something\); needed: prompt"):
+        load_preferences(path)
+    pd.DataFrame({"prompt": [], "chosen": [], "rejected": []}).to_parquet(path)
+    with pytest.raises(PreferenceError, match=r"p.parquet: holds no pairs; allowed: at least one"):
+        load_preferences(path)
+    text = pa.array([b"p", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": text, "chosen": ["a", "b"], "rejected": ["c", "d"]}), path)
+    with pytest.raises(
+        PreferenceError, match=r"p.parquet, row 2: prompt is not UTF-8 text \(b'.xff'\); allowed: UTF-8"
+    ):
+        load_preferences(path)
+    paths = pa.ListArray.from_arrays([0, 2], text)
+    pq.write_table(pa.table({"prompt": ["p"], "file_path": paths, "human_preference": [[1, 0]]}), path)
+    with pytest.raises(PreferenceError, match=r"p.parquet, row 1: file_path is not UTF-8 text"):
+        load_preferences(path)
+
+
+def test_the_sides_of_a_ranking_are_one_order_of_its_images(tmp_path):
+    """A is always the image of the smaller hash of prompt and name, however the file lists them: never a circle."""
+    images = [f"{i}.png" for i in range(9)]
+    records = [
+        {"prompt": prompt, "image_a": a, "image_b": b, "label": 1}
+        for prompt in ("one", "two")
+        for a in images
+        for b in images
+        if a < b
+    ]
+    prefs = load_preferences(write(tmp_path / "p.jsonl", records))
+    orders = []
+    for prompt in ("one", "two"):
+        place = {image: sha256(f"{prompt}\0{image}".encode()).digest() for image in images}
+        here = prefs.pairs[(prefs.items["prompt"] == prompt).to_numpy()[prefs.pairs["item_a"]]]
+        names = [prefs.items["image"].to_numpy()[here[item]] for item in ("item_a", "item_b")]
+        assert all(place[a] < place[b] for a, b in zip(*names, strict=True))
+        orders.append(sorted(images, key=place.__getitem__))
+    assert orders[0] != orders[1] != images  # each prompt has an order of its own, and none is that of the names
+    turned = [record | {"image_a": record["image_b"], "image_b": record["image_a"], "label": 0} for record in records]
+    other = load_preferences(write(tmp_path / "q.jsonl", turned))
+    assert other.pairs["pair_id"].tolist() == prefs.pairs["pair_id"].tolist()
+    assert other.pairs["label"].tolist() == prefs.pairs["label"].tolist()
+    assert (other.pairs["a_listed_first"] != prefs.pairs["a_listed_first"]).all()

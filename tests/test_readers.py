@@ -15,6 +15,7 @@ from PIL import Image
 
 from probekit.errors import ConfigError, PreferenceError
 from probekit.preferences import load_preferences
+from probekit.preferences.lint import lint
 
 
 def save(path, records):
@@ -221,7 +222,7 @@ def test_hpdv3_path1_wins_and_null_confidence_stays(tmp_path, caplog):
     test = load_preferences(save(tmp_path / "test.json", bare), min_confidence=0.95)
     assert [line[2] for line in listed(test)] == [1, 1, 1, 1]
     assert test.dropped == {}
-    assert "no record has a confidence: the least of 0.95 leaves all pairs in" in caplog.text
+    assert "4 pairs have no confidence and stay: the least of 0.95 is for those that have one" in caplog.text
 
 
 def test_imagereward_groups_have_ties_and_gaps(tmp_path, caplog):
@@ -247,7 +248,7 @@ def test_genai_bench(tmp_path, caplog):
     caplog.set_level("INFO")
     prefs = load_preferences(save(tmp_path / "g.jsonl", GENAI))
     assert [line[2:] for line in listed(prefs)] == [(label, "A", "B") for label in (1, 0, 0.5, 0.5)]
-    assert "1 tievote and 1 bothbad_vote" in caplog.text
+    assert "1 pairs were voted bothbad_vote: ties of label 0.5, as tievote" in caplog.text
 
 
 def test_presets_and_mappings(tmp_path):
@@ -490,7 +491,7 @@ def test_whatever_stands_there_is_read_or_refused_in_one_line(tmp_path_factory, 
 
 @pytest.mark.parametrize("cut", [7, 64, 10**6])
 def test_a_list_is_read_in_pieces(tmp_path, monkeypatch, cut):
-    monkeypatch.setattr("probekit.preferences.tables._READ", cut)
+    monkeypatch.setattr("probekit.preferences.records._READ", cut)
     records = [{"prompt": 'é 😀 "]},{[' * (i % 3 + 1), "path1": f"{i}a", "path2": f"{i}b"} for i in range(9)]
     path = tmp_path / "all.json"
     path.write_text(" \n" + json.dumps(records, indent=2, ensure_ascii=False) + "\n ")
@@ -547,3 +548,128 @@ def test_folders_without_the_library_or_data(tmp_path, monkeypatch):
         load_preferences(tmp_path / "empty")
     with pytest.raises(PreferenceError, match=r"^owner/name: folders and ids"):
         load_preferences("owner/name")
+
+
+def noted(prefs, caplog):
+    """Give what a set's notes say; each was a warning while it was loaded, and is one of lint in text and JSON."""
+    report = lint(prefs)
+    for what, count in prefs.notes.items():
+        assert f"{count} {what}" in caplog.text
+        assert f"{count:,} {what}" in report.warnings
+        assert ("warning", f"{count:,} {what}") in report.lines()
+    assert report.facts()["notes"] == prefs.notes
+    return prefs.notes
+
+
+def changed(records, at, **changes):
+    return [record | changes if i == at else record for i, record in enumerate(records)]
+
+
+RANKED = {"id": "000-1", "prompt": "a", "generations": ["5.png", "6.png"], "ranking": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "notes"),
+    [
+        (
+            "train.json",
+            HPDV2_TRAIN,
+            {"records have file names without a folder: taken from train/, where HPDv2 publishes them": 1},
+        ),
+        (
+            "test.json",
+            changed(HPDV2_TEST, 1, image_path=["3.jpg", "4.jpg"]),
+            {
+                "records have file names without a folder: taken from test/, where HPDv2 publishes them": 1,
+                "rankings have no raw_annotations: the published rank alone says who won": 1,
+                "pairs where the majority of votes is not for the published rank, which counts: label 1, 0 or 0.5, "
+                "not the share": 1,
+            },
+        ),
+        (
+            "all.json",
+            HPDV3,
+            {
+                "pairs where the majority of votes is not for path1, the preferred image, which counts: label 1, 0 or "
+                "0.5, not the share": 1,
+                "pairs have no votes (choice_dist): path1, the preferred image, has label 1": 1,
+            },
+        ),
+        (
+            "test.json",
+            [*IMAGEREWARD, RANKED | {"prompt": "c"}, RANKED],
+            {
+                "rankings have one image only, which makes no pair": 1,
+                "rankings have the id of another prompt: they stay rankings of their own": 1,
+                "rankings have the id and the prompt of an earlier one: they count as one ranking": 1,
+            },
+        ),
+        ("rows.json", IMAGEREWARD_ROWS, {"prompts have fewer rows than image_amount_in_total says": 1}),
+        (
+            "rows.json",
+            changed(IMAGEREWARD_ROWS, 2, image_amount_in_total=2),
+            {
+                "prompts have fewer rows than image_amount_in_total says": 1,
+                "prompts have more rows than image_amount_in_total says: all of them are compared": 1,
+            },
+        ),
+        ("g.jsonl", GENAI, {"pairs were voted bothbad_vote: ties of label 0.5, as tievote": 1}),
+    ],
+)
+def test_every_trap_of_a_published_file_is_said_when_loading_and_by_lint(tmp_path, caplog, name, records, notes):
+    assert noted(load_preferences(save(tmp_path / name, records)), caplog) == notes
+
+
+def test_confidences_that_are_null_keep_their_pairs_and_are_said(tmp_path, caplog):
+    prefs = load_preferences(save(tmp_path / "all.json", HPDV3), min_confidence=0.95)
+    told = "pairs have no confidence and stay: the least of 0.95 is for those that have one"
+    assert noted(prefs, caplog)[told] == 1
+    assert lint(prefs).facts()["left_out"] == {"confidence_below_0.95": 1}
+
+
+@pytest.mark.parametrize(("at", "best"), [(0, "b"), (1, "c"), (0, "tie")])
+def test_a_best_image_that_is_not_what_the_label_says_is_said(tmp_path, caplog, at, best):
+    rows = changed(pickapic_rows(), at, best_image_uid=best)
+    prefs = load_preferences(pickapic(tmp_path / "p.parquet", rows))
+    assert noted(prefs, caplog) == {"pairs where best_image_uid is not what label_0 says: label_0 counts": 1}
+    assert load_preferences(pickapic(tmp_path / "q.parquet", pickapic_rows())).notes == {}
+
+
+def test_rankings_of_one_id_stay_apart_by_their_prompts(tmp_path):
+    records = [RANKED, RANKED | {"prompt": "c", "generations": ["7.png", "8.png"]}]
+    pairs = load_preferences(save(tmp_path / "test.json", records)).pairs
+    assert pairs["ranking_id"].tolist() == ["000-1", "000-1"]
+    assert pairs["group"].nunique() == 2
+
+
+def test_notes_of_several_files_are_counted_together(tmp_path, caplog):
+    pytest.importorskip("datasets")
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    other = [record | {"prompt": record["prompt"] * 2} for record in HPDV3]
+    for split, records in {"train": HPDV3, "test": other, "test_unique": other[:1]}.items():
+        pd.DataFrame(records).to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    notes = load_preferences(tmp_path / "set").notes
+    assert notes["pairs have no votes (choice_dist): path1, the preferred image, has label 1"] == 2
+    assert notes["parts are left out, since their pairs are in other parts too: test_unique"] == 1
+    assert "1 parts are left out" in caplog.text
+
+
+def test_identifiers_may_be_whole_numbers_and_names_may_not(tmp_path):
+    """Pick-a-Pic numbers its rankings; a model 5 is a column in the wrong place."""
+    record = {"prompt": "p", "image_a": "a", "image_b": "b", "label": 1, "group": 7, "ranking_id": 3}
+    prefs = load_preferences(save(tmp_path / "p.jsonl", [record, record | {"group": "7", "prompt": "q"}]))
+    assert prefs.pairs["ranking_id"].tolist() == ["3", "3"]
+    assert prefs.pairs["group"].nunique() == 1
+    pd.DataFrame([record, record | {"ranking_id": None}]).to_parquet(tmp_path / "gaps.parquet")  # 3.0 and NaN
+    assert load_preferences(tmp_path / "gaps.parquet").pairs["ranking_id"].tolist() == ["3", ""]
+    numbered = [one | {"prompt_id": 12} for one in IMAGEREWARD_ROWS]
+    assert set(load_preferences(save(tmp_path / "rows.json", numbered)).pairs["ranking_id"]) == {"12"}
+    for change, message in {
+        ("model_a", 5): "model_a is 5; allowed: a text",
+        ("source", 2): "source is 2; allowed: a text",
+        ("split", 1): "split is 1; allowed: a text",
+        ("group", 1.5): "group is 1.5; allowed: a text or a whole number",
+        ("group", True): "group is True; allowed: a text or a whole number",
+    }.items():
+        with pytest.raises(PreferenceError, match=f"p.jsonl, line 2: {message}"):
+            load_preferences(save(tmp_path / "p.jsonl", [record, record | dict([change])]))

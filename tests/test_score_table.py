@@ -1,5 +1,6 @@
 """Scores of other models: judged on the pairs of a preference file, kept in a run beside its heads."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -234,6 +235,35 @@ def test_a_run_on_another_file_of_the_same_name_is_refused(tmp_path, prefs):
         run_scores(tmp_path, other, scores_of())
 
 
+def test_a_run_of_an_earlier_version_may_have_the_sides_of_pairs_the_other_way(tmp_path, prefs):
+    """Sides were chosen pair by pair once; scores are judged beside such a run, and not beside other labels."""
+    run = tmp_path / "run"
+    keys = write_sweep(run, prefs)
+    loaded = load_preferences(prefs)
+    sides = [loaded.items.iloc[loaded.pairs[item]].reset_index(drop=True) for item in ("item_a", "item_b")]
+    turned = {}
+    for pair, a, b in zip(loaded.pairs["pair_id"], *(side.itertuples() for side in sides), strict=True):
+        first, second = sorted([a.image, b.image])
+        bit = hashlib.sha256(f"{a.prompt}\0{first}\0{second}".encode()).digest()[0] & 1
+        turned[pair] = a.image != (first if bit else second)
+    assert 20 < sum(turned.values()) < len(turned) - 20
+    plain = whole(run_scores(tmp_path, prefs, scores_of())[0].rows)
+    for key in keys:
+        kept = results.load_margins(run, [key]).drop(columns="record_id")
+        way = kept["pair_id"].map(turned)
+        kept["label"] = kept["label"].where(~way, 1 - kept["label"])
+        rows = results.load_results(run).query("record_id == @key")
+        filled_in = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
+        results.write_part(run, key, rows.drop(columns=filled_in), kept)
+    row = whole(run_scores(tmp_path, prefs, scores_of())[0].rows)
+    assert row["accuracy"] == plain["accuracy"]
+    lines = [json.loads(line) for line in prefs.read_text().splitlines()]
+    lines[-2]["label"] = 1 - lines[-2]["label"]
+    prefs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match="labels 1 pairs otherwise"):
+        run_scores(tmp_path, prefs, scores_of())
+
+
 def test_an_agreement_is_a_line_without_pairs(tmp_path, prefs):
     config = {"prefs": prefs, "out": tmp_path / "run", "agreement": 0.651, "name": "one annotator"}
     made = score_table(ScoreTableConfig.checked(config, source="test"))
@@ -301,6 +331,15 @@ def test_a_report_shows_other_scorers_beside_the_heads(tmp_path, prefs):
     headline = page.partition('class="headline"')[2].partition("</table>")[0]
     assert "clip" not in headline
     assert "the floor is 50.0 %" in page
+
+
+def test_scores_judged_by_another_protocol_than_the_heads_stay_in_the_report_and_say_so(tmp_path, prefs):
+    run_scores(tmp_path, prefs, scores_of(), name="clip.csv", protocol="hpsv2-inversion")
+    write_sweep(tmp_path / "run", prefs)
+    page = build_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    table = page.partition("Other scorers on the same pairs")[2].partition("</table>")[0]
+    assert "by hpsv2-inversion, unlike the heads" in table
+    assert table.count("<td>clip") == 1
 
 
 def test_a_run_of_scores_alone_has_no_report(tmp_path, prefs):

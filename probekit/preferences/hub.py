@@ -2,13 +2,16 @@
 
 import logging
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from probekit.errors import PreferenceError
 from probekit.preferences.packed import DatasetRows
 from probekit.preferences.readers import split_of
-from probekit.preferences.tables import READERS, Opened, Root
+from probekit.preferences.records import READERS
+from probekit.preferences.tables import Opened, Root
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +21,10 @@ def seems_hub_id(path: str | Path) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))) and Path(path).suffix.lower() not in READERS
 
 
-def open_folder(folder: Path) -> list[tuple[str, Opened]]:
+def open_folder(folder: Path, notes: Counter[str]) -> list[tuple[str, Opened]]:
     """Open what is in a folder, each part with its official split (empty where it has none).
+
+    What is odd about the parts is added to the notes (see `PreferenceSet`).
 
     Raises
     ------
@@ -29,7 +34,7 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
     datasets = _library(folder)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = _asked(folder, lambda: datasets.load_from_disk(str(folder)))
-        return _arrow_parts(datasets, folder, saved, folder)
+        return _arrow_parts(datasets, folder, saved, folder, notes)
     found = _asked(folder, lambda: datasets.load_dataset_builder(str(folder)).config.data_files)
     files = [(split, Path(str(file))) for split, of in (found or {}).items() for file in of]
     files = [(split, file) for split, file in files if file.suffix.lower() in READERS]
@@ -39,7 +44,7 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
             f"allowed: {', '.join(READERS)}, what datasets saved, or one file by its own name"
         )
         raise PreferenceError(msg)
-    doubled = _doubled([str(split) for split, _ in files], folder)
+    doubled = _doubled([str(split) for split, _ in files], folder, notes)
     files = [(split, file) for split, file in files if split not in doubled]
     several = len({split for split, _ in files}) > 1  # the one split of an unnamed file is called train
     return [
@@ -48,17 +53,17 @@ def open_folder(folder: Path) -> list[tuple[str, Opened]]:
     ]
 
 
-def open_hub(name: str) -> list[tuple[str, Opened]]:
+def open_hub(name: str, notes: Counter[str]) -> list[tuple[str, Opened]]:
     """Open a data set of the Hub, which is downloaded; see `open_folder`."""
     datasets = _library(Path(name))
-    found = _asked(Path(name), lambda: datasets.load_dataset(name))
+    found = _asked(Path(name), lambda: datasets.load_dataset(name), hub=datasets.config)
     files = [entry["filename"] for part in _parts(datasets, found).values() for entry in part.cache_files]
-    return _arrow_parts(datasets, Path(name), found, Path(files[0]).parent)
+    return _arrow_parts(datasets, Path(name), found, Path(files[0]).parent, notes)
 
 
-def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[tuple[str, Opened]]:
+def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path, notes: Counter[str]) -> list[tuple[str, Opened]]:
     parts = _parts(datasets, found)
-    doubled = _doubled(list(parts), named)
+    doubled = _doubled(list(parts), named, notes)
     parts = {split: part for split, part in parts.items() if split not in doubled}
     several = len(parts) > 1
     return [
@@ -70,11 +75,13 @@ def _arrow_parts(datasets: Any, named: Path, found: Any, folder: Path) -> list[t
     ]
 
 
-def _doubled(splits: list[str], folder: Path) -> set[str]:
+def _doubled(splits: list[str], folder: Path, notes: Counter[str]) -> set[str]:
     """Name parts such as Pick-a-Pic's ``test_unique``, whose pairs are also in ``test``."""
     found = {split for split in splits if split.removesuffix("_unique") in set(splits) - {split}}
     if found:
-        logger.warning("%s: left out, since their pairs are in other parts too: %s", folder, ", ".join(sorted(found)))
+        what = f"parts are left out, since their pairs are in other parts too: {', '.join(sorted(found))}"
+        logger.warning("%s: %d %s", folder, len(found), what)
+        notes[what] += len(found)
     return found
 
 
@@ -101,10 +108,26 @@ def _library(path: Path) -> Any:
     return datasets
 
 
-def _asked(path: Path, call: Any) -> Any:
+def _asked(path: Path, call: Callable[[], Any], *, hub: Any = None) -> Any:
+    """Ask the library, and say in one line what is wrong; `hub` is its configuration where the Hub is asked."""
     try:
         return call()
     except Exception as error:  # noqa: BLE001 - the library raises its own and those of a dozen others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        msg = f"{path}: datasets cannot open it ({reason[:200]})"
+        msg = f"{path}: {_reason(path, error, hub)}"
         raise PreferenceError(msg) from None
+
+
+def _reason(path: Path, error: Exception, hub: Any) -> str:
+    """Say what an error of `datasets` means and, about the Hub, what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    page = "" if hub is None else f"{hub.HF_ENDPOINT}/datasets/{path}"
+    match type(error).__name__:
+        case "DatasetNotFoundError" if page and "gated" in said:
+            return f"is gated; accept its terms at {page} and log in with HF_TOKEN"
+        case "DatasetNotFoundError" if page:
+            return f"is not at {page}, or private; check the name, or log in with HF_TOKEN"
+        case "ConnectionError" | "OfflineModeIsEnabled" if page:
+            why = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else f"{hub.HF_ENDPOINT} cannot be reached"
+            todo = "unset it to download" if hub.HF_HUB_OFFLINE else "check the network"
+            return f"is not in the cache {hub.HF_DATASETS_CACHE}, and {why}; {todo}, or give a file or folder"
+    return f"datasets cannot open it ({said[:200]})"

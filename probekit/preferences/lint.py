@@ -97,7 +97,6 @@ def _pictures(
     jobs: int | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-
     ours = prefs.items["path"].unique().tolist()
     theirs = [] if against is None else against.items["path"].unique().tolist()
     looks = look_at(list(dict.fromkeys(ours + theirs)), jobs=jobs, progress=progress)
@@ -116,6 +115,8 @@ def _errors(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _warnings(found: dict[str, Any]) -> Iterator[str]:
+    for what, count in found["notes"].items():
+        yield f"{count:,} {what}"
     for reason, count in found["left_out"].items():
         yield f"{count:,} pairs are left out: {reason.replace('_', ' ')}"
     for both, shared in found["overlap"].items():

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, vstack
-from sklearn.linear_model import LogisticRegression
 
 from probekit.config import Ties
+from probekit.preferences.generators import fit_generators
 from probekit.preferences.groups import SPLITS
 from probekit.preferences.preference_set import PreferenceSet
+from probekit.stats import right_with_a_coin
 
 SHOWN = 10  # names that are listed
 
@@ -49,6 +49,7 @@ def sizes(prefs: PreferenceSet) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
         "left_out": prefs.dropped,
+        "notes": prefs.notes,
         "rows": len(prefs.items),
         "prompts": len(prompts),
         "images": len(images),
@@ -101,41 +102,50 @@ def repeats(prefs: PreferenceSet) -> dict[str, int]:
 
 
 def sides(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
-    """Say how often the first side is preferred: as listed in the file, and as a hash of the pair's identity put it.
+    """Say how often the first side is preferred: as listed in the file, and as hashes of prompt and image put it.
 
     Returns
     -------
     dict
-        ``listed`` and ``hashed``: each ``share`` of wins and its ``standard_error``; missing where no pair counts.
+        ``listed`` and ``hashed``: each ``share`` of wins and its ``standard_error``, clustered by prompt, since the
+        sides of a ranking's pairs are one order of its images; missing where no pair, or of one prompt only, counts.
     """
     target = targets(prefs.pairs["label"], ties)
     # Sets that do not say which side stood first are as the file has them.
     first = prefs.pairs["a_listed_first"].astype(bool) if "a_listed_first" in prefs.pairs else target.notna()
     shares = {"listed": target.where(first, 1 - target), "hashed": target}
+    prompt = pd.Series(pd.factorize(prefs.items["prompt"])[0][prefs.pairs["item_a"]], target.index)
     return {
-        name: {"share": _plain(values.mean()), "standard_error": _plain(values.sem())}
+        name: {"share": _plain(values.mean()), "standard_error": _plain(_clustered_error(values, prompt))}
         for name, values in shares.items()
     }
+
+
+def _clustered_error(values: pd.Series, cluster: pd.Series) -> float:
+    """Give the standard error of the mean of values (n,) that go together in clusters, perhaps of one each."""
+    sums = (values - values.mean()).dropna().groupby(cluster).sum()
+    count = len(sums)
+    return float(np.sqrt((sums**2).sum() * count / (count - 1)) / values.count()) if count > 1 else np.nan
 
 
 def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
     """Say which generators there are and how well they alone predict the label.
 
-    A Bradley-Terry model with one strength for each generator (scikit-learn's logistic regression without intercept,
-    C = 1) is fitted on training pairs of two different generators and judged on such test pairs that are no ties.
+    The model is the sweep's baseline of this name (`fit_generators`), fitted on training pairs of two different
+    generators and judged on such test pairs that are no ties. Where it says nothing, since a generator is unseen in
+    training, a pair counts half.
 
     Returns
     -------
     dict
         ``count``, ``pairs`` (with both generators known), ``same`` (of these, of one generator twice), ``most_common``
-        (name -> share of wins and pairs), ``accuracy`` (missing where nothing can be fitted or judged) and
-        ``test_pairs`` (behind it).
+        (name -> share of wins and pairs), ``accuracy`` (missing where nothing can be fitted or judged), ``test_pairs``
+        (behind it) and ``unseen`` (of these, with a generator that no training pair compares).
     """
-    pairs = prefs.pairs[["model_a", "model_b", "split"]].assign(label=prefs.pairs["label"])
+    pairs = prefs.pairs[["model_a", "model_b", "split", "weight"]].assign(label=prefs.pairs["label"])
     pairs["target"] = targets(pairs["label"], ties)
     pairs = pairs[(pairs["model_a"] != "") & (pairs["model_b"] != "")]
     code, known = pd.factorize(pd.concat([pairs["model_a"], pairs["model_b"]]), sort=True)
-    a, b = code.reshape(2, -1)
     wins = pd.DataFrame(
         {"model": code, "wins": np.concatenate([pairs["target"], 1 - pairs["target"]]), "pairs": 1}
     ).dropna()
@@ -145,41 +155,23 @@ def generators(prefs: PreferenceSet, ties: Ties) -> dict[str, Any]:
         str(known[int(model)]): {"wins": _plain(share), "pairs": int(count)}
         for model, share, count in table.itertuples()
     }
-    differ = a != b
-    train = differ & (pairs["split"] == "train").to_numpy() & pairs["target"].notna().to_numpy()
-    test = differ & (pairs["split"] == "test").to_numpy() & (pairs["label"] != 0.5).to_numpy()
-    accuracy = None
-    if train.any() and test.any():
-        strength = _bradley_terry(a[train], b[train], pairs["target"].to_numpy()[train], len(known))
-        # A tie of two strengths is no prediction: it counts as wrong, as in the protocol strict.
-        predicted = np.sign(strength[a[test]] - strength[b[test]])
-        accuracy = float((predicted == np.sign(pairs["label"].to_numpy()[test] - 0.5)).mean())
+    differ = pairs["model_a"] != pairs["model_b"]
+    train = pairs[differ & (pairs["split"] == "train") & pairs["target"].notna()]
+    test = pairs[differ & (pairs["split"] == "test") & (pairs["label"] != 0.5)]
+    accuracy, unseen = None, 0
+    if len(train) and len(test):
+        fitted = fit_generators(train, *(train[name].to_numpy(np.float64) for name in ("target", "weight")))
+        accuracy = float(right_with_a_coin(fitted.margins(test), test["label"].to_numpy(np.float64)).mean())
+        unseen = int((fitted.places(test) < 0).any(axis=1).sum())
     return {
         "count": len(known),
         "pairs": len(pairs),
         "same": int((~differ).sum()),
         "most_common": common,
         "accuracy": accuracy,
-        "test_pairs": int(test.sum()),
+        "test_pairs": len(test),
+        "unseen": unseen,
     }
-
-
-def _bradley_terry(
-    a: NDArray[np.int64], b: NDArray[np.int64], target: NDArray[np.float64], count: int
-) -> NDArray[np.float64]:
-    """Fit one strength a generator; judgements of the same two are summed first, so a million cost as few."""
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    key, place = np.unique(low.astype(np.int64) * count + high, return_inverse=True)
-    won = np.bincount(place, weights=np.where(a == low, target, 1 - target))
-    lost = np.bincount(place) - won
-    lower, higher = np.divmod(key, count)
-    rows = np.tile(np.arange(len(key)), 2)
-    signs = np.repeat([1.0, -1.0], len(key))
-    design = csr_array((signs, (rows, np.concatenate([lower, higher]))), shape=(len(key), count))
-    model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(vstack([design, design]), np.repeat([1, 0], len(key)), sample_weight=np.concatenate([won, lost]))
-    strength: NDArray[np.float64] = model.coef_[0]
-    return strength
 
 
 def against(prefs: PreferenceSet, other: PreferenceSet) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def _generators(at: dict[str, Any]) -> Iterator[tuple[str, str]]:
     alone = "cannot be judged (train and test pairs of two generators are needed)"
     if at["accuracy"] is not None:
         alone = f"predict {percent(at['accuracy'])} of {at['test_pairs']:,} test pairs of two generators"
+        alone += f"; {at['unseen']:,} of these show one unseen in training and count half" if at["unseen"] else ""
     yield "generators alone", alone
 
 

@@ -7,12 +7,14 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from probekit._types import IntArray
@@ -42,7 +44,8 @@ def load_preferences(
 ) -> PreferenceSet:
     """Read preferences as they were published, or in the general form.
 
-    Which image of a pair is A is decided by a hash of the pair, not by the file; ``a_listed_first`` says where A stood.
+    Which image of a pair is A is decided by hashes of prompt and image (the smaller is A), not by the file;
+    ``a_listed_first`` says where A stood.
 
     Parameters
     ----------
@@ -75,41 +78,42 @@ def load_preferences(
         msg = f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}"
         raise ConfigError(msg)
     mapping = {} if columns is None else parse_columns(columns)
+    notes: Counter[str] = Counter()
     if file.is_file():
         opened = [("", Opened(file))]
     elif file.is_dir():
-        opened = open_folder(file)
+        opened = open_folder(file, notes)
     elif seems_hub_id(path):
-        file, opened = Path(path), open_hub(str(path))
+        file, opened = Path(path), open_hub(str(path), notes)
     else:
         msg = f"{file}: no such file; allowed: a preference file, a folder of them, or the id of a data set"
         raise PreferenceError(msg)
     frames: list[pd.DataFrame] = []
     packed: list[PackedColumn] = []
     for split, one in opened:
-        try:
-            pairs, of_bytes = _read(one, choose(one, format, mapping), split, min_confidence)
-        except UnicodeEncodeError as error:
-            msg = f"{one.path}: the text {error.object[:40]!r} holds half a character; allowed: Unicode"
-            raise PreferenceError(msg) from None
+        pairs, of_bytes, of_table = _read(one, choose(one, format, mapping), split, min_confidence)
         frames.append(pairs)
         packed += of_bytes
+        notes += of_table
     del pairs  # the frame alone is kept, and given back step by step
     given = [bool((frame["split"] != "").any()) for frame in frames]
     if any(given) and not all(given):
         msg = f"{file}: {opened[given.index(False)][1].path.name} has no split; allowed: one for each part, or for none"
         raise PreferenceError(msg)
-    return _prepare(file, _together(frames), Packed(packed), split_file)
+    return replace(_prepare(file, _together(frames), Packed(packed), split_file), notes=dict(notes))
 
 
 def _read(
     opened: Opened, shape: Shape, split: str, min_confidence: float | None
-) -> tuple[pd.DataFrame, list[PackedColumn]]:
+) -> tuple[pd.DataFrame, list[PackedColumn], Counter[str]]:
     """Read the pairs of one file; its table is given back to memory."""
     table = opened.read((*shape.needed, *shape.others))
-    frame = _take_splits(table, shape.read(table), split, shape)
+    try:
+        frame = _take_splits(table, shape.read(table), split, shape)
+    except UnicodeEncodeError:
+        table.refuse_half_characters()
     frame = _by_confidence(table, frame, min_confidence)
-    return _resolve_images(table, frame), _packed_columns(table, shape)
+    return _resolve_images(table, frame), _packed_columns(table, shape), table.notes
 
 
 def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -123,11 +127,7 @@ def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def _prepare(file: Path, frame: pd.DataFrame, packed: Packed, split_file: str | Path | None) -> PreferenceSet:
     """Name the pairs, put them into groups and splits, and make items of their images."""
     dropped = dict(Counter(frame["drop"][frame["drop"] != ""]))
-    try:
-        frame = _identify(frame)
-    except UnicodeEncodeError as error:
-        msg = f"{file}: the text {error.object[:40]!r} holds half a character; allowed: Unicode"
-        raise PreferenceError(msg) from None
+    frame = _identify(frame)
     frame = frame[frame["drop"] == ""].reset_index(drop=True)
     if not len(frame):
         log_dropped(file, dropped)
@@ -188,9 +188,8 @@ def _by_confidence(table: Table, frame: pd.DataFrame, least: float | None) -> pd
     """Mark pairs of a confidence that is too low; where there is none, pairs stay."""
     if least is None:
         return frame
-    known = frame["confidence"].notna()
-    if not known.any():
-        logger.warning("%s: no record has a confidence: the least of %g leaves all pairs in", table.path, least)
+    unknown = int((frame["confidence"].isna() & (frame["drop"] == "")).sum())
+    table.note(unknown, f"pairs have no confidence and stay: the least of {least:g} is for those that have one")
     low = (frame["confidence"] < least) & (frame["drop"] == "")
     return frame.assign(drop=frame["drop"].mask(low, f"confidence_below_{least:g}"))
 
@@ -257,23 +256,24 @@ def _chunks(values: Any) -> Iterator[list[Any]]:
 def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     """Add ``pair_id`` and ``a_listed_first``, and turn half of the pairs round.
 
-    The identity of a pair does not depend on which side an image stands on, so the side that its hash chooses says
-    nothing about the winner.
+    A is the image of which the SHA-256 of prompt and name is smaller. That says nothing about the winner, does not
+    depend on where an image stands in the file, and orders all images of a prompt: over the pairs of a ranking the
+    sides are one order of its images. The identity of a pair does not depend on its sides.
     """
-    parts, smaller_first = [], []
+    parts, turned = [], []
     for rows in zip(*(_chunks(frame[name].array) for name in ("prompt", "image_a", "image_b")), strict=True):
         digests = []
         for prompt, a, b in zip(*rows, strict=True):
             first, second = (a, b) if a < b else (b, a)
-            digests.append(hashlib.sha256(f"{prompt}\0{first}\0{second}".encode()).digest())
-            smaller_first.append(a < b)
+            digests.append(_sha256(prompt, first, second))
+            turned.append(_sha256(prompt, b) < _sha256(prompt, a))
         parts.append(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
     identity = np.concatenate(parts)
     heads = pd.Series(identity[:, :8].copy().view(np.uint64)[:, 0])
     occurrence = heads.groupby(heads).cumcount().to_numpy()  # pairs that stand in the file more than once stay apart
     starts = range(0, len(identity), _CHUNK)
     pair_ids = [_pair_ids(identity[at : at + _CHUNK], occurrence[at : at + _CHUNK]) for at in starts]
-    turn = np.array(smaller_first) != (identity[:, 0] & 1).astype(bool)
+    turn = np.array(turned)
     frame = frame.assign(pair_id=pd.concat(pair_ids, ignore_index=True), a_listed_first=~turn)
     frame["label"] = frame["label"].mask(turn, 1 - frame["label"])
     for name in ("image", "path"):
@@ -284,6 +284,19 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     a, b = frame["model_a"], frame["model_b"]
     frame["model_a"], frame["model_b"] = a.mask(turn, b), b.mask(turn, a)
     return frame
+
+
+def _sha256(*texts: str) -> bytes:
+    return hashlib.sha256("\0".join(texts).encode()).digest()
+
+
+def turned_once(prompts: Iterable[str], images_a: Iterable[str], images_b: Iterable[str]) -> NDArray[np.bool_]:
+    """Say of each pair (n,) whether its sides were the other way round in stores and runs of earlier versions.
+
+    These took the first bit of the pair's identity for whether A is the image of the smaller name, pair by pair.
+    """
+    sides = zip(prompts, images_a, images_b, strict=True)
+    return np.array([(a < b) != _sha256(prompt, min(a, b), max(a, b))[0] & 1 for prompt, a, b in sides], bool)
 
 
 def _pair_ids(identity: IntArray, occurrence: IntArray) -> pd.Series:

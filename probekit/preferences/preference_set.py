@@ -48,12 +48,11 @@ class PreferenceSet:
         One line per pair (n): ``pair_id``, ``item_a`` and ``item_b`` (positions in ``items``), ``label`` (probability
         that A is preferred, 0.5 = tie), ``weight``, ``strength``, ``n_votes``, ``group``, ``split`` (``train``,
         ``validation`` or ``test``), ``source``, ``model_a``, ``model_b``, ``ranking_id``, ``a_listed_first`` (whether A
-        stands first in the file; which image is A is decided by a hash of the pair), ``split_file`` (SHA-256 of the
-        split file, empty without one).
+        stands first in the file; which image is A is decided by hashes of prompt and image), ``split_file`` (SHA-256 of
+        the split file, empty without one).
     dropped
         Pairs of the file that are not here, by reason: not judged, confidence too low, their group reaches into a
-        later split,
-        or a split file leaves them out.
+        later split, or a split file leaves them out.
     placeholders
         Images under more than 20 prompts; they do not join groups.
     packed
@@ -62,6 +61,9 @@ class PreferenceSet:
         The splits that the file itself names.
     overlap
         What these share; see ``split_overlap``.
+    notes
+        What is odd in the file and is neither an error nor a pair left out, such as votes against the published
+        winner, and of how many records it is true.
     """
 
     name: str
@@ -73,6 +75,7 @@ class PreferenceSet:
     packed: Packed
     own_splits: tuple[str, ...] = ()
     overlap: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def limit(self, n: int) -> "PreferenceSet":
         """Take whole groups in the order of their hash, at most n pairs, so that smaller sets lie in larger ones.

@@ -24,6 +24,7 @@ WINNER_COLUMNS = ("prompt", "chosen", "rejected")
 LABEL_COLUMNS = ("prompt", "image_a", "image_b", "label")
 LABELS = (("label",), ("label_b",), ("votes_a", "votes_b"))  # ways to say who won; one of them is needed
 TEXT_COLUMNS = ("group", "split", "source", "model_a", "model_b", "ranking_id")
+NUMBERED = ("group", "ranking_id")  # identifiers, which may be whole numbers; names are texts
 NUMBER_COLUMNS = ("weight", "strength", "n_votes", "confidence")
 KNOWN = tuple(dict.fromkeys(WINNER_COLUMNS + LABEL_COLUMNS + sum(LABELS, ()) + TEXT_COLUMNS + NUMBER_COLUMNS))
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"} | {name: name for name in SPLITS}
@@ -113,7 +114,7 @@ class General:
         frame["n_votes"] = votes
         frame["confidence"] = self._numbers("confidence", SHARE, _is_share, math.nan)
         for ours in TEXT_COLUMNS:
-            frame[ours] = table.texts(name[ours], required=False)
+            frame[ours] = table.texts(name[ours], required=False, numbered=ours in NUMBERED)
         _check_splits(table, frame)
         frame["drop"] = np.where(frame["label"].isna(), "no_votes", "")
         return finish(table, frame)

@@ -4,11 +4,11 @@ Texts are kept as Arrow arrays: a million records fit in memory with their promp
 read here; ``probekit.preferences.packed`` gets at them. n = records.
 """
 
-import csv
 import json
+import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,11 +23,11 @@ from pyarrow.lib import ArrowException
 from probekit._types import IntArray
 from probekit.errors import PreferenceError
 from probekit.preferences.packed import ArrowRows, ParquetRows, holds_bytes
+from probekit.preferences.records import READERS, Records, show
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 50_000  # records between two conversions to Arrow
-_READ = 4 * 2**20  # characters of a JSON file that are held at once
-_SPACE = re.compile(r"[ \t\n\r]*")
-Records = Iterator[tuple[int, dict[str, Any]]]
 Content = tuple[IntArray, list[str], dict[str, pa.ChunkedArray | list[Any]]]  # places, names found, columns
 
 
@@ -80,12 +80,15 @@ class Table:
         Where these bytes are; None for files that hold none.
     root
         Where the images are.
+    notes
+        What a reader found that may surprise, with how many of it; see `note`.
     """
 
     def __init__(
         self, opened: "Opened", unit: str, *, content: Content, wanted: Sequence[str], rows: ArrowRows | None
     ) -> None:
         self.path, self.unit, self.rows, self.root = opened.path, unit, rows, opened.root
+        self.notes: Counter[str] = Counter()
         self.places, found, columns = content
         if not len(self.places):
             msg = f"{self.path}: holds no pairs; allowed: at least one"
@@ -106,6 +109,24 @@ class Table:
         msg = f"{self.path}, {self.unit} {self.places[index]}: {what}"
         raise PreferenceError(msg)
 
+    def note(self, count: int, what: str) -> None:
+        """Warn of something that is no error, where there is any; a set of preferences keeps what was said."""
+        if count:
+            logger.warning("%s: %d %s", self.path, count, what)
+            self.notes[what] += count
+
+    def refuse_half_characters(self) -> NoReturn:
+        """Raise an error about the first record that holds half of a surrogate pair, which JSON can say."""
+        columns = {name: self.values(name) for name in self._columns}
+        for index in range(len(self)):
+            for name, values in columns.items():
+                try:
+                    json.dumps(values[index], ensure_ascii=False, default=str).encode()
+                except UnicodeEncodeError:
+                    self.fail(index, f"{name} is {show(values[index])}, which holds half a character; allowed: Unicode")
+        msg = f"{self.path}: holds half a character; allowed: Unicode"
+        raise PreferenceError(msg)
+
     def values(self, name: str) -> list[Any]:
         """Take a column as it stands in the file (n); None where a record lacks it."""
         values = self._columns.get(name)
@@ -113,22 +134,32 @@ class Table:
             return [None] * len(self)
         return values if isinstance(values, list) else values.to_pylist()
 
-    def texts(self, name: str, *, required: bool) -> pd.Series:
-        """Take a column of texts (n); an absent optional value becomes an empty text."""
+    def texts(self, name: str, *, required: bool, numbered: bool = False) -> pd.Series:
+        """Take a column of texts (n); an absent optional value becomes an empty text.
+
+        Where things may be `numbered`, as published files number their rankings, a whole number stands for its digits;
+        a number in place of any other text is refused.
+        """
+        allowed = ("a text" if not numbered else "a text or a whole number") + " that is not empty" * required
         values = self._columns.get(name, [None] * len(self))
         if isinstance(values, pa.ChunkedArray):
             wrong = pc.or_(pc.is_null(values), pc.equal(pc.fill_null(values, ""), ""))
             if required and pc.any(wrong).as_py():
                 index = pc.index(wrong, True).as_py()
-                self.fail(index, f"{name} is {show(values[index].as_py())}; allowed: a text that is not empty")
-            texts: pd.Series = (pc.fill_null(values, "") if values.null_count else values).to_pandas()
-            return texts.astype("str")
+                self.fail(index, f"{name} is {show(values[index].as_py())}; allowed: {allowed}")
+            filled: pd.Series = (pc.fill_null(values, "") if values.null_count else values).to_pandas()
+            return filled.astype("str")
+        texts: list[str] = []
         for i, value in enumerate(values):
-            if required and (not isinstance(value, str) or not value):
-                self.fail(i, f"{name} is {show(value)}; allowed: a text that is not empty")
-            if not isinstance(value, str) and value is not None and not _is_number(value):
-                self.fail(i, f"{name} is {show(value)}; allowed: a text")
-        return pd.Series(["" if value is None or value != value else str(value) for value in values], dtype="str")
+            absent = value is None or value == "" or value != value  # pandas writes gaps in numbers as NaN
+            number = numbered and _is_whole(value)
+            if absent and not required:
+                texts.append("")
+            elif not absent and (isinstance(value, str) or number):
+                texts.append(value if isinstance(value, str) else str(int(value)))
+            else:
+                self.fail(i, f"{name} is {show(value)}; allowed: {allowed}")
+        return pd.Series(texts, dtype="str")
 
     def numbers(self, name: str, *, allowed: str, fits: Callable[[float], bool], default: float | None) -> pd.Series:
         """Take a column of numbers (n); an absent value becomes the default, and is an error if there is none."""
@@ -181,7 +212,9 @@ class Opened:
     def read(self, wanted: Sequence[str]) -> Table:
         """Read the wanted columns of all records."""
         with _Refusals(self.path):
-            content = _of_records(self._records, wanted) if self._rows is None else _of_arrow(self._rows, wanted)
+            content = (
+                _of_records(self._records, wanted) if self._rows is None else _of_arrow(self.path, self._rows, wanted)
+            )
             return Table(self, self._unit, content=content, wanted=wanted, rows=self._rows)
 
 
@@ -196,10 +229,10 @@ class _Refusals:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         match error:
-            case UnicodeDecodeError():
-                what = f"not UTF-8 text ({error})"
             case ArrowException():
-                what = f"not a Parquet file ({str(error).splitlines()[0]})"
+                what = (
+                    f"not a Parquet file ({str(error).splitlines()[0]}); allowed: Parquet, or another ending for text"
+                )
             case OSError():
                 what = f"cannot be read ({error.strerror or error})"
             case _:
@@ -240,20 +273,36 @@ def _of_records(records: Records, wanted: Sequence[str]) -> Content:
     return np.concatenate(places), list(seen), {name: _joined(values) for name, values in parts.items()}
 
 
-def _of_arrow(rows: ArrowRows, wanted: Sequence[str]) -> Content:
+def _of_arrow(path: Path, rows: ArrowRows, wanted: Sequence[str]) -> Content:
     """Take the wanted columns as they are, but for images as bytes."""
     kinds = {field.name: field.type for field in rows.schema}
     present = [name for name in wanted if name in kinds and not holds_bytes(kinds[name])]
     parts: dict[str, list[pa.Array | list[Any]]] = {name: [] for name in present}
-    count = 0
-    for batch in rows.batches(present or [], size=_CHUNK):
-        count += batch.num_rows
+    count = sum(map(rows.part_rows, rows.parts))
+    read = 0
+    for batch in rows.batches(present, size=_CHUNK) if present else ():
         for name in present:
             column = batch.column(name)
             text = pa.types.is_string(kinds[name]) or pa.types.is_large_string(kinds[name])
             column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            _refuse_bytes(path, name, column, read)
             parts[name].append(column.cast(pa.large_string()) if text else column.to_pylist())
+        read += batch.num_rows
     return np.arange(1, count + 1), list(kinds), {name: _joined(values) for name, values in parts.items()}
+
+
+def _refuse_bytes(path: Path, name: str, column: pa.Array, before: int) -> None:
+    """Refuse texts that are not UTF-8, which Arrow does not look at when it reads them."""
+    try:
+        column.validate(full=True)
+    except ArrowException:
+        for row, value in enumerate(column, before + 1):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                msg = f"{path}, row {row}: {name} is not UTF-8 text ({show(error.object)}); allowed: UTF-8"
+                raise PreferenceError(msg) from None
+        raise
 
 
 def _compact(values: list[Any]) -> pa.Array | list[Any]:
@@ -272,129 +321,8 @@ def _joined(parts: list[pa.Array | list[Any]]) -> pa.ChunkedArray | list[Any]:
     return list(chain.from_iterable(part.to_pylist() if isinstance(part, pa.Array) else part for part in parts))
 
 
-def _json_lines(path: Path) -> Records:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _json_record(path, f"line {number}", _parse(path, f"line {number}", line))
-
-
-def _json_array(path: Path) -> Records:
-    """Take the records of a list one by one; the file is never in memory as a whole."""
-    decoder = json.JSONDecoder(object_pairs_hook=_keys_once)
-    with path.open(encoding="utf-8-sig") as file:
-        text, at, ended, number = "", 0, False, 0
-
-        def more(least: int) -> None:
-            nonlocal text, at, ended
-            new = file.read(max(_READ, least))
-            text, at, ended = text[at:] + new, 0, not new
-
-        def skip() -> str:
-            nonlocal at
-            while True:
-                match = _SPACE.match(text, at)
-                at = match.end() if match else at
-                if at < len(text) or ended:
-                    return text[at : at + 1]
-                more(0)
-
-        if not (first := skip()):
-            return
-        if first != "[":
-            text += file.read()
-            msg = f"{path}: holds {show(_parse(path, 'whole file', text))}; allowed: a list of records"
-            raise PreferenceError(msg)
-        at += 1
-        if skip() == "]":
-            at += 1
-        else:
-            while True:
-                skip()
-                number += 1
-                place = f"record {number}"
-                while True:
-                    try:
-                        value, end = decoder.raw_decode(text, at)
-                        if end < len(text) or ended:
-                            break
-                        more(len(text))
-                    except json.JSONDecodeError as error:
-                        if ended:
-                            _not_json(path, place, error.msg)
-                        more(len(text))
-                    except (ValueError, RecursionError) as error:
-                        _not_json(path, place, error)
-                yield number, _json_record(path, place, value)
-                at = end
-                mark = skip()
-                at += 1
-                if mark == "]":
-                    break
-                if mark != ",":
-                    _not_json(path, f"after {place}", f"{mark!r} in place of ',' or ']'" if mark else "the file ends")
-        if rest := skip():
-            _not_json(path, "after the list", f"{rest!r} follows")
-
-
-def _parse(path: Path, place: str, text: str) -> object:
-    try:
-        return json.loads(text, object_pairs_hook=_keys_once)
-    except (ValueError, RecursionError) as error:
-        _not_json(path, place, error)
-
-
-def _not_json(path: Path, place: str, why: object) -> NoReturn:
-    msg = f"{path}, {place}: not JSON ({why}); allowed: a list of records in .json, a record a line in .jsonl"
-    raise PreferenceError(msg) from None
-
-
-def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):  # the last one would win silently
-        names = [name for name, _ in pairs]
-        msg = f"key {next(name for name in names if names.count(name) > 1)!r} stands twice"
-        raise ValueError(msg)
-    return record
-
-
-def _json_record(path: Path, place: str, record: object) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        msg = f"{path}, {place}: is {show(record)}; allowed: a record with prompt, chosen, rejected or alike"
-        raise PreferenceError(msg)
-    return record
-
-
-def _csv_rows(path: Path) -> Records:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            header = next(rows, [])
-            for name in header:
-                if header.count(name) > 1:
-                    msg = f"{path}: column {name!r} stands twice in the header; allowed: each column once"
-                    raise PreferenceError(msg)
-            for row in rows:
-                if len(row) != len(header) and row:
-                    msg = f"{path}, line {rows.line_num}: {len(row)} fields; allowed: {len(header)}, as in the header"
-                    raise PreferenceError(msg)
-                if row:
-                    yield rows.line_num, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            msg = f"{path}, line {rows.line_num}: not CSV ({error})"
-            raise PreferenceError(msg) from None
-
-
-READERS: dict[str, tuple[str, Callable[[Path], Records]]] = {
-    ".jsonl": ("line", _json_lines),
-    ".json": ("record", _json_array),
-    ".csv": ("line", _csv_rows),
-    ".parquet": ("row", lambda _: iter(())),  # read by columns
-}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_whole(value: object) -> bool:
+    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float | None:
@@ -410,9 +338,3 @@ def _number(value: object) -> float | None:
 def is_count(number: float) -> bool:
     """Say whether a number is whole and not negative."""
     return 0 <= number < 2**53 and number == int(number)
-
-
-def show(value: object) -> str:
-    """Write a value into a message."""
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from probekit.report.select import (
@@ -18,6 +17,7 @@ from probekit.report.select import (
 )
 from probekit.report.tables import NONE, accuracy_text, interval, percent, points
 from probekit.results import SLICES, load_beyond, load_margins
+from probekit.stats import right_with_a_coin
 
 _SLICINGS = {"same_generator": "", "generators": "Generators", "vote_share": "Votes", "images": "Pictures compared"}
 _SAME = {
@@ -61,11 +61,14 @@ def baselines_table(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.Data
 
 
 def _with_coin(run: Path, record_id: str, dataset: str) -> tuple[float, float]:
-    """Share of decided test pairs that a baseline gives a margin of 0, and its accuracy if a coin decides them."""
+    """Share of decided test pairs that a baseline gives a margin of 0, and what is right if a coin decides them.
+
+    Pairs weigh alike, also where the protocol is a mean over prompts.
+    """
     margins = load_margins(run, [record_id])
     test = margins[(margins["split"] == "test") & (margins["dataset"] == dataset) & (margins["label"] != 0.5)]
-    agree = np.sign(test["margin"].to_numpy()) * np.sign(test["label"].to_numpy() - 0.5)
-    return float((agree == 0).mean()), float(((1 + agree) / 2).mean())
+    right = right_with_a_coin(test["margin"].to_numpy(), test["label"].to_numpy())
+    return float((test["margin"] == 0).mean()), float(right.mean())
 
 
 def slices_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:

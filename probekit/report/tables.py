@@ -26,7 +26,7 @@ from probekit.report.select import (
     trained_rows,
 )
 from probekit.report.style import in_millions
-from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS
+from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS, knowing_nothing
 from probekit.stats import PROTOCOLS
 
 NONE = "\N{EN DASH}"
@@ -110,15 +110,15 @@ def _layer(chosen: pd.DataFrame, model: Model) -> str:
 
 
 def scorers_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Scores of other models on the test pairs of a data set, by the protocol of the setting; empty without any."""
+    """Scores of other models on the test pairs of a data set; one judged by another protocol than the heads says so."""
     rows = reported_rows(frame)
-    same = (rows["dataset"] == setting.dataset) & (rows["protocol"] == setting.protocol)
     table = []
-    for row in rows[same & (rows["head_kind"] == "external")].to_dict("records"):
+    for row in rows[(rows["dataset"] == setting.dataset) & (rows["head_kind"] == "external")].to_dict("records"):
         given = row["head"] == "agreement"
+        other = f"\nby {row['protocol']}, unlike the heads" if row["protocol"] != setting.protocol else ""
         table.append(
             {
-                "Scorer": row["backbone"] + "\nas given, not measured here" * given,
+                "Scorer": row["backbone"] + "\nas given, not measured here" * given + other,
                 "Test accuracy": percent(row["accuracy"]),
                 "Interval": interval(row["low"], row["high"]),
                 "Mean over pairs": percent(row["micro_accuracy"]),
@@ -133,14 +133,8 @@ def scorers_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 
 def expected_text(frame: pd.DataFrame) -> str:
     """Say what scorers that know nothing get on the test pairs of a setting, and the floor that makes."""
-    rows = reported_rows(frame)
-    if rows.empty or rows["expected_random"].isna().all():
-        return ""
-    row = rows.sort_values("n_pairs", kind="stable").to_dict("records")[-1]
-    told = {"random": "expected_random", "constant": "expected_constant", "first listed": "expected_first"}
-    known = {name: float(row[column]) for name, column in told.items() if pd.notna(row[column])}
-    scorers, floor = ", ".join(f"{name} {percent(value)} %" for name, value in known.items()), max(known.values())
-    return f"on these test pairs a scorer that knows nothing gets: {scorers}; the floor is {percent(floor)} %"
+    text = knowing_nothing(reported_rows(frame))
+    return f"on these test pairs a scorer that knows nothing gets: {text}" if text else ""
 
 
 def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:

@@ -132,3 +132,8 @@ def paired_difference(
         detectable = (z + float(ndtri(POWER))) * se
         method = "bootstrap-t"
     return Difference(estimate, low, high, se, detectable, scored.n_pairs, len(size), scored.effective_groups, method)
+
+
+def right_with_a_coin(margins: FloatArray, labels: FloatArray) -> FloatArray:
+    """Share (n,) of each decided pair that is right if a coin decides where a score says nothing: 1, 0 or a half."""
+    return np.asarray((1 + np.sign(margins) * np.sign(np.asarray(labels) - 0.5)) / 2)

@@ -170,8 +170,9 @@ def hpsv2_inversion(margins: FloatArray, labels: FloatArray, *, prompts: NDArray
     """Mean over prompts of 1 - discordant pairs / all pairs; true ties are right, predicted ties go to the first side.
 
     The original sorts the pictures by score and compares places, so that equal scores take the order of the sort. Here
-    a hash of each pair decides which picture is first, so that nothing that a file's order says can be gained; over the
-    pairs of a ranking these need not be one order. `hpsv2_inversion_listed` keeps that quirk.
+    they take the order of the sides, which is that of a hash of prompt and picture (A has the smaller): one order of
+    all pictures of a ranking, which says nothing about them, so that nothing can be gained from that of the file.
+    `hpsv2_inversion_listed` keeps the original's order of the file.
 
     Notes
     -----
@@ -386,6 +387,11 @@ class Expectations:
     def floor(self) -> float:
         """The largest of the three: below it a number shows nothing."""
         return float(np.nanmax([self.random, self.constant, self.first_listed]))
+
+    def __str__(self) -> str:
+        told = {"random": self.random, "constant": self.constant, "first listed": self.first_listed}
+        known = [f"{name} {100 * value:.1f} %" for name, value in told.items() if not np.isnan(value)]
+        return f"{', '.join(known)}; the floor is {100 * self.floor:.1f} %"
 
 
 def expectations(

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from probekit._types import FloatArray
 from probekit.heads import BradleyTerryClassifier
 from probekit.results import UNPROBED, load_margins, load_results
-from probekit.stats import paired_difference
+from probekit.stats import paired_difference, right_with_a_coin
 from probekit.sweep.baselines import GENERATOR
 
 _STRENGTH = 100.0  # two coefficients on hundreds of pairs: next to no penalty
@@ -43,8 +42,10 @@ def beyond_generator(run: Path, *, resamples: int, level: float) -> pd.DataFrame
     rows = []
     for found in both.itertuples(index=False):
         ours = load_margins(run, [str(found.record_id)])
-        theirs = margins[found.record_id_prior][["split", "dataset", "pair_id", "margin"]]
+        theirs = margins[found.record_id_prior][["split", "dataset", "pair_id", "margin", "label"]]
         pairs = ours.merge(theirs, on=["split", "dataset", "pair_id"], suffixes=("", "_prior"))
+        # Of two stores one may be of an earlier version, which chose the sides of pairs otherwise.
+        pairs["margin_prior"] *= np.where((pairs["label"] > 0.5) == (pairs["label_prior"] > 0.5), 1, -1)
         decided = pairs[pairs["label"] != 0.5]
         scores = decided[["margin", "margin_prior"]].to_numpy(np.float64)
         fit_on = (decided["split"] == "validation").to_numpy()
@@ -55,8 +56,8 @@ def beyond_generator(run: Path, *, resamples: int, level: float) -> pd.DataFrame
             scores[fit_on], decided["label"].to_numpy(np.float64)[fit_on]
         )
         label = decided["label"].to_numpy(np.float64)[judge]
-        alone = _right(scores[judge, 1], label)
-        joint = _right(scores[judge] @ head.coef_, label)
+        alone = right_with_a_coin(scores[judge, 1], label)
+        joint = right_with_a_coin(scores[judge] @ head.coef_, label)
         groups = decided["group"].to_numpy()[judge]
         gain = paired_difference(joint, alone, groups, n_boot=resamples, level=level)
         rows.append(
@@ -78,8 +79,3 @@ def beyond_generator(run: Path, *, resamples: int, level: float) -> pd.DataFrame
             }
         )
     return pd.DataFrame(rows)
-
-
-def _right(margins: FloatArray, label: FloatArray) -> FloatArray:
-    """Share (n,) of each pair that is right: a score that says nothing is right half of the time."""
-    return np.asarray((1 + np.sign(margins) * np.sign(label - 0.5)) / 2)

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from probekit import results
 from probekit._types import FloatArray
 from probekit.config import ScoreTableConfig
 from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet, load_preferences
+from probekit.preferences.loading import turned_once
 from probekit.stats import PROTOCOLS, VoteCeiling, vote_ceiling
 from probekit.store import Pairs, canonical_json
 from probekit.sweep.evaluate import accuracies, kept_margins
@@ -60,10 +62,7 @@ class ScoreTable:
             yield "", f"{counts}; true ties {row['true_ties']:,}, predicted ties {row['predicted_ties']:,}"
             if not np.isnan(row["threshold"]):
                 yield "", f"ties are predicted up to a difference in probability of {row['threshold']:g}"
-            known = [row[f"expected_{scorer}"] for scorer in ("random", "constant", "first")]
-            texts = [_percent(value) for value in known]
-            floor = f"; floor {_percent(max(value for value in known if value == value))}" if row["n_pairs"] else ""
-            yield "knowing nothing", f"random {texts[0]}, constant {texts[1]}, first listed {texts[2]}{floor}"
+            yield "knowing nothing", results.knowing_nothing(pd.DataFrame([row])) or "no pair is scored"
         if self.ceiling is not None:
             found = self.ceiling
             yield (
@@ -141,9 +140,9 @@ def _scored(loaded: PreferenceSet, values: FloatArray, *, out: Path) -> Pairs:
         place = pd.Index(held["pair_id"]).get_indexer(frame["pair_id"])
         inside = place >= 0
         there = held.iloc[place[inside]]
-        differs = np.abs(there["label"].to_numpy() - frame.loc[inside, "label"].to_numpy()) > 1e-9
-        if not inside.any() or differs.any():
-            what = f"labels {differs.sum()} pairs otherwise" if inside.any() else "has no pair in common with it"
+        differ = _other_labels(loaded, inside, there["label"].to_numpy(np.float64))
+        if not inside.any() or differ:
+            what = f"labels {differ} pairs otherwise" if inside.any() else "has no pair in common with it"
             message = (
                 f"{loaded.path}: {what}: {out} holds another data set {loaded.name!r}; allowed: the preference file of "
                 "that sweep, or another folder"
@@ -163,6 +162,18 @@ def _scored(loaded: PreferenceSet, values: FloatArray, *, out: Path) -> Pairs:
         frame=frame[~lost].reset_index(drop=True),
         excluded=frame[["pair_id", "source", "split"]].assign(reason=reason)[lost].reset_index(drop=True),
     )
+
+
+def _other_labels(loaded: PreferenceSet, inside: NDArray[np.bool_], held: FloatArray) -> int:
+    """Count the pairs that a run labels otherwise; one of an earlier version may have their sides the other way."""
+    pairs = loaded.pairs[inside]
+    ours = pairs["label"].to_numpy(np.float64)
+    differ = np.abs(held - ours) > 1e-9
+    if not differ.any():
+        return 0
+    a, b = (loaded.items.iloc[pairs[item]] for item in ("item_a", "item_b"))
+    turned = np.abs(held - np.where(turned_once(a["prompt"], a["image"], b["image"]), 1 - ours, ours)) > 1e-9
+    return int(min(differ.sum(), turned.sum()))
 
 
 def _run_pairs(out: Path, dataset: str) -> pd.DataFrame | None:
