@@ -90,11 +90,11 @@ def plan_input_baselines(records: Sequence[Record]) -> list[InputBaseline]:
 def _entering(store: FeatureStore) -> dict[str, object]:
     """Pick the settings of a store that what enters its transformer depends on."""
     settings = {key: value for key, value in store.config.items() if key not in _NOT_ENTERING}
-    parts = {
-        key: {part: value for part, value in store.config.get(key, {}).items() if part != "transformer"}
+    encoders = {
+        key: {part: digest for part, digest in store.config.get(key, {}).items() if part != "transformer"}
         for key in _ENCODERS
     }
-    return settings | parts | {"definitions": {name: store.config["poolings"][name] for name in store.inputs}}
+    return settings | encoders | {"definitions": {name: store.config["poolings"][name] for name in store.inputs}}
 
 
 def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
