@@ -32,7 +32,8 @@ from probekit.stats import Expectations
 
 RESULTS_VERSION = "1.3"
 ALL_SOURCES = "all"
-UNPROBED = ("metadata", "external")  # kinds of heads that see no features: of metadata, and scores from elsewhere
+UNPROBED = ("metadata", "inputs", "external")
+"""Kinds of heads that see no features: of metadata, of what enters a backbone, and scores from elsewhere."""
 EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 

@@ -61,7 +61,7 @@ def _digest(path: Path) -> bytes:
 
 
 def _latents(backbone: Backbone, paths: list[Path], digests: list[bytes]) -> torch.Tensor:
-    return torch.stack(next(backbone.latents([list(zip(paths, digests, strict=True))])))
+    return torch.stack([image.latents for image in next(backbone.latents([list(zip(paths, digests, strict=True))]))])
 
 
 def _loaded(backbone: Backbone) -> Any:

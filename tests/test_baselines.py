@@ -176,7 +176,7 @@ def test_the_gain_over_generators_is_that_of_two_coefficients_fitted_on_validati
 
 def test_the_report_shows_them_and_draws_no_baseline(run, tmp_path):
     text = probekit.build_report(run[0], tmp_path / "report.html").read_text(encoding="utf-8")
-    for part in ("Without seeing a picture", "Slices of the test pairs", "The generators&#39; names alone decide"):
+    for part in ("Without the backbone", "Slices of the test pairs", "The generators&#39; names alone decide"):
         assert part in text
     assert "Pictures of one generator" in text
     points = pd.read_csv(tmp_path / "report_figures" / "depth.csv")

@@ -59,7 +59,7 @@ def test_rows_are_distinct_and_features_are_those_of_the_backbone(backbone, pref
     assert set(rows["row_id"]) == set(store.rows["row_id"])
     sample = rows.iloc[[0, 7, 31]]
     files = list(zip(map(Path, sample["path"]), sample["image_sha256"], strict=True))
-    latents = next(backbone.latents([files]))
+    latents = [image.latents for image in next(backbone.latents([files]))]
     eps = [noise(0, prompt, 0, tuple(latents[0].shape)) for prompt in sample["prompt"]]
     alone = backbone.features(
         latents,

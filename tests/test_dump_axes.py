@@ -93,7 +93,7 @@ def test_sigmas_and_draws_come_from_one_pass_over_the_images(
 def test_each_draw_has_its_noise(flux: Backbone, prefs: probekit.PreferenceSet, tmp_path: Path) -> None:
     store = probekit.dump_features(flux, prefs, tmp_path / "store", sigmas=["0.3"], draws=2, seed=7)
     prompts, files = rows_of(store, prefs)
-    latents = next(flux.latents([files]))
+    latents = [image.latents for image in next(flux.latents([files]))]
     for draw in (0, 1):
         eps = [noise(7, prompt, draw, tuple(x.shape), flux.canvas) for prompt, x in zip(prompts, latents, strict=True)]
         wanted = flux.wanted(["mean"], [0, flux.n_blocks])
@@ -174,7 +174,7 @@ def test_poolings_equal_their_definitions_on_the_full_tokens(
         backbone, prefs, tmp_path / "store", sigmas=["0.1"], pooling=poolings, output_tokens=True
     )
     prompts, files = rows_of(store, prefs)
-    latents = next(backbone.latents([files]))
+    latents = [image.latents for image in next(backbone.latents([files]))]
     eps = [noise(0, p, 0, tuple(x.shape), backbone.canvas) for p, x in zip(prompts, latents, strict=True)]
     images = tokens_by_hand(backbone, latents, prompts, eps)
     depth = backbone.n_blocks
@@ -215,7 +215,7 @@ def test_empty_prompts_are_the_empty_prompt_with_the_real_ones_noise(
 ) -> None:
     store = probekit.dump_features(flux, prefs, tmp_path / "store", sigmas=["0.3"], prompts="empty")
     prompts, files = rows_of(store, prefs)
-    latents = next(flux.latents([files]))
+    latents = [image.latents for image in next(flux.latents([files]))]
     eps = [noise(0, prompt, 0, tuple(x.shape), flux.canvas) for prompt, x in zip(prompts, latents, strict=True)]
     wanted, last = flux.wanted(["mean"], [flux.n_blocks]), flux.n_blocks
     empty = flux.features(latents, [""] * len(prompts), sigma="0.3", eps=eps, wanted=wanted, batch_size=4)
@@ -242,7 +242,8 @@ def test_shuffled_prompts_are_a_derangement_that_the_seed_fixes(
     }
     assert len({store.fingerprint for store in stores.values()}) == 4
     prompts, files = rows_of(stores[1], prefs)
-    said, latents = conditions(list(RANKINGS), "shuffled:1"), next(flux.latents([files]))
+    said = conditions(list(RANKINGS), "shuffled:1")
+    latents = [image.latents for image in next(flux.latents([files]))]
     eps = [noise(0, prompt, 0, tuple(x.shape), flux.canvas) for prompt, x in zip(prompts, latents, strict=True)]
     wanted, last = flux.wanted(["mean"], [flux.n_blocks]), flux.n_blocks
     told = [said[prompt] for prompt in prompts]
@@ -265,7 +266,7 @@ def test_pictures_of_every_aspect_go_through_pad_and_bucket(
         backbone = Backbone.from_pretrained(folders["flux"], resolution=16, resize=resize)
         store = probekit.dump_features(backbone, prefs, tmp_path / resize, sigmas=["0.1"], batch_size=3)
         _, files = rows_of(store, prefs)
-        shapes[resize] = {tuple(latent.shape) for latent in next(backbone.latents([files]))}
+        shapes[resize] = {tuple(image.latents.shape) for image in next(backbone.latents([files]))}
         features[resize] = store.read(layer=backbone.n_blocks)
         assert (store.rows["status"] == 0).all()
         assert set(zip(store.rows["width"], store.rows["height"], strict=True)) == {PORTRAIT, LANDSCAPE, (16, 16)}

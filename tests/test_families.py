@@ -207,7 +207,8 @@ def test_latents_are_what_the_pipelines_own_decoding_undoes(name: str, backbones
     picture = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     path = tmp_path / "picture.png"
     Image.fromarray(picture).save(path)
-    (latent,) = next(backbone.latents([[(path, hashlib.sha256(path.read_bytes()).digest())]]))
+    (image,) = next(backbone.latents([[(path, hashlib.sha256(path.read_bytes()).digest())]]))
+    latent = image.latents
     assert tuple(latent.shape) == backbone._latent_shape(side, side)
     decoded = decode_as_the_pipeline(loaded, latent)
     vae = backbone._base.load("vae", backbone.stages.without_weights["vae"])

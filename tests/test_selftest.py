@@ -183,7 +183,7 @@ def test_a_users_own_transformer_and_pipeline_are_dumped_after_register_family(t
     assert len(store.rows) == 5
     model = OwnTransformer.from_pretrained(folder / "transformer")
     files = [(Path(path), digest) for path, digest in prefs.image_digests().items()]
-    latents = torch.stack(next(backbone.latents([files])))
+    latents = torch.stack([image.latents for image in next(backbone.latents([files]))])
     expected = model.embed(latents.flatten(2).transpose(1, 2)).mean(dim=1)
     stored = store.read(layer=0, pooling="mean")
     assert all(np.abs(stored - values).max(axis=1).min() < 1e-3 for values in expected.detach().numpy())

@@ -23,9 +23,10 @@ import make  # noqa: E402
 
 VERSIONS = sorted(path.name for path in ARCHIVES.iterdir() if path.is_dir() and path.name[0].isdigit())
 COORDINATES = [("0.005", 0), ("0.1", 0), ("0.1", 1)]
-WIDTHS = {"1.0": {("mean", 0): 3, ("mean", 1): 3}}
-"""(pooling, layer) -> width of a version; all others are what ``make.py`` writes."""
 WRITTEN = {(pooling, layer): make.WIDTHS[pooling] for pooling, layers in make.LAYERS.items() for layer in layers}
+WITHOUT_INPUTS = {key: width for key, width in WRITTEN.items() if key[0] not in make.CONFIG["inputs"]}
+WIDTHS = {"1.0": {("mean", 0): 3, ("mean", 1): 3}, "1.1": WITHOUT_INPUTS, "1.2": WITHOUT_INPUTS}
+"""(pooling, layer) -> width of a version; all others are what ``make.py`` writes."""
 
 archives = pytest.mark.parametrize("version", VERSIONS)
 
@@ -65,7 +66,9 @@ def test_values_and_judgements_of_an_archive(version):
     assert sorted(place) == [0, 1, 2, 3]
     assert store.rows["prompt"].tolist() == [image.rpartition("-")[0] for image in store.rows["image_id"]]
     widths = WIDTHS.get(version, WRITTEN)
-    assert {(pooling, layer.index) for pooling in store.poolings for layer in store.layers_of(pooling)} == set(widths)
+    assert store.inputs == (["latents"] if ("latents", 0) in widths else [])
+    held = [*store.poolings, *store.inputs]
+    assert {(pooling, layer.index) for pooling in held for layer in store.layers_of(pooling)} == set(widths)
     for sigma, draw in store.coordinates:
         for (pooling, layer), width in widths.items():
             wanted = make.features(place, layer=layer, width=width, sigma=sigma, draw=draw)

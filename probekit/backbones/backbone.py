@@ -25,7 +25,7 @@ from probekit.backbones.conditioning import Conditioner, check_max_tokens
 from probekit.backbones.devices import resolve_device, resolve_dtype
 from probekit.backbones.hub import locate
 from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES, Resize, bucket_sizes
-from probekit.backbones.latents import CANVAS_RULE, LATENT_RULES, MIX_RULES, NOISE_RULE, latent_shape
+from probekit.backbones.latents import CANVAS_RULE, LATENT_RULES, MIX_RULES, NOISE_RULE, EncodedImage, latent_shape
 from probekit.backbones.loading import (
     Adapter,
     build_pipeline,
@@ -257,8 +257,8 @@ class Backbone:
 
     def latents(
         self, groups: Sequence[Sequence[ImageFile]], *, workers: int = 0
-    ) -> Generator[list[torch.Tensor | ImageError]]:
-        """Yield the latents of group after group of images.
+    ) -> Generator[list[EncodedImage | ImageError]]:
+        """Yield group after group of images, encoded.
 
         Parameters
         ----------
@@ -269,9 +269,8 @@ class Backbone:
 
         Yields
         ------
-        list of Tensor or ImageError
-            float32 on the CPU, (c, h, w) each: posterior modes, normalised as the pipeline's decoding undoes it. In
-            place of an image that cannot be decoded stands what is wrong with it.
+        list of EncodedImage or ImageError
+            In place of an image that cannot be decoded stands what is wrong with it.
 
         Raises
         ------

@@ -18,6 +18,7 @@ from probekit.backbones.devices import enough_memory
 from probekit.backbones.families import Component, Family
 from probekit.backbones.hub import Source
 from probekit.backbones.images import IMAGE_RULE, RESIZE_RULES
+from probekit.backbones.inputs import DEFINITIONS, picture_statistics
 from probekit.backbones.loading import config_hash, files_hash, load_model
 from probekit.backbones.sizes import ImageSize
 from probekit.backbones.weights import stored_hash
@@ -81,7 +82,7 @@ class Base:
 
     def latents(
         self, groups: Sequence[Sequence[ImageFile]], family: Family, like: Component, size: ImageSize, workers: int
-    ) -> Generator[list[torch.Tensor | ImageError]]:
+    ) -> Generator[list[latent_rules.EncodedImage | ImageError]]:
         """Yield the latents of group after group of image files, decoding ahead in `workers` processes.
 
         Parameters
@@ -99,12 +100,13 @@ class Base:
 
         Yields
         ------
-        list of Tensor or ImageError
-            float32 on the CPU, (c, h, w) each; in place of an image that cannot be decoded, what is wrong with it.
+        list of EncodedImage or ImageError
+            In place of an image that cannot be decoded, what is wrong with it.
         """
         settings = {
             "vae": [self.weights["vae"], self.files["vae"], str(like.dtype)],
             "rules": [IMAGE_RULE, RESIZE_RULES[size.resize], latent_rules.LATENT_RULES[family.latents].definition],
+            "pixels": DEFINITIONS["pixels"],
             "size": [size.resolution, size.step],
         }
         self.cache.forget("latents")
@@ -141,7 +143,7 @@ class Base:
                             self._encode(waiting.pop(tuple(pixels.shape)), family, like)
                 for batch in waiting.values():
                     self._encode(batch, family, like)
-                found = [bad.get(key) or self.cache.get("latents", key)["latents"] for key in group]
+                found = [bad.get(key) or latent_rules.EncodedImage(**self.cache.get("latents", key)) for key in group]
                 self.cache.forget("latents")
                 yield found
 
@@ -157,5 +159,5 @@ class Base:
             if self._vae is None:
                 self._vae = self.load("vae", like)
             latents = latent_rules.encode(self._vae, family.latents, pixels, size)
-        for (key, _), latent in zip(batch, latents, strict=True):
-            self.cache.put("latents", key, {"latents": latent.contiguous()})
+        for (key, picture), latent in zip(batch, latents, strict=True):
+            self.cache.put("latents", key, {"latents": latent.contiguous(), "pixels": picture_statistics(picture)})

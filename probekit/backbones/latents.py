@@ -34,6 +34,22 @@ def encode_batch(height: int, width: int) -> int:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """An image as the backbone gets it.
+
+    Attributes
+    ----------
+    latents
+        float32 on the CPU, (c, h, w): the posterior mode, normalised as the pipeline's decoding undoes it.
+    pixels
+        float32, (96,): see `probekit.backbones.inputs.picture_statistics`.
+    """
+
+    latents: torch.Tensor
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LatentRule:
     """How the VAE's posterior mode becomes a latent; the definition is part of fingerprints and cache keys.
 

@@ -202,7 +202,7 @@ class _Bench:
             backbone.prompts.embed(self.prompts)
             self.text_seconds = self.clock.stop()["text"]
         (encoded,) = backbone.latents([files_of(rows)])
-        self.latents = [latent for latent in encoded if isinstance(latent, torch.Tensor)]
+        self.latents = [image.latents for image in encoded if isinstance(image, latent_rules.EncodedImage)]
         self.eps = [
             latent_rules.noise(0, prompt, 0, tuple(x.shape))
             for prompt, x in zip(self.prompts, self.latents, strict=True)

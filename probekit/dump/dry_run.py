@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from probekit._types import scaled
 from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS
+from probekit.backbones.inputs import widths
+from probekit.backbones.latents import EncodedImage
 from probekit.config import DumpConfig
 from probekit.dump.bad_rows import BadRows
 from probekit.dump.plan import DumpPlan, Work, work
@@ -87,7 +88,7 @@ def dry_run(settings: DumpConfig) -> list[tuple[str, str]]:
     layers = {
         pooling: (sum(of == pooling for of, _ in plan.wanted), model.width * POOLINGS[pooling].factor)
         for pooling in settings.pooling
-    }
+    } | {name: (1, width) for name, width in widths(model.latent_shape[0]).items()}
     needed = 4 * n_todo * sum(number * width for number, width in layers.values())
     at = next(folder for folder in [settings.out.absolute(), *settings.out.absolute().parents] if folder.exists())
     free = shutil.disk_usage(at).free
@@ -177,15 +178,15 @@ def _calibrate(model: Backbone, plan: DumpPlan, settings: DumpConfig, rows: pd.D
     present = rows[rows["status"] == STATUS_OK].drop_duplicates("image_sha256")
     second = present[size : 2 * size] if len(present) > size else present[:size]
     spent: list[dict[str, float]] = []
-    latents: list[torch.Tensor | ImageError] = []
+    latents: list[EncodedImage | ImageError] = []
     with closing(model.latents([files_of(present[:size]), files_of(second)])) as groups:
         for group in groups:
             spent.append(dict(clock.seconds))
             latents = group
-    good = [at for at, item in enumerate(latents) if isinstance(item, torch.Tensor)]
+    good = [at for at, item in enumerate(latents) if isinstance(item, EncodedImage)]
     if not good:
         return None
-    second, clean = second.iloc[good], [item for item in latents if isinstance(item, torch.Tensor)]
+    second, clean = second.iloc[good], [item.latents for item in latents if isinstance(item, EncodedImage)]
     workers = max(1, decode_workers(model, settings))
     image = (_spent(spent, "read") / workers + _spent(spent, "vae")) / len(good)
     told = [plan.told[prompt] for prompt in second["prompt"]]

@@ -12,6 +12,7 @@ import pandas as pd
 from probekit._types import LayerPoint
 from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS, check_layers
+from probekit.backbones.inputs import DEFINITIONS, widths
 from probekit.config import DumpConfig
 from probekit.errors import ConfigError
 from probekit.preferences import PreferenceSet
@@ -76,19 +77,22 @@ class DumpPlan:
         told = conditions(prefs.items["prompt"].unique().tolist(), settings.prompts)
         config = backbone.fingerprint_config() | {
             "layers": [asdict(point) for point in points],
-            "poolings": {name: POOLINGS[name].definition for name in settings.pooling},
+            "poolings": {name: POOLINGS[name].definition for name in settings.pooling} | DEFINITIONS,
+            "inputs": list(DEFINITIONS),
             "noise": {"scheme": settings.noise, "seed": None if settings.noise == "none" else settings.seed},
             "prompts": f"{settings.prompts} of {_digest(sorted(told))}"
             if settings.prompts.startswith("shuffled")
             else settings.prompts,
         }
         partial = {name: [at for of, at in wanted if of == name] for name in settings.pooling}
+        partial |= {name: [points[0].index] for name in DEFINITIONS}
         partial = {name: at for name, at in partial.items() if len(at) < len(points)}
         if partial:
             config["pooling_layers"] = partial
         describe = backbone.describe() | {"training_images": settings.training_images, "prompts": settings.prompts}
         shard_bytes = settings.shard_size * 2**20
         values = backbone.width * sum(POOLINGS[name].factor for name, _ in wanted)
+        values += sum(widths(backbone.latent_shape[0]).values())
         # The latents of a block are held at once as well; of few layers they are the larger part.
         size = min(rows_per_shard(values_per_row=values, shard_bytes=shard_bytes), shard_bytes // backbone.latent_bytes)
         return cls(points, wanted, coordinates, told, config, describe, max(1, size))

@@ -25,6 +25,8 @@ from probekit.backbones import noise as draw_noise
 from probekit.backbones.base import ImageFile
 from probekit.backbones.capture import check_poolings
 from probekit.backbones.images import header
+from probekit.backbones.inputs import input_statistics, picture_statistics
+from probekit.backbones.latents import EncodedImage
 from probekit.backbones.resolution import noise_over_rounding
 from probekit.config import SHARD_MIB, DumpConfig
 from probekit.dump.bad_rows import BadRows
@@ -124,7 +126,7 @@ def dump_features(
     worker: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> FeatureStore:
-    """Store pooled token features of every row of a preference set.
+    """Store pooled token features of every row of a preference set, and statistics of what enters the backbone.
 
     Parameters
     ----------
@@ -276,11 +278,13 @@ def _fill(
             with backbone.clock.part("read"):
                 part[["width", "height", "file_bytes"]] = [_size(row) for row in part.to_dict("records")]
             good = part[part["status"] == STATUS_OK]
-            latents = [item for item in found if isinstance(item, torch.Tensor)]
+            images = [item for item in found if isinstance(item, EncodedImage)]
             prompts = [told[number][at] for at in good.index]
-            real = bool(latents)
+            real = bool(images)
             if not real:  # one grey picture says how wide the features are
-                good, latents, prompts = part[:1], [torch.zeros(backbone.latent_shape)], told[number][:1]
+                good, prompts = part[:1], told[number][:1]
+                images = [EncodedImage(torch.zeros(backbone.latent_shape), picture_statistics(torch.zeros(3, 1, 1)))]
+            latents = [image.latents for image in images]
             if number == 0:  # a row of the table that does not fit is refused before all prompts are embedded
                 backbone.load(prompts[0], tuple(latents[0].shape))
             backbone.prompts.embed(prompts, later=chain.from_iterable(told[number + 1 :]), on_prompts=tally.embedded)
@@ -288,6 +292,9 @@ def _fill(
                 draw: noise_of(good, latents, settings, draw=draw, canvas=backbone.canvas)
                 for draw in dict.fromkeys([0, *(draw for _, draw in one.missing)])
             }
+            pixels = [image.pixels for image in images]
+            inputs = input_statistics(latents, pixels, prompts, backbone.prompts.get)
+            entering = {(name, plan.points[0].index): values for name, values in inputs.items()}
             if real and not measured:
                 levels = [sigma for sigma, _ in plan.coordinates]
                 _record_resolution(writer, backbone, latents, prompts, eps[0], levels, settings.batch_size)
@@ -313,7 +320,7 @@ def _fill(
                             draw=draw,
                             timestep=backbone.timestep(sigma),
                             rows=part,
-                            features=_at_rows(features, part),
+                            features=_at_rows(features | entering, part),
                             accept=partial(bad.not_finite, part, f"sigma {sigma}, {plan.describe['dtype']}"),
                         )
                     tally.keep(len(part), computed=len(prompts))

@@ -1,4 +1,4 @@
-"""What stands beside the heads: baselines that see no picture, slices of the test pairs, and gains over generators."""
+"""What stands beside the heads: baselines without a backbone, slices of the test pairs, and gains over generators."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ _SAME = {
     "unknown": "Unknown generators",
 }
 _MOST_MODELS = 6
+_SEES = {"metadata": "no picture", "inputs": "what enters the backbone"}  # by kind of head
 
 
 def baselines_table(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def baselines_table(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.Data
     setting
         Its data set and protocol count; noise, pooling and head are nothing to a baseline.
     """
-    rows = reported_rows(frame[frame["head_kind"] == "metadata"])
+    rows = reported_rows(frame[frame["head_kind"].isin(_SEES)])
     rows = rows[(rows["dataset"] == setting.dataset) & (rows["protocol"] == setting.protocol)]
     table = []
     for row in rows.to_dict("records"):
@@ -48,6 +49,7 @@ def baselines_table(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.Data
         table.append(
             {
                 "Baseline": row["backbone"],
+                "Sees": _SEES[row["head_kind"]],
                 "Fitted": "no" if row["head"] == "rule" else "yes",
                 "Test accuracy": percent(row["accuracy"]),
                 "Interval": interval(row["low"], row["high"]),
@@ -149,17 +151,12 @@ def found_beside(frame: pd.DataFrame, setting: Setting, baselines: pd.DataFrame,
                 f" {percent(row['accuracy_both'])} %, a gain of {points(row['difference'])} points"
                 f" {interval(row['low'], row['high'], signed=True)}."
             )
-    known = [(name, float(value)) for name, value in zip(*_columns(baselines), strict=True) if value != NONE]
-    if known:
-        name, value = max(known, key=lambda pair: pair[1])
-        sentences.append(
-            f"Of {len(known)} {'baselines that see' if len(known) > 1 else 'baseline that sees'} no picture the highest"
-            f" reads {value:.1f} % ({name}), a coin deciding where it says nothing."
-        )
+    for sees in dict.fromkeys(baselines["Sees"]) if len(baselines) else ():
+        known = baselines[(baselines["Sees"] == sees) & (baselines["With a coin there"] != NONE)]
+        if len(known):
+            best = known.iloc[int(known["With a coin there"].astype(float).argmax())]
+            sentences.append(
+                f"Of baselines that see {sees} ({len(known)}) the highest reads {best['With a coin there']} %"
+                f" ({best['Baseline']}), a coin deciding where it says nothing."
+            )
     return sentences
-
-
-def _columns(baselines: pd.DataFrame) -> tuple[list[str], list[str]]:
-    if baselines.empty:
-        return [], []
-    return list(baselines["Baseline"]), list(baselines["With a coin there"])

@@ -173,7 +173,7 @@ def _parts(
     held: dict[str, list[Any]] = {
         "layer": [point.index for point in store.layers],
         "sigma": store.sigmas,
-        "pooling": store.poolings,
+        "pooling": [*store.poolings, *store.inputs],
         "draw": store.draws,
     }
     for (what, there), wanted in zip(held.items(), (layers, sigmas, poolings, draws), strict=True):

@@ -16,7 +16,7 @@ from probekit.errors import StoreError, VersionError
 from probekit.store.half import convert
 
 FORMAT = "probekit-features"
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 FORMAT_MAJOR = 1
 IMAGE_DIGESTS = "image_digests.parquet"  # a dump's cache beside the shards
 STATUS_OK, STATUS_UNREADABLE, STATUS_NON_FINITE = 0, 1, 2
@@ -179,9 +179,17 @@ def check_pooling_layers(config: Mapping[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If ``pooling_layers`` names an unknown pooling, or not some of the layers in their order.
+        If ``pooling_layers`` names an unknown pooling, or not some of the layers in their order, or ``inputs`` names
+        something else than some of the poolings, at the first layer.
     """
     layers = [layer["index"] for layer in config["layers"]]
+    inputs = config.get("inputs", [])
+    elsewhere = [
+        name for name in inputs if name not in config["poolings"] or layers_of(config, name) != config["layers"][:1]
+    ]
+    if elsewhere or not config["poolings"].keys() - set(inputs):
+        msg = f"inputs: {elsewhere or inputs} should be some but not all of the poolings, at layer {layers[0]} only"
+        raise ValueError(msg)
     for pooling, some in config.get("pooling_layers", {}).items():
         in_order = [layer for layer in layers if layer in some]
         if pooling not in config["poolings"] or not some or some != in_order or some == layers:

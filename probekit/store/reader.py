@@ -61,6 +61,8 @@ class FeatureStore:
         Configuration behind the numbers, facts of the backbone, SHA-256 of the configuration.
     layers, poolings
         What every row has features for; `layers_of` says at which layers a pooling exists.
+    inputs
+        Statistics of what enters the backbone (``pixels``, ``latents``, ``text``), read like poolings at one layer.
     coordinates
         (sigma, draw) for which at least one row has features, ascending.
     sigmas, draws
@@ -90,7 +92,8 @@ class FeatureStore:
         self.fingerprint: str = content["fingerprint"]
         self.format_version: str = content["format_version"]
         self.layers = _points(self.config["layers"])
-        self.poolings: list[str] = list(self.config["poolings"])
+        self.inputs: list[str] = self.config.get("inputs", [])
+        self.poolings: list[str] = [name for name in self.config["poolings"] if name not in self.inputs]
         self.sigma_resolution: dict[str, dict[str, Any]] = self.describe.get(fmt.SIGMA_RESOLUTION, {})
         self._shards, problems = scan(self.path, fingerprint=self.fingerprint)
         if problem := no_folder(self.path / "judgements"):
@@ -113,7 +116,7 @@ class FeatureStore:
         StoreError
             If the store does not hold the pooling.
         """
-        return _points(fmt.layers_of(self.config, self._choose("pooling", pooling, self.poolings)))
+        return _points(fmt.layers_of(self.config, self._pooling(pooling)))
 
     @property
     def judgements(self) -> list[str]:
@@ -380,6 +383,7 @@ class FeatureStore:
             "backbone": {key: value for key, value in self.describe.items() if key != fmt.SIGMA_RESOLUTION},
             "layers": len(self.layers),
             "poolings": {pooling: f"{len(self.layers_of(pooling))} layers" for pooling in self.poolings},
+            "inputs": self.inputs,
             "rows": len(self.rows),
             "prompts": int(self.rows["prompt"].nunique()),
             "bad_rows": int((self.rows["status"] != fmt.STATUS_OK).sum()),
@@ -402,7 +406,7 @@ class FeatureStore:
         """Names of the datasets of some layers, the shards that hold them, and the rows that need not be there."""
         layers = [self._choose("layer", layer, [point.index for point in self.layers]) for layer in layers]
         sigma = self._choose("sigma", None if sigma is None else canonical_sigma(sigma), self.sigmas)
-        pooling = self._choose("pooling", pooling, self.poolings)
+        pooling = self._pooling(pooling)
         allowed = [point.index for point in self.layers_of(pooling)]
         for layer in layers:
             if layer not in allowed:
@@ -430,6 +434,10 @@ class FeatureStore:
                 msg = f"{self.path}: the shards of sigma {sigma} disagree about the width of {name}"
                 raise StoreError(msg)
         return names, shards, np.flatnonzero(~held)
+
+    def _pooling(self, asked: str | None) -> str:
+        """Check a pooling or input; inputs are never meant where none is named."""
+        return self._choose("pooling", asked, self.poolings if asked is None else [*self.poolings, *self.inputs])
 
     def _choose(self, what: str, value: T | None, held: list[T]) -> T:
         if value is None and len(held) == 1:

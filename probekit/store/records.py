@@ -38,6 +38,7 @@ class _Config(_Record):
     layers: list[_Layer] = Field(min_length=1)
     poolings: dict[str, str] = Field(min_length=1)
     pooling_layers: dict[str, list[Count]] = {}
+    inputs: list[str] = []
 
     @model_validator(mode="after")
     def _poolings_fit(self) -> "_Config":

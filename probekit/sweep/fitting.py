@@ -38,6 +38,16 @@ def fit(record: Record, features: FloatArray, train: Pairs) -> tuple[PairHead | 
     }
 
 
+def facts_of(head: PairHead) -> dict[str, Any]:
+    """Columns of the results about a fit."""
+    return {
+        "strength": getattr(head, "C_", np.nan),
+        "edge_of_grid": getattr(head, "edge_of_grid_", False),
+        "converged": head.converged_,
+        "head_parameters": head.n_parameters_,
+    }
+
+
 def margins(head: PairHead | None, features: FloatArray, rows: IntArray) -> FloatArray:
     """Score the rows of pairs (n, 2) only: other rows of the store may have no features."""
     if head is None:

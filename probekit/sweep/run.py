@@ -25,6 +25,7 @@ from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.fitting import fit, margins
+from probekit.sweep.input_baselines import plan_input_baselines, run_input_baseline
 from probekit.sweep.judging import check_protocol
 from probekit.sweep.material import features_of, forget, material, open_cached
 from probekit.sweep.plan import (
@@ -119,6 +120,7 @@ def run_sweep(
         for pairs in (data.train, data.validation, *data.tests.values()):
             check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
     baselines = plan_baselines(records)
+    inputs = plan_input_baselines(records)
     scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
     resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(selections)
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
@@ -131,7 +133,11 @@ def run_sweep(
     for baseline in baselines:
         if baseline.record_id not in done:
             run_baseline(baseline, out=out)
-    fitted, beside = [record.record_id for record in records], [baseline.record_id for baseline in baselines]
+    for seen in inputs:
+        if seen.record_id not in done:
+            run_input_baseline(seen, out=out)
+    fitted = [record.record_id for record in records]
+    beside = [one.record_id for one in baselines] + [one.record_id for one in inputs]
     facts = store_facts(records, opened, baselines=beside)
     others = results.rebuild(out, fitted + beside, facts=facts)
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))

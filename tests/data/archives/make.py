@@ -15,16 +15,22 @@ from probekit._types import row_id
 from probekit.store import FORMAT_VERSION, open_store
 
 IMAGES = ["a cat-0.png", "a cat-1.png", "zwei Hunde, ü-0.png", "zwei Hunde, ü-1.png"]
-WIDTHS = {"mean": 3, "grid4": 12, "text_mean": 2}
-LAYERS = {"mean": [0, 1, 2], "grid4": [0, 1, 2], "text_mean": [0]}
+WIDTHS = {"mean": 3, "grid4": 12, "text_mean": 2, "latents": 4}
+LAYERS = {"mean": [0, 1, 2], "grid4": [0, 1, 2], "text_mean": [0], "latents": [0]}
 CONFIG = {
     "layers": [
         {"index": 0, "name": "input of blocks.0", "stream": "image"},
         {"index": 1, "name": "blocks.0", "stream": "image"},
         {"index": 2, "name": "input of proj_out", "stream": "image"},
     ],
-    "poolings": {"mean": "mean over image tokens", "grid4": "means of a 4 x 4 grid", "text_mean": "mean over text"},
-    "pooling_layers": {"text_mean": [0]},
+    "poolings": {
+        "mean": "mean over image tokens",
+        "grid4": "means of a 4 x 4 grid",
+        "text_mean": "mean over text",
+        "latents": "means of the VAE latent",
+    },
+    "pooling_layers": {"text_mean": [0], "latents": [0]},
+    "inputs": ["latents"],
     "noise": {"scheme": "shared", "seed": 0},
     "prompts": "empty",
 }

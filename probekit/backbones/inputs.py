@@ -1,0 +1,84 @@
+"""What enters a backbone, as a few numbers for each row: a control for what can be read without the backbone.
+
+Shapes: (c, h, w) a latent, (3, H, W) pixels, d channels of an embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch.utils import _pytree as pytree
+
+from probekit._types import FloatArray
+from probekit.backbones.conditioning import Embeddings
+
+PARTS = 4
+TEXT_WIDTH = 256
+DEFINITIONS = {
+    "pixels": "1: mean and standard deviation (divided by n) of the pixels in [-1, 1] over the 4 x 4 parts of the "
+    "picture, each as (channel, row, column)",
+    "latents": "1: as pixels, of the clean VAE latent",
+    "text": "1: mean over the tokens of each prompt embedding, padding included, times fixed random numbers "
+    "N(0, 1 / 256) of 256 columns, summed over embeddings",
+}
+"""Name of each group of numbers and what it is, with a version; part of a store's fingerprint."""
+
+
+def widths(latent_channels: int) -> dict[str, int]:
+    """Numbers a row of each group."""
+    return {"pixels": 2 * 3 * PARTS**2, "latents": 2 * latent_channels * PARTS**2, "text": TEXT_WIDTH}
+
+
+def input_statistics(
+    latents: Sequence[torch.Tensor],
+    pixels: Sequence[torch.Tensor],
+    prompts: Sequence[str],
+    embeddings: Callable[[str], Embeddings],
+) -> dict[str, FloatArray]:
+    """All groups of `DEFINITIONS`, (m, numbers) float32 each.
+
+    Parameters
+    ----------
+    latents, pixels
+        m latents, and `picture_statistics` of the pixels they are of.
+    prompts
+        What the backbone is told, m texts.
+    embeddings
+        From such a text to the pipeline's embeddings of it.
+    """
+    summaries = {prompt: text_summary(embeddings(prompt)) for prompt in dict.fromkeys(prompts)}
+    rows = {
+        "pixels": pixels,
+        "latents": [picture_statistics(latent) for latent in latents],
+        "text": [summaries[prompt] for prompt in prompts],
+    }
+    return {name: torch.stack(list(values)).numpy() for name, values in rows.items()}
+
+
+def picture_statistics(picture: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of a picture or latent (c, h, w) over its 4 x 4 parts: float32 (32 c,)."""
+    values = picture.double()
+    mean, square = (torch.nn.functional.adaptive_avg_pool2d(x, PARTS) for x in (values, values.square()))
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    return torch.cat([mean.flatten(), deviation.flatten()]).float()
+
+
+def text_summary(embeddings: Embeddings) -> torch.Tensor:
+    """Prompt embeddings as float32 (256,), whatever their number, lengths and widths.
+
+    Distances between prompts are kept to about 5 % (Johnson and Lindenstrauss, 1984).
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(embeddings) if isinstance(leaf, torch.Tensor)]
+    total = torch.zeros(TEXT_WIDTH, dtype=torch.float64)
+    for number, leaf in enumerate(leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 1):
+        mean = leaf.double().cpu().flatten(0, -2).mean(0)
+        total += mean @ _directions(number, len(mean)).double()
+    return total.float()
+
+
+@lru_cache(maxsize=16)
+def _directions(number: int, width: int) -> torch.Tensor:
+    """Random numbers (d, 256) for one of the embeddings of a prompt; torch's CPU generator, as for noise."""
+    generator = torch.Generator().manual_seed(number)
+    directions: torch.Tensor = torch.randn((width, TEXT_WIDTH), generator=generator) / TEXT_WIDTH**0.5
+    return directions
