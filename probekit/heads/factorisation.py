@@ -88,10 +88,14 @@ class Differences:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r); vectors are None where Z'Z is taken as diagonal."""
+    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r).
+
+    Vectors are None where Z'Z is diagonal, or, if ``rough``, is taken for its diagonal.
+    """
 
     eigenvalues: Tensor
     vectors: Tensor | None
+    rough: bool = False
 
     def rotate(self, w: Tensor) -> Tensor:
         """Turn w (columns, r) into the eigenbasis."""
@@ -103,7 +107,8 @@ class Spectrum:
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
         """Return the spectrum in another precision."""
-        return Spectrum(self.eigenvalues.to(dtype), None if self.vectors is None else self.vectors.to(dtype))
+        vectors = None if self.vectors is None else self.vectors.to(dtype)
+        return Spectrum(self.eigenvalues.to(dtype), vectors, self.rough)
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def factorise(
         if not matrix_free:
             return _dual(rows, scale, fast=standardize)
         exact, fast = _in_both_precisions(rows, scale, fast=standardize)
-        diagonal = Spectrum(moments * exact.gain.square(), None)
+        diagonal = Spectrum(moments * exact.gain.square(), None, rough=True)
         return Problem(exact, fast, diagonal, scale, matrix_free=True, memory=memory)
     single = standardize and _is_single(rows)
     matrix = _gram(rows, weight, torch.float32 if single else torch.float64)

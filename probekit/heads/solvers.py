@@ -11,6 +11,7 @@ counts both ways round.
 All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
 where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
 Z w_j (n,) are kept; held-out scores come for free.
+Where only the diagonal of Z'Z is known, it is scaled to the curvature of the last step.
 
 Where Z is streamed from files, an iteration reads it once: margins and gradient of the full step, block by block. The
 step is kept where it satisfies the approximate Wolfe conditions, as nearly all do; where not, the line search on
@@ -47,6 +48,7 @@ _SINGLE_ITERATIONS = 40
 _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
 _PER_PAIR, _PER_CHANNEL = 5, 8  # numbers that a column on streamed rows holds at once, besides its history
+_ROUGH = 16  # a scaled diagonal puts gaps about ten times too low
 _UNDERSHOOT, _OVERSHOOT = 0.9, 0.8  # largest slopes after a full step, as shares of the one before: Hager and Zhang's
 
 
@@ -179,6 +181,8 @@ def _descend(
 ) -> Solution:
     """Preconditioned L-BFGS in the precision of the spectrum; a column leaves when it has converged."""
     dtype = spectrum.eigenvalues.dtype
+    if spectrum.rough:
+        tol = max(tol / _ROUGH, _SINGLE_LEAST if dtype == torch.float32 else 0.0)
     total = columns.weight.sum(1, keepdim=True)
     by_fold = (columns.weight / total).to(dtype)
     label = columns.label.to(dtype)
@@ -335,6 +339,11 @@ def _two_loop(
         alpha = rho * (s * q).sum(1, keepdim=True)
         q = q - alpha * y
         alphas.append(alpha)
+    if spectrum.rough and history:
+        s, y, rho = history[-1]
+        # Along the last step, the diagonal is given the curvature that was met there: then full steps are about right.
+        curvature = rho * (y.square() * inverse).sum(1, keepdim=True)
+        inverse = torch.where(rho > 0, inverse / curvature, inverse)
     q = spectrum.back(spectrum.rotate(q) * inverse)
     for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
         q = q + (alpha - rho * (y * q).sum(1, keepdim=True)) * s
