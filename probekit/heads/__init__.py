@@ -25,6 +25,7 @@ from probekit.heads.similarity import (
     layer_similarity,
     pair_kinds,
 )
+from probekit.heads.streaming import StreamedDifferences
 
 __all__ = [
     "BradleyTerryClassifier",
@@ -34,6 +35,7 @@ __all__ = [
     "BradleyTerryScalarMix",
     "PairKindSummary",
     "Rule",
+    "StreamedDifferences",
     "best_subsets",
     "block_ranges",
     "combination_name",

@@ -134,22 +134,28 @@ def checked_targets(
     D = np.asarray(D)
     # "W": pandas hands out read-only arrays, which torch does not take
     D = np.require(D, np.float32 if D.dtype in (np.float16, np.float32) else np.float64, "W")
-    label = np.require(label, dtype=np.float64, requirements="W")
-    weight = np.ones(len(label)) if sample_weight is None else np.require(sample_weight, np.float64, "W")
     if D.ndim != 2:
         message = f"differences have shape {D.shape}; they must be (pairs, channels)"
         raise HeadError(message)
-    for name, values in (("label", label), ("sample_weight", weight)):
-        if values.shape != (len(D),):
-            message = f"{name} has shape {values.shape}; it must be ({len(D)},), one per pair"
-            raise HeadError(message)
-    if not len(D):
-        message = "there are 0 pairs; a head needs at least one"
-        raise HeadError(message)
+    label, weight = checked_labels(len(D), label, sample_weight)
     blocks = np.array_split(D, len(D) // _BLOCK + 1)  # D may be as large as memory allows
     finite = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if not finite.all():
         message = f"the features of pair {int(np.argmin(finite))} hold NaN or infinity; they must be finite"
+        raise HeadError(message)
+    return D, label, weight
+
+
+def checked_labels(n: int, label: FloatArray, sample_weight: FloatArray | None) -> tuple[FloatArray, FloatArray]:
+    """Return labels and weights (n,) float64 of n pairs, or raise HeadError."""
+    label = np.require(label, dtype=np.float64, requirements="W")
+    weight = np.ones(len(label)) if sample_weight is None else np.require(sample_weight, np.float64, "W")
+    for name, values in (("label", label), ("sample_weight", weight)):
+        if values.shape != (n,):
+            message = f"{name} has shape {values.shape}; it must be ({n},), one per pair"
+            raise HeadError(message)
+    if not n:
+        message = "there are 0 pairs; a head needs at least one"
         raise HeadError(message)
     valid = (label >= 0) & (label <= 1)
     if not valid.all():
@@ -167,4 +173,4 @@ def checked_targets(
     if (label[weight > 0] == 0.5).all():
         message = f"all {len(label)} pairs are tied (label 0.5); at least one must have a preferred side"
         raise HeadError(message)
-    return D, label, weight
+    return label, weight

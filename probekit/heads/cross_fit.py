@@ -111,6 +111,8 @@ def cross_fit(
     chosen = solution.margins.reshape(n_folds, len(grid), -1)[:, best]
     slope = float((chosen.sigmoid() * (-chosen).sigmoid()).mean())
     e, vectors = problem.spectrum.eigenvalues.double(), problem.spectrum.vectors
+    rows = problem.exact.rows
+    assert isinstance(rows, torch.Tensor)  # nothing is streamed here
     return LayerFit(
         problem.scale.numpy(),
         log_loss,
@@ -120,7 +122,7 @@ def cross_fit(
         slope,
         heads.double(),
         e,
-        (problem.exact.rows / (len(D) * e) if vectors is None else vectors).float(),
+        (rows / (len(D) * e) if vectors is None else vectors).float(),
         problem.lift is None,
         bool(solution.converged.all()),
     )

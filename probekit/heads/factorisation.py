@@ -13,14 +13,20 @@ fit down but do not change what it converges to.
 
 The second is exact too: a ridge solution lies in the span of the rows it was fitted on. Because a kernel is linear in
 products, that of concatenated layers is the sum of theirs.
+
+All three also work on differences that stay in files (`probekit.heads.streaming`), which are then read in blocks: once
+for the Gram matrix, twice for the kernel (by rows for the scales, by channels for its sum, which leaves T in memory),
+once for the diagonal.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from probekit.errors import HeadError
+from probekit.heads.streaming import StreamedDifferences
 
 _BLOCK = 512  # rows that are multiplied, or converted to float64, at a time: they stay in the cache
 _SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
@@ -40,31 +46,56 @@ class Differences:
         (d,) float64: 1 / scale of each channel, 0 where a channel is dropped.
     """
 
-    rows: Tensor
+    rows: Tensor | StreamedDifferences
     gain: Tensor
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read from files in each pass."""
+        return isinstance(self.rows, StreamedDifferences)
 
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
         w = w * self.gain.to(w.dtype)
-        return torch.cat([w @ block.to(w.dtype).T for block in torch.split(self.rows, _BLOCK)], dim=1)
+        return torch.cat([w @ block.to(w).T for _, block in _blocks(self.rows, _BLOCK)], dim=1)
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
-        if residual.dtype == self.rows.dtype:
+        if isinstance(self.rows, Tensor) and residual.dtype == self.rows.dtype:
             total = residual @ self.rows
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
-            for block, part in zip(torch.split(self.rows, _BLOCK), torch.split(residual, _BLOCK, dim=1), strict=True):
-                total += part @ block.to(residual.dtype)
+            for part, block in _blocks(self.rows, _BLOCK):
+                total += residual[:, part] @ block.to(residual)
         return total * self.gain.to(residual.dtype)
+
+    def margins_and_gradient(self, w: Tensor, residual: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
+        """Z w (columns, n) and Z' r (columns, d), r = residual(margins of a slice of pairs, the slice).
+
+        Streamed rows are read once.
+        """
+        if not self.streamed:
+            margins = self.margins(w)
+            return margins, self.gradient(residual(margins, slice(None)))
+        gain = self.gain.to(w.dtype)
+        scaled, total, margins = w * gain, torch.zeros_like(w), w.new_empty(len(w), self.rows.shape[0])
+        for part, rows in _blocks(self.rows, _BLOCK):
+            block = rows.to(w)
+            margins[:, part] = scaled @ block.T
+            total += residual(margins[:, part], part) @ block
+        return margins, total * gain
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r); vectors are None where Z'Z is taken as diagonal."""
+    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r).
+
+    Vectors are None where Z'Z is diagonal, or, if ``rough``, is taken for its diagonal.
+    """
 
     eigenvalues: Tensor
     vectors: Tensor | None
+    rough: bool = False
 
     def rotate(self, w: Tensor) -> Tensor:
         """Turn w (columns, r) into the eigenbasis."""
@@ -76,7 +107,8 @@ class Spectrum:
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
         """Return the spectrum in another precision."""
-        return Spectrum(self.eigenvalues.to(dtype), None if self.vectors is None else self.vectors.to(dtype))
+        vectors = None if self.vectors is None else self.vectors.to(dtype)
+        return Spectrum(self.eigenvalues.to(dtype), vectors, self.rough)
 
 
 @dataclass(frozen=True)
@@ -94,35 +126,44 @@ class Problem:
     scale
         (d,) float64: of each channel, 0 where a channel is dropped.
     lift
-        Z (n, d) and U / sqrt(n e) (n, r), which take coefficients on T to channels; None where fits run on Z.
+        Z and U / sqrt(n e) (n, r), which take coefficients on T to channels; None where fits run on Z.
     matrix_free
         Whether the preconditioner is diagonal for want of memory.
+    memory
+        Bytes that the state of fits may take together; it is counted where rows are streamed only.
     """
 
     exact: Differences
     fast: Differences | None
     spectrum: Spectrum
     scale: Tensor
-    lift: tuple[Tensor, Tensor] | None = None
+    lift: tuple[Differences, Tensor] | None = None
     matrix_free: bool = False
+    memory: float = float("inf")
 
     def coefficients(self, w: Tensor) -> Tensor:
         """Coefficients (d,) float64 on unscaled channels for a solution w (r,)."""
         if self.lift is not None:
-            scaled, vectors = self.lift
-            w = scaled.T @ (vectors @ w)
+            data, vectors = self.lift
+            w = data.gradient((vectors @ w)[None])[0]
         return w * _gain(self.scale)
 
 
 def factorise(
-    rows: Tensor, weight: Tensor, *, standardize: bool, noise: Tensor, memory: float, smallest_lam: float
+    rows: Tensor | StreamedDifferences,
+    weight: Tensor,
+    *,
+    standardize: bool,
+    noise: Tensor,
+    memory: float,
+    smallest_lam: float,
 ) -> Problem:
     """Find scales and preconditioner.
 
     Parameters
     ----------
     rows
-        D (n, d) float32 or float64.
+        D (n, d) float32 or float64. Streamed ones must be finite, as arrays have been found to be.
     weight
         (n,) float64, not negative, with a positive sum.
     standardize
@@ -130,7 +171,7 @@ def factorise(
     noise
         (d,) or (1,): see `channel_scale`.
     memory
-        Bytes that the factorisation may take.
+        Bytes that the factorisation may take, and after it the state of fits on streamed rows.
     smallest_lam
         Weakest ridge penalty of all fits: where rounding errors of a float32 Gram matrix would drown it, float64 is
         used.
@@ -138,7 +179,7 @@ def factorise(
     Raises
     ------
     HeadError
-        If no channel differs.
+        If no channel differs, or streamed rows cannot be read or are not finite.
     """
     n, d = rows.shape
     size = min(n, d)
@@ -150,20 +191,22 @@ def factorise(
         if not matrix_free:
             return _dual(rows, scale, fast=standardize)
         exact, fast = _in_both_precisions(rows, scale, fast=standardize)
-        return Problem(exact, fast, Spectrum(moments * exact.gain.square(), None), scale, matrix_free=True)
-    single = standardize and rows.dtype == torch.float32
+        diagonal = Spectrum(moments * exact.gain.square(), None, rough=True)
+        return Problem(exact, fast, diagonal, scale, matrix_free=True, memory=memory)
+    single = standardize and _is_single(rows)
     matrix = _gram(rows, weight, torch.float32 if single else torch.float64)
     scale = channel_scale(matrix.diagonal(), noise, standardize=standardize)
     exact, fast = _in_both_precisions(rows, scale, fast=standardize)
     scaled = matrix * exact.gain * exact.gain[:, None]
+    left = memory - 12 * d**2  # vectors are kept in both precisions
     if single:
         eigenvalues, vectors = torch.linalg.eigh(scaled.float())
         rounding = 4 * torch.finfo(torch.float32).eps * eigenvalues[-1]
         if rounding <= max(eigenvalues[0], smallest_lam):
-            return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
+            return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
         scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
     eigenvalues, vectors = torch.linalg.eigh(scaled)
-    return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
+    return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
 
 
 def channel_scale(moments: Tensor, noise: Tensor, *, standardize: bool) -> Tensor:
@@ -194,24 +237,26 @@ def channel_scale(moments: Tensor, noise: Tensor, *, standardize: bool) -> Tenso
     return torch.where(kept, spread, 0.0)
 
 
-def _dual(rows: Tensor, scale: Tensor, *, fast: bool) -> Problem:
+def _dual(rows: Tensor | StreamedDifferences, scale: Tensor, *, fast: bool) -> Problem:
     """Factorise the kernel of n < d pairs, in float64: T is what is fitted, and must be right."""
-    n = len(rows)
-    scaled = rows.double() * _gain(scale)
-    eigenvalues, vectors = torch.linalg.eigh(_gram(scaled.T.contiguous(), None, torch.float64) / n)
+    n = rows.shape[0]
+    eigenvalues, vectors = torch.linalg.eigh(_kernel(rows, _gain(scale)) / n)
     # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
     kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     singular = (n * eigenvalues).sqrt()
     exact, single = _in_both_precisions(vectors * singular, torch.ones_like(eigenvalues), fast=fast)
-    return Problem(exact, single, Spectrum(eigenvalues, None), scale, lift=(scaled, vectors / singular))
+    lift = Differences(rows, _gain(scale)), vectors / singular
+    return Problem(exact, single, Spectrum(eigenvalues, None), scale, lift=lift)
 
 
-def _in_both_precisions(rows: Tensor, scale: Tensor, *, fast: bool) -> tuple[Differences, Differences | None]:
+def _in_both_precisions(
+    rows: Tensor | StreamedDifferences, scale: Tensor, *, fast: bool
+) -> tuple[Differences, Differences | None]:
     exact = Differences(rows, _gain(scale))
     if not fast:
         return exact, None
-    if rows.dtype == torch.float32:
+    if not isinstance(rows, Tensor) or rows.dtype == torch.float32:
         return exact, exact
     # scaled first: float32 has a smaller range
     return exact, Differences((rows * exact.gain).float(), torch.ones_like(exact.gain))
@@ -221,18 +266,49 @@ def _gain(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _is_single(rows: Tensor | StreamedDifferences) -> bool:
+    return not isinstance(rows, Tensor) or rows.dtype == torch.float32
+
+
+def _blocks(rows: Tensor | StreamedDifferences, size: int, *, check: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Yield at most ``size`` rows at a time, with their place; ``check`` that streamed ones are finite."""
+    pieces: Iterable[tuple[slice, Tensor]]
+    if isinstance(rows, Tensor):
+        pieces = [(slice(0, len(rows)), rows)]
+    else:
+        pieces = ((part, torch.from_numpy(block)) for part, block in rows.blocks(check=check))
+    for part, piece in pieces:
+        for start in range(0, len(piece), size):
+            block = piece[start : start + size]
+            yield slice(part.start + start, part.start + start + len(block)), block
+
+
+def _gram(rows: Tensor | StreamedDifferences, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows' diag(weight) rows (d, d) float64 from products in ``dtype``, half of which symmetry saves."""
     d = rows.shape[1]
-    total = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
-    even = weight is None or bool((weight == weight[0]).all())
-    for start in range(0, len(rows), _SLAB):
-        block = rows[start : start + _SLAB].to(dtype)
-        if weight is not None and not even:
-            block = block * weight[start : start + _SLAB, None].sqrt().to(dtype)
-        _add_upper(total, block)
+    total = torch.zeros(d, d, dtype=torch.float64, device=weight.device)
+    even = bool((weight == weight[0]).all())
+    for part, piece in _blocks(rows, _SLAB, check=True):
+        block = piece.to(weight.device, dtype)
+        _add_upper(total, block if even else block * weight[part, None].sqrt().to(dtype))
     total = total.triu() + total.triu(1).T
-    return total * weight[0] if weight is not None and even else total
+    return total * weight[0] if even else total
+
+
+def _kernel(rows: Tensor | StreamedDifferences, gain: Tensor) -> Tensor:
+    """Return (rows * gain) (rows * gain)' (n, n) float64, added up over parts of the channels."""
+    n = rows.shape[0]
+    total = torch.zeros(n, n, dtype=torch.float64, device=gain.device)
+    parts: Iterable[tuple[slice, Tensor]]
+    if isinstance(rows, Tensor):
+        parts = (
+            (slice(start, start + _SLAB), rows[:, start : start + _SLAB]) for start in range(0, rows.shape[1], _SLAB)
+        )
+    else:
+        parts = ((columns, torch.from_numpy(block)) for columns, block in rows.column_parts())
+    for columns, block in parts:
+        _add_upper(total, (block.to(gain) * gain[columns]).T.contiguous())
+    return total.triu() + total.triu(1).T
 
 
 def _add_upper(total: Tensor, rows: Tensor) -> None:
@@ -251,9 +327,9 @@ def _add_upper(total: Tensor, rows: Tensor) -> None:
     _add_upper(total[half:, half:], rows[:, half:])
 
 
-def _squares(rows: Tensor, weight: Tensor) -> Tensor:
+def _squares(rows: Tensor | StreamedDifferences, weight: Tensor) -> Tensor:
     """Weighted sum (d,) float64 of the squares of rows (n, d)."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block, part in zip(torch.split(rows, _BLOCK), torch.split(weight, _BLOCK), strict=True):
-        total += part @ block.double().square()
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=weight.device)
+    for part, block in _blocks(rows, _BLOCK, check=True):
+        total += weight[part] @ block.to(weight).square()
     return total

@@ -16,8 +16,9 @@ from probekit._types import FloatArray, IntArray
 from probekit.config import STRENGTHS
 from probekit.errors import HeadError
 from probekit.heads import solvers
-from probekit.heads.base import PairHead, checked_groups, checked_targets, differences, row_groups
+from probekit.heads.base import PairHead, checked_groups, checked_labels, checked_targets, differences, row_groups
 from probekit.heads.factorisation import Problem, factorise
+from probekit.heads.streaming import StreamedDifferences
 
 MEMORY = float(4 * 2**30)
 """Bytes that a factorisation may take by default: enough for 11,500 channels."""
@@ -45,7 +46,12 @@ class _LinearHead(PairHead):
         return np.asarray(X @ self.coef_)  # float64 coefficients: rows are not rounded to their own precision
 
     def _prepare(
-        self, D: FloatArray, label: FloatArray, by_fold: FloatArray, weight: FloatArray, strengths: FloatArray
+        self,
+        D: FloatArray | StreamedDifferences,
+        label: FloatArray,
+        by_fold: FloatArray,
+        weight: FloatArray,
+        strengths: FloatArray,
     ) -> tuple[Problem, solvers.Columns]:
         """Factorise D (n, d), and one column for each fold (weights (folds, n)) and strength, in this order."""
         device = torch.device(self.device)
@@ -58,7 +64,7 @@ class _LinearHead(PairHead):
             raise HeadError(message)
         targets = torch.from_numpy(weight).to(device)
         problem = factorise(
-            torch.from_numpy(D).to(device),
+            D if isinstance(D, StreamedDifferences) else torch.from_numpy(D).to(device),
             targets,
             standardize=self.standardize,
             noise=torch.from_numpy(quantisation).to(device),
@@ -107,7 +113,7 @@ class BradleyTerryClassifier(_LinearHead):
         Iterations after which an unconverged fit is kept, with ``converged_`` False.
     memory
         Bytes that the factorisation may take; where min(n, d) squared needs more, the fit is matrix-free: the same
-        optimum, by many more iterations.
+        optimum, by many more iterations. Fits on `StreamedDifferences` keep their state in as much afterwards.
     device
         Where to fit, such as ``cpu`` or ``cuda``; the fitted head lives on the CPU.
 
@@ -173,10 +179,12 @@ class BradleyTerryClassifier(_LinearHead):
         """
         return self.fit_differences(differences(X, pairs), label, sample_weight)
 
-    def fit_differences(self, D: FloatArray, label: FloatArray, sample_weight: FloatArray | None = None) -> Self:
-        """Fit on differences D (n, d), first minus second; see `fit`."""
+    def fit_differences(
+        self, D: FloatArray | StreamedDifferences, label: FloatArray, sample_weight: FloatArray | None = None
+    ) -> Self:
+        """Fit on differences D (n, d), first minus second, in memory or in files; see `fit`."""
         _positive("C", self.C)
-        D, label, weight = checked_targets(D, label, sample_weight)
+        D, label, weight = _checked(D, label, sample_weight)
         strengths = np.array([self.C], dtype=np.float64)
         with solvers.one_thread():
             problem, columns = self._prepare(D, label, weight[None], weight, strengths)
@@ -272,16 +280,19 @@ class BradleyTerryClassifierCV(_LinearHead):
 
     def fit_differences(
         self,
-        D: FloatArray,
+        D: FloatArray | StreamedDifferences,
         label: FloatArray,
         sample_weight: FloatArray | None = None,
         groups: NDArray[Any] | None = None,
     ) -> Self:
-        """Fit on differences D (n, d), first minus second; without ``groups`` every pair is its own group."""
+        """Fit on differences D (n, d), first minus second, in memory or in files.
+
+        Without ``groups`` every pair is its own group.
+        """
         strengths = np.asarray(self.Cs, dtype=np.float64)
         for strength in strengths:
             _positive("Cs", strength)
-        D, label, weight = checked_targets(D, label, sample_weight)
+        D, label, weight = _checked(D, label, sample_weight)
         groups = np.arange(len(label)) if groups is None else checked_groups(groups, len(label))
         folds = np.stack([_folds(groups, self.cv, repeat) for repeat in range(self.n_repeats)])
         held_out = (folds[:, None] == np.arange(self.cv)[:, None]).reshape(-1, len(label))
@@ -313,6 +324,14 @@ class BradleyTerryClassifierCV(_LinearHead):
             self._keep(problem, refit)
         self.converged_ = self.converged_ and bool(inner.converged.all())
         return self
+
+
+def _checked(
+    D: FloatArray | StreamedDifferences, label: FloatArray, sample_weight: FloatArray | None
+) -> tuple[FloatArray | StreamedDifferences, FloatArray, FloatArray]:
+    if isinstance(D, StreamedDifferences):  # their values are checked when they are first read
+        return D, *checked_labels(D.n, label, sample_weight)
+    return checked_targets(D, label, sample_weight)
 
 
 def _held_out(margins: FloatArray, label: FloatArray, weight: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -11,6 +11,12 @@ counts both ways round.
 All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
 where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
 Z w_j (n,) are kept; held-out scores come for free.
+Where only the diagonal of Z'Z is known, it is scaled to the curvature of the last step.
+
+Where Z is streamed from files, an iteration reads it once: margins and gradient of the full step, block by block. The
+step is kept where it satisfies the approximate Wolfe conditions, as nearly all do; where not, the line search on
+margins finds its length, and a second pass the gradient there. Columns whose state would not fit into the memory given
+take turns.
 
 The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
 w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
@@ -20,13 +26,14 @@ Precision: iterations run in float32, which resolves the gap of well-conditioned
 is not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64,
 and go on there if that finds them too far away.
 
-Source: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4.
+Sources: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4; W. Hager and H. Zhang, "A new conjugate
+gradient method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), for the conditions.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
@@ -40,6 +47,9 @@ _POOLS = ThreadpoolController()
 _SINGLE_ITERATIONS = 40
 _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
+_PER_PAIR, _PER_CHANNEL = 5, 8  # numbers that a column on streamed rows holds at once, besides its history
+_ROUGH = 16  # a scaled diagonal puts gaps about ten times too low
+_UNDERSHOOT, _OVERSHOOT = 0.9, 0.8  # largest slopes after a full step, as shares of the one before: Hager and Zhang's
 
 
 @contextmanager
@@ -122,6 +132,20 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
     start
         (columns, r) to start from; by default the Stein estimate of each column's own pairs.
     """
+    together = _columns_at_a_time(problem, columns)
+    if together < len(columns.fold):
+        lots = torch.split(torch.arange(len(columns.fold), device=columns.fold.device), together)
+        parts = [
+            solve(
+                problem,
+                Columns(columns.label, columns.weight, columns.fold[lot], columns.strength[lot]),
+                tol=tol,
+                max_iter=max_iter,
+                start=None if start is None else start[lot],
+            )
+            for lot in lots
+        ]
+        return Solution(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Solution)))
     if problem.fast is None:
         return _descend(problem.exact, problem.spectrum.to(torch.float64), columns, start, tol, max_iter)
     spectrum = problem.spectrum.to(torch.float32)
@@ -141,11 +165,24 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
     return rough
 
 
+def _columns_at_a_time(problem: Problem, columns: Columns) -> int:
+    """How many columns' state fits into the memory that streamed rows leave; one at least."""
+    if not problem.exact.streamed:
+        return len(columns.fold)
+    n, r = problem.exact.rows.shape
+    single = 4 if problem.fast is not None else 8
+    state = single * (_PER_PAIR * n + (2 * HISTORY + _PER_CHANNEL) * r)
+    kept = 2 * single * n * len(columns.fold)  # margins of all columns, twice while those of turns are put together
+    return max(1, int(min((problem.memory - kept) / state, len(columns.fold))))
+
+
 def _descend(
     data: Differences, spectrum: Spectrum, columns: Columns, start: Tensor | None, tol: float, max_iter: int
 ) -> Solution:
     """Preconditioned L-BFGS in the precision of the spectrum; a column leaves when it has converged."""
     dtype = spectrum.eigenvalues.dtype
+    if spectrum.rough:
+        tol = max(tol / _ROUGH, _SINGLE_LEAST if dtype == torch.float32 else 0.0)
     total = columns.weight.sum(1, keepdim=True)
     by_fold = (columns.weight / total).to(dtype)
     label = columns.label.to(dtype)
@@ -154,14 +191,13 @@ def _descend(
         w = _stein(data.gradient(by_fold * (label - 0.5)), spectrum, columns.fold, lam)
     else:
         w = start.to(dtype)
-    margins = data.margins(w)
     weight = by_fold[columns.fold]
-    chance = margins.sigmoid()
+    at = _evaluate(data, w, label, weight, lam)
 
     count = len(w)
     result = Solution(
         w=torch.empty_like(w, dtype=torch.float64),
-        margins=torch.empty_like(margins),
+        margins=torch.empty_like(at.margins),
         n_iter=torch.zeros(count, dtype=torch.int64, device=w.device),
         gap=torch.empty_like(w[:, 0], dtype=torch.float64),
         gradient_norm=torch.empty_like(w[:, 0], dtype=torch.float64),
@@ -169,40 +205,108 @@ def _descend(
     )
     active = torch.arange(count, device=w.device)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
-    step = previous = torch.empty(0)
     for iteration in range(max_iter + 1):
-        gradient = data.gradient((chance - label).mul_(weight)) + lam * w
-        if iteration:
-            history.append(_curvature_pair(step, gradient - previous))
-            history = history[-HISTORY:]
-        c = torch.linalg.vecdot((1 - chance).mul_(chance), weight)[:, None]
-        inverse = 1 / (c * spectrum.eigenvalues + lam)
-        direction = -_two_loop(gradient, spectrum, inverse, history)
-        slope = (direction * gradient).sum(1)
+        inverse = 1 / (at.c * spectrum.eigenvalues + lam)
+        direction = -_two_loop(at.gradient, spectrum, inverse, history)
+        slope = (direction * at.gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
         if leaves.any():
-            at = active[leaves]
-            result.w[at], result.margins[at] = w[leaves].double(), margins[leaves]
-            result.n_iter[at], result.gap[at] = iteration, slope[leaves].abs().double() / 2
-            result.gradient_norm[at] = gradient[leaves].double().norm(dim=1)
-            result.converged[at] = done[leaves]
+            places = active[leaves]
+            result.w[places], result.margins[places] = w[leaves].double(), at.margins[leaves]
+            result.n_iter[places], result.gap[places] = iteration, slope[leaves].abs().double() / 2
+            result.gradient_norm[places] = at.gradient[leaves].double().norm(dim=1)
+            result.converged[places] = done[leaves]
             stays = ~leaves
             if not stays.any():
                 break
-            active, w, margins, weight, lam = active[stays], w[stays], margins[stays], weight[stays], lam[stays]
-            gradient, inverse, direction, slope = gradient[stays], inverse[stays], direction[stays], slope[stays]
+            at = _Point(at.margins[stays], at.gradient[stays], at.c[stays])
+            active, w, weight, lam = active[stays], w[stays], weight[stays], lam[stays]
+            inverse, direction, slope = inverse[stays], direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         uphill = slope >= 0
         if uphill.any():
-            direction[uphill] = -_two_loop(gradient[uphill], spectrum, inverse[uphill], [])
-            slope = (direction * gradient).sum(1)
-        ahead = data.margins(direction)
-        t, chance = _line_search(w, direction, margins, ahead, slope, label, weight, lam)
-        step, previous = t * direction, gradient
-        w = w + step
-        margins = torch.addcmul(margins, t, ahead)
+            direction[uphill] = -_two_loop(at.gradient[uphill], spectrum, inverse[uphill], [])
+            slope = (direction * at.gradient).sum(1)
+        advance = _one_pass_step if data.streamed else _exact_step
+        step, after = advance(data, w, direction, at, slope, label, weight, lam)
+        history.append(_curvature_pair(step, after.gradient - at.gradient))
+        history = history[-HISTORY:]
+        w, at = w + step, after
     return result
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Margins (columns, n), gradient of f (columns, r) and mean of sigmoid' (columns, 1) at some w."""
+
+    margins: Tensor
+    gradient: Tensor
+    c: Tensor
+
+
+def _evaluate(data: Differences, w: Tensor, label: Tensor, weight: Tensor, lam: Tensor) -> _Point:
+    c = torch.zeros_like(lam)
+
+    def residual(margins: Tensor, pairs: slice) -> Tensor:
+        loss_slope, curvature = _derivatives(margins.sigmoid(), label[pairs], weight[:, pairs])
+        c.add_(curvature)
+        return loss_slope
+
+    margins, gradient = data.margins_and_gradient(w, residual)
+    return _Point(margins, gradient + lam * w, c)
+
+
+def _derivatives(chance: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """First derivatives of the losses by their margins (columns, n), and the sums (columns, 1) of the second."""
+    curvature = torch.linalg.vecdot((1 - chance).mul_(chance), weight)[:, None]
+    return (chance - label).mul_(weight), curvature
+
+
+def _exact_step(
+    data: Differences,
+    w: Tensor,
+    direction: Tensor,
+    at: _Point,
+    slope: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+) -> tuple[Tensor, _Point]:
+    """Go to the minimum along the directions: steps (columns, r), and what is there."""
+    ahead = data.margins(direction)
+    t, chance = _line_search(w, direction, at.margins, ahead, slope, label, weight, lam)
+    step = t * direction
+    loss_slope, c = _derivatives(chance, label, weight)
+    gradient = data.gradient(loss_slope) + lam * (w + step)
+    return step, _Point(torch.addcmul(at.margins, t, ahead), gradient, c)
+
+
+def _one_pass_step(
+    data: Differences,
+    w: Tensor,
+    direction: Tensor,
+    at: _Point,
+    slope: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+) -> tuple[Tensor, _Point]:
+    """Take the whole directions where the slope there allows it, in one pass; else as `_exact_step`, in a second."""
+    after = _evaluate(data, w + direction, label, weight, lam)
+    slope_after = (direction * after.gradient).sum(1)
+    t = torch.ones_like(lam)
+    again = torch.nonzero((slope_after < _UNDERSHOOT * slope) | (slope_after > -_OVERSHOOT * slope))[:, 0]
+    for column in again.tolist():  # one at a time, to save memory
+        one = slice(column, column + 1)
+        ahead = after.margins[one] - at.margins[one]
+        found = _line_search(w[one], direction[one], at.margins[one], ahead, slope[one], label, weight[one], lam[one])
+        t[one] = found[0]
+    step = t * direction
+    if len(again):
+        right = _evaluate(data, (w + step)[again], label, weight[again], lam[again])
+        after.margins[again], after.gradient[again], after.c[again] = right.margins, right.gradient, right.c
+    return step, after
 
 
 def _stein(b: Tensor, spectrum: Spectrum, fold: Tensor, lam: Tensor) -> Tensor:
@@ -235,6 +339,11 @@ def _two_loop(
         alpha = rho * (s * q).sum(1, keepdim=True)
         q = q - alpha * y
         alphas.append(alpha)
+    if spectrum.rough and history:
+        s, y, rho = history[-1]
+        # Along the last step, the diagonal is given the curvature that was met there: then full steps are about right.
+        curvature = rho * (y.square() * inverse).sum(1, keepdim=True)
+        inverse = torch.where(rho > 0, inverse / curvature, inverse)
     q = spectrum.back(spectrum.rotate(q) * inverse)
     for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
         q = q + (alpha - rho * (y * q).sum(1, keepdim=True)) * s
