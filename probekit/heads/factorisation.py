@@ -17,6 +17,7 @@ products, that of concatenated layers is the sum of theirs.
 
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -46,16 +47,16 @@ class Differences:
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
         w = w * self.gain.to(w.dtype)
-        return torch.cat([w @ block.to(w.dtype).T for block in torch.split(self.rows, _BLOCK)], dim=1)
+        return torch.cat([_product(w, block.to(w.dtype).T) for block in torch.split(self.rows, _BLOCK)], dim=1)
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
         if residual.dtype == self.rows.dtype:
-            total = residual @ self.rows
+            total = _product(residual, self.rows)
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
             for block, part in zip(torch.split(self.rows, _BLOCK), torch.split(residual, _BLOCK, dim=1), strict=True):
-                total += part @ block.to(residual.dtype)
+                total += _product(part, block.to(residual.dtype))
         return total * self.gain.to(residual.dtype)
 
 
@@ -68,11 +69,11 @@ class Spectrum:
 
     def rotate(self, w: Tensor) -> Tensor:
         """Turn w (columns, r) into the eigenbasis."""
-        return w if self.vectors is None else w @ self.vectors
+        return w if self.vectors is None else _product(w, self.vectors)
 
     def back(self, a: Tensor) -> Tensor:
         """Turn a (columns, r) from the eigenbasis."""
-        return a if self.vectors is None else a @ self.vectors.T
+        return a if self.vectors is None else _product(a, self.vectors.T)
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
         """Return the spectrum in another precision."""
@@ -157,12 +158,12 @@ def factorise(
     exact, fast = _in_both_precisions(rows, scale, fast=standardize)
     scaled = matrix * exact.gain * exact.gain[:, None]
     if single:
-        eigenvalues, vectors = torch.linalg.eigh(scaled.float())
-        rounding = 4 * torch.finfo(torch.float32).eps * eigenvalues[-1]
-        if rounding <= max(eigenvalues[0], smallest_lam):
+        eigenvalues, vectors = _eigh(scaled.float())
+        rounding = 4 * torch.finfo(torch.float32).eps * float(eigenvalues[-1])
+        if rounding <= max(float(eigenvalues[0]), smallest_lam):
             return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
         scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
-    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    eigenvalues, vectors = _eigh(scaled)
     return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale)
 
 
@@ -198,7 +199,7 @@ def _dual(rows: Tensor, scale: Tensor, *, fast: bool) -> Problem:
     """Factorise the kernel of n < d pairs, in float64: T is what is fitted, and must be right."""
     n = len(rows)
     scaled = rows.double() * _gain(scale)
-    eigenvalues, vectors = torch.linalg.eigh(_gram(scaled.T.contiguous(), None, torch.float64) / n)
+    eigenvalues, vectors = _eigh(_gram(scaled.T.contiguous(), None, torch.float64) / n)
     # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
     kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
@@ -221,6 +222,22 @@ def _gain(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right; on the CPU by numpy's BLAS, which is the faster one at these shapes."""
+    if left.device.type == "cpu":
+        return torch.from_numpy(left.numpy() @ right.numpy())
+    return left @ right
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,), ascending, and vectors (r, r); on the CPU by scipy, as `_product` by numpy."""
+    if matrix.device.type == "cpu":
+        values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
 def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return rows' diag(weight) rows (d, d) float64 from products in ``dtype``, half of which symmetry saves."""
     d = rows.shape[1]
@@ -231,12 +248,13 @@ def _gram(rows: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         if weight is not None and not even:
             block = block * weight[start : start + _SLAB, None].sqrt().to(dtype)
         _add_upper(total, block)
-    total = total.triu() + total.triu(1).T
+    if rows.device.type != "cpu":
+        total = total.triu() + total.triu(1).T
     return total * weight[0] if weight is not None and even else total
 
 
 def _add_upper(total: Tensor, rows: Tensor) -> None:
-    """Add rows' rows to the upper triangle of total (d, d), in products as large as can be."""
+    """Add rows' rows to the upper triangle of total (d, d), on the CPU to all of it, in products as large as can be."""
     d = len(total)
     if rows.device.type == "cpu":
         array = rows.numpy()
