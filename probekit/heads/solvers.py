@@ -8,9 +8,13 @@ zero outside the fold, divided by their sum) with a strength. It minimises
 which is scikit-learn's logistic regression without intercept, divided by C times the summed weights; a soft label
 counts both ways round.
 
-All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
-where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
-Z w_j (n,) are kept; held-out scores come for free.
+All columns go through L-BFGS together, preconditioned by the inverse of the Hessian that Gaussian z would have. With
+S = Z'Z / n = V e V' (`probekit.heads.factorisation`) and Stein's lemma it is
+
+    E[sigmoid'(z.w) z z'] + lam = V (c e + lam) V' + k S w w' S,
+
+where c is the mean of sigmoid' over the column's margins, and k is such that the curvature along w is that of the
+margins. The line search needs no product with Z, since margins Z w_j (n,) are kept; held-out scores come for free.
 
 The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
 w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
@@ -74,6 +78,33 @@ class Columns:
     weight: Tensor
     fold: Tensor
     strength: Tensor
+
+
+@dataclass(frozen=True)
+class _Hessian:
+    """Hessian c e + lam + k u u' of every column in the eigenbasis, with u = e V'w.
+
+    Attributes
+    ----------
+    inverse
+        1 / (c e + lam) (columns, r).
+    turned
+        u times ``inverse`` (columns, r).
+    share
+        k / (1 + k u.turned) (columns, 1), by Sherman and Morrison.
+    """
+
+    inverse: Tensor
+    turned: Tensor
+    share: Tensor
+
+    def solve(self, q: Tensor) -> Tensor:
+        """Divide q (columns, r)."""
+        return q * self.inverse - self.share * (self.turned * q).sum(1, keepdim=True) * self.turned
+
+    def of(self, chosen: Tensor) -> "_Hessian":
+        """Return that of some columns."""
+        return _Hessian(self.inverse[chosen], self.turned[chosen], self.share[chosen])
 
 
 @dataclass(frozen=True)
@@ -175,9 +206,8 @@ def _descend(
         if iteration:
             history.append(_curvature_pair(step, gradient - previous))
             history = history[-HISTORY:]
-        c = torch.linalg.vecdot((1 - chance).mul_(chance), weight)[:, None]
-        inverse = 1 / (c * spectrum.eigenvalues + lam)
-        direction = -_two_loop(gradient, spectrum, inverse, history)
+        hessian = _hessian(spectrum, w, margins, chance, weight, lam)
+        direction = -_two_loop(gradient, spectrum, hessian, history)
         slope = (direction * gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
@@ -191,11 +221,11 @@ def _descend(
             if not stays.any():
                 break
             active, w, margins, weight, lam = active[stays], w[stays], margins[stays], weight[stays], lam[stays]
-            gradient, inverse, direction, slope = gradient[stays], inverse[stays], direction[stays], slope[stays]
+            gradient, hessian, direction, slope = gradient[stays], hessian.of(stays), direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         uphill = slope >= 0
         if uphill.any():
-            direction[uphill] = -_two_loop(gradient[uphill], spectrum, inverse[uphill], [])
+            direction[uphill] = -_two_loop(gradient[uphill], spectrum, hessian.of(uphill), [])
             slope = (direction * gradient).sum(1)
         ahead = data.margins(direction)
         t, chance = _line_search(w, direction, margins, ahead, slope, label, weight, lam)
@@ -218,6 +248,21 @@ def _stein(b: Tensor, spectrum: Spectrum, fold: Tensor, lam: Tensor) -> Tensor:
     return spectrum.back(rotated / (c * e + lam))
 
 
+def _hessian(spectrum: Spectrum, w: Tensor, margins: Tensor, chance: Tensor, weight: Tensor, lam: Tensor) -> _Hessian:
+    curvature = (1 - chance).mul_(chance).mul_(weight)
+    c = curvature.sum(1, keepdim=True)
+    inverse = 1 / (c * spectrum.eigenvalues + lam)
+    a = spectrum.rotate(w)
+    u = spectrum.eigenvalues * a
+    variance = (u * a).sum(1, keepdim=True)
+    squares = margins.square()
+    # sigmoid' where margins are large: k is at least -c / variance, which keeps the Hessian positive
+    along = torch.linalg.vecdot(curvature, squares) / torch.linalg.vecdot(weight, squares)
+    k = torch.where(variance > 0, (along[:, None] - c) / variance, 0.0)
+    turned = inverse * u
+    return _Hessian(inverse, turned, k / (1 + k * (u * turned).sum(1, keepdim=True)))
+
+
 def _curvature_pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Step, change of gradient and 1 / s.y (columns, 1); 0 switches a pair off where rounding ate its curvature."""
     product = (s * y).sum(1, keepdim=True)
@@ -226,16 +271,16 @@ def _curvature_pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _two_loop(
-    gradient: Tensor, spectrum: Spectrum, inverse: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]
+    gradient: Tensor, spectrum: Spectrum, hessian: _Hessian, history: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """Inverse Hessian estimate times the gradient (columns, r); ``inverse`` is its start in the eigenbasis."""
+    """Inverse Hessian estimate times the gradient (columns, r)."""
     q = gradient
     alphas = []
     for s, y, rho in reversed(history):
         alpha = rho * (s * q).sum(1, keepdim=True)
         q = q - alpha * y
         alphas.append(alpha)
-    q = spectrum.back(spectrum.rotate(q) * inverse)
+    q = spectrum.back(hessian.solve(spectrum.rotate(q)))
     for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
         q = q + (alpha - rho * (y * q).sum(1, keepdim=True)) * s
     return q
