@@ -18,9 +18,10 @@ from probekit.bench.sweep_runs import Run, run_case
 from probekit.errors import ConfigError
 from probekit.heads.solvers import one_thread
 
-BOUNDS = {"loss_gap": 2e-6, "accuracy_gap": 1e-3, "coefficient_error": 1e-3}
+BOUNDS = {"loss_gap": 2e-6, "accuracy_gap": 1e-3, "coefficient_error": 1e-3, "regret": 2e-3}
 """What the design allows at most, see `Run`."""
-_WORDS = {"loss_gap": "loss gap", "accuracy_gap": "accuracy", "coefficient_error": "coefficients"}
+LEAST_RANK_CORRELATION = 0.97
+_WORDS = {"loss_gap": "loss gap", "accuracy_gap": "accuracy", "coefficient_error": "coefficients", "regret": "regret"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class SweepBench:
             lines.append((f"  {name}", f"{size:<17} {figure['asked']:<6g} {ratios:<22} {missed}".rstrip()))
             seconds = "{theirs:.3g} / {ours:.3g} s".format(**figure["seconds"])
             exact = [f"{words} {figure[key]:.0e}" for key, words in _WORDS.items() if figure[key] is not None]
+            if figure["rank_correlation"] is not None:
+                exact.append(f"rank correlation {figure['rank_correlation']:.3f}")
             lines.append(("", ", ".join([seconds, *exact])))
         used = dict.fromkeys(figure["rival"] for figure in self.facts()["cases"].values())
         return lines + [("theirs", text) for text in used]
@@ -66,6 +69,7 @@ def _facts(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "splits": case.repeats,
         "heads": case.heads,
         "hidden": case.hidden,
+        "layers": case.layers,
         "asked": case.asked,
         "ratio": dict(zip(("median", "smallest", "largest"), ratio, strict=True)),
         "seconds": {side: float(np.median([getattr(run, side) for run in runs])) for side in ("ours", "theirs")},
@@ -75,6 +79,9 @@ def _facts(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         values = [value for run in runs if (value := getattr(run, name)) is not None]
         found[name] = max(values) if values else None
         reached &= not values or max(values) <= bound
+    ranks = [run.rank_correlation for run in runs if run.rank_correlation is not None]
+    found["rank_correlation"] = min(ranks) if ranks else None
+    reached &= not ranks or min(ranks) >= LEAST_RANK_CORRELATION
     return found | {"reached": bool(reached)}
 
 
@@ -90,7 +97,7 @@ def bench_sweep(
     scale
         Factor of their pairs and channels.
     layers
-        Rounds of each case, on the features of another layer each.
+        Factor of the rounds of each case, on the features of another layer each.
     progress
         Called as ``progress(done, total, text)`` after every round.
 
@@ -114,9 +121,11 @@ def bench_sweep(
     with threadpool_limits(1), one_thread():
         for case in {case.rival: case for case in cases}.values():  # first calls load libraries
             run_case(case.scaled(0.0), seed=0)
-        for layer in range(layers):
-            for number, case in enumerate(cases, start=1):
-                runs[case].append(run_case(case, seed=layer))
-                if progress is not None:
-                    progress(layer * len(cases) + number, layers * len(cases), case.name)
+        # rounds of one case lie apart, so that a busy minute of the machine does not spoil all of them
+        plan = [case for layer in range(max(case.rounds for case in cases)) for case in cases if layer < case.rounds]
+        plan *= layers
+        for number, case in enumerate(plan, start=1):
+            runs[case].append(run_case(case, seed=len(runs[case])))
+            if progress is not None:
+                progress(number, len(plan), case.name)
     return SweepBench(scale, runs)

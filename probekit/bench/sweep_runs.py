@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 
 from probekit._types import FloatArray, IntArray
 from probekit.bench.sweep_cases import Case
+from probekit.bench.sweep_search import run_search
 from probekit.config import STRENGTHS
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, solvers
 from probekit.heads.linear import INNER_TOL, _folds
@@ -41,6 +42,8 @@ class Run:
         Of linear heads: largest excess of our mean penalised log-loss over the optimum, among fold fits and refit;
         difference of mean cross-validated accuracies at our C; relative distance of our refit from the optimum.
         ``accuracy_gap`` of MLP heads: test accuracy of theirs minus ours. None where it does not apply.
+    rank_correlation, regret
+        Of a search, see `probekit.bench.sweep_search.run_search`.
     """
 
     ours: float
@@ -48,6 +51,8 @@ class Run:
     loss_gap: float | None = None
     accuracy_gap: float | None = None
     coefficient_error: float | None = None
+    rank_correlation: float | None = None
+    regret: float | None = None
 
 
 def synthetic_differences(n: int, d: int, *, seed: int) -> tuple[FloatArray, FloatArray]:
@@ -70,6 +75,9 @@ def synthetic_differences(n: int, d: int, *, seed: int) -> tuple[FloatArray, Flo
 
 def run_case(case: Case, *, seed: int) -> Run:
     """Time both sides of a case on the features of one seed."""
+    if case.rival == "set-loop":
+        ours, theirs, rank, regret = run_search(case, seed=seed)
+        return Run(ours, theirs, rank_correlation=rank, regret=regret)
     if case.rival == "loop":
         return _mlp_throughput(case, seed=seed)
     if case.rival == "loop-20-epochs":

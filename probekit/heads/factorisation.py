@@ -22,6 +22,7 @@ once for the diagonal.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -57,16 +58,16 @@ class Differences:
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
         w = w * self.gain.to(w.dtype)
-        return torch.cat([w @ block.to(w).T for _, block in _blocks(self.rows, _BLOCK)], dim=1)
+        return torch.cat([_product(w, block.to(w).T) for _, block in _blocks(self.rows, _BLOCK)], dim=1)
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
         if isinstance(self.rows, Tensor) and residual.dtype == self.rows.dtype:
-            total = residual @ self.rows
+            total = _product(residual, self.rows)
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
             for part, block in _blocks(self.rows, _BLOCK):
-                total += residual[:, part] @ block.to(residual)
+                total += _product(residual[:, part], block.to(residual))
         return total * self.gain.to(residual.dtype)
 
     def margins_and_gradient(self, w: Tensor, residual: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,8 +82,8 @@ class Differences:
         scaled, total, margins = w * gain, torch.zeros_like(w), w.new_empty(len(w), self.rows.shape[0])
         for part, rows in _blocks(self.rows, _BLOCK):
             block = rows.to(w)
-            margins[:, part] = scaled @ block.T
-            total += residual(margins[:, part], part) @ block
+            margins[:, part] = _product(scaled, block.T)
+            total += _product(residual(margins[:, part], part), block)
         return margins, total * gain
 
 
@@ -99,11 +100,11 @@ class Spectrum:
 
     def rotate(self, w: Tensor) -> Tensor:
         """Turn w (columns, r) into the eigenbasis."""
-        return w if self.vectors is None else w @ self.vectors
+        return w if self.vectors is None else _product(w, self.vectors)
 
     def back(self, a: Tensor) -> Tensor:
         """Turn a (columns, r) from the eigenbasis."""
-        return a if self.vectors is None else a @ self.vectors.T
+        return a if self.vectors is None else _product(a, self.vectors.T)
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
         """Return the spectrum in another precision."""
@@ -200,12 +201,12 @@ def factorise(
     scaled = matrix * exact.gain * exact.gain[:, None]
     left = memory - 12 * d**2  # vectors are kept in both precisions
     if single:
-        eigenvalues, vectors = torch.linalg.eigh(scaled.float())
-        rounding = 4 * torch.finfo(torch.float32).eps * eigenvalues[-1]
-        if rounding <= max(eigenvalues[0], smallest_lam):
+        eigenvalues, vectors = _eigh(scaled.float())
+        rounding = 4 * torch.finfo(torch.float32).eps * float(eigenvalues[-1])
+        if rounding <= max(float(eigenvalues[0]), smallest_lam):
             return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
         scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
-    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    eigenvalues, vectors = _eigh(scaled)
     return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
 
 
@@ -240,7 +241,7 @@ def channel_scale(moments: Tensor, noise: Tensor, *, standardize: bool) -> Tenso
 def _dual(rows: Tensor | StreamedDifferences, scale: Tensor, *, fast: bool) -> Problem:
     """Factorise the kernel of n < d pairs, in float64: T is what is fitted, and must be right."""
     n = rows.shape[0]
-    eigenvalues, vectors = torch.linalg.eigh(_kernel(rows, _gain(scale)) / n)
+    eigenvalues, vectors = _eigh(_kernel(rows, _gain(scale)) / n)
     # Directions below the rounding error of the kernel are noise of the factorisation, not of the data.
     kept = eigenvalues > eigenvalues[-1] * n * torch.finfo(eigenvalues.dtype).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
@@ -264,6 +265,22 @@ def _in_both_precisions(
 
 def _gain(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right; on the CPU by numpy's BLAS, which is the faster one at these shapes."""
+    if left.device.type == "cpu":
+        return torch.from_numpy(left.numpy() @ right.numpy())
+    return left @ right
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,), ascending, and vectors (r, r); on the CPU by scipy, as `_product` by numpy."""
+    if matrix.device.type == "cpu":
+        values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def _is_single(rows: Tensor | StreamedDifferences) -> bool:
@@ -291,7 +308,7 @@ def _gram(rows: Tensor | StreamedDifferences, weight: Tensor, dtype: torch.dtype
     for part, piece in _blocks(rows, _SLAB, check=True):
         block = piece.to(weight.device, dtype)
         _add_upper(total, block if even else block * weight[part, None].sqrt().to(dtype))
-    total = total.triu() + total.triu(1).T
+    total = _mirrored(total)
     return total * weight[0] if even else total
 
 
@@ -308,11 +325,16 @@ def _kernel(rows: Tensor | StreamedDifferences, gain: Tensor) -> Tensor:
         parts = ((columns, torch.from_numpy(block)) for columns, block in rows.column_parts())
     for columns, block in parts:
         _add_upper(total, (block.to(gain) * gain[columns]).T.contiguous())
-    return total.triu() + total.triu(1).T
+    return _mirrored(total)
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """Fill the lower triangle from the upper one, where `_add_upper` left it out."""
+    return total if total.device.type == "cpu" else total.triu() + total.triu(1).T
 
 
 def _add_upper(total: Tensor, rows: Tensor) -> None:
-    """Add rows' rows to the upper triangle of total (d, d), in products as large as can be."""
+    """Add rows' rows to the upper triangle of total (d, d), on the CPU to all of it, in products as large as can be."""
     d = len(total)
     if rows.device.type == "cpu":
         array = rows.numpy()

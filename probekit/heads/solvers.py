@@ -8,10 +8,14 @@ zero outside the fold, divided by their sum) with a strength. It minimises
 which is scikit-learn's logistic regression without intercept, divided by C times the summed weights; a soft label
 counts both ways round.
 
-All columns go through L-BFGS together, preconditioned by V (c_j e + lam_j)^-1 V' (`probekit.heads.factorisation`),
-where c_j is the mean of sigmoid' over the column's margins. The line search needs no product with Z, since margins
-Z w_j (n,) are kept; held-out scores come for free.
-Where only the diagonal of Z'Z is known, it is scaled to the curvature of the last step.
+All columns go through L-BFGS together, preconditioned by the inverse of the Hessian that Gaussian z would have. With
+S = Z'Z / n = V e V' (`probekit.heads.factorisation`) and Stein's lemma it is
+
+    E[sigmoid'(z.w) z z'] + lam = V (c e + lam) V' + k S w w' S,
+
+where c is the mean of sigmoid' over the column's margins, and k is such that the curvature along w is that of the
+margins. The line search needs no product with Z, since margins Z w_j (n,) are kept; held-out scores come for free.
+Where only the diagonal of S is known, that is the Hessian, scaled to the curvature of the last step.
 
 Where Z is streamed from files, an iteration reads it once: margins and gradient of the full step, block by block. The
 step is kept where it satisfies the approximate Wolfe conditions, as nearly all do; where not, the line search on
@@ -31,7 +35,7 @@ gradient method with guaranteed descent and an efficient line search", SIAM J. O
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -39,6 +43,7 @@ import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
+from probekit.heads.curvature import curvature_pair, hessian_of, stein_start, two_loop
 from probekit.heads.factorisation import Differences, Problem, Spectrum
 
 HISTORY = 10
@@ -188,7 +193,7 @@ def _descend(
     label = columns.label.to(dtype)
     lam = (1 / (columns.strength[:, None] * total[columns.fold])).to(dtype)
     if start is None:
-        w = _stein(data.gradient(by_fold * (label - 0.5)), spectrum, columns.fold, lam)
+        w = stein_start(data.gradient(by_fold * (label - 0.5)), spectrum, columns.fold, lam)
     else:
         w = start.to(dtype)
     weight = by_fold[columns.fold]
@@ -206,8 +211,8 @@ def _descend(
     active = torch.arange(count, device=w.device)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iter + 1):
-        inverse = 1 / (at.c * spectrum.eigenvalues + lam)
-        direction = -_two_loop(at.gradient, spectrum, inverse, history)
+        hessian = hessian_of(spectrum, w, at.moments, lam, history)
+        direction = -two_loop(at.gradient, spectrum, hessian, history)
         slope = (direction * at.gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
@@ -220,17 +225,17 @@ def _descend(
             stays = ~leaves
             if not stays.any():
                 break
-            at = _Point(at.margins[stays], at.gradient[stays], at.c[stays])
+            at = _Point(at.margins[stays], at.gradient[stays], at.moments[stays])
             active, w, weight, lam = active[stays], w[stays], weight[stays], lam[stays]
-            inverse, direction, slope = inverse[stays], direction[stays], slope[stays]
+            hessian, direction, slope = hessian.of(stays), direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         uphill = slope >= 0
         if uphill.any():
-            direction[uphill] = -_two_loop(at.gradient[uphill], spectrum, inverse[uphill], [])
+            direction[uphill] = -two_loop(at.gradient[uphill], spectrum, hessian.of(uphill), [])
             slope = (direction * at.gradient).sum(1)
         advance = _one_pass_step if data.streamed else _exact_step
         step, after = advance(data, w, direction, at, slope, label, weight, lam)
-        history.append(_curvature_pair(step, after.gradient - at.gradient))
+        history.append(curvature_pair(step, after.gradient - at.gradient))
         history = history[-HISTORY:]
         w, at = w + step, after
     return result
@@ -238,29 +243,30 @@ def _descend(
 
 @dataclass(frozen=True)
 class _Point:
-    """Margins (columns, n), gradient of f (columns, r) and mean of sigmoid' (columns, 1) at some w."""
+    """Margins z (columns, n), gradient of f (columns, r) and `_moments` (columns, 3) at some w."""
 
     margins: Tensor
     gradient: Tensor
-    c: Tensor
+    moments: Tensor
 
 
 def _evaluate(data: Differences, w: Tensor, label: Tensor, weight: Tensor, lam: Tensor) -> _Point:
-    c = torch.zeros_like(lam)
+    moments = lam.new_zeros(len(lam), 3)
 
     def residual(margins: Tensor, pairs: slice) -> Tensor:
-        loss_slope, curvature = _derivatives(margins.sigmoid(), label[pairs], weight[:, pairs])
-        c.add_(curvature)
-        return loss_slope
+        chance = margins.sigmoid()
+        moments.add_(_moments(margins, chance, weight[:, pairs]))
+        return (chance - label[pairs]).mul_(weight[:, pairs])
 
     margins, gradient = data.margins_and_gradient(w, residual)
-    return _Point(margins, gradient + lam * w, c)
+    return _Point(margins, gradient + lam * w, moments)
 
 
-def _derivatives(chance: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """First derivatives of the losses by their margins (columns, n), and the sums (columns, 1) of the second."""
-    curvature = torch.linalg.vecdot((1 - chance).mul_(chance), weight)[:, None]
-    return (chance - label).mul_(weight), curvature
+def _moments(margins: Tensor, chance: Tensor, weight: Tensor) -> Tensor:
+    """Sum v sigmoid'(z), v sigmoid'(z) z^2 and v z^2 over pairs: (columns, 3)."""
+    curvature, squares = (1 - chance).mul_(chance).mul_(weight), margins.square()
+    sums = curvature.sum(1), torch.linalg.vecdot(curvature, squares), torch.linalg.vecdot(weight, squares)
+    return torch.stack(sums, dim=1)
 
 
 def _exact_step(
@@ -276,10 +282,10 @@ def _exact_step(
     """Go to the minimum along the directions: steps (columns, r), and what is there."""
     ahead = data.margins(direction)
     t, chance = _line_search(w, direction, at.margins, ahead, slope, label, weight, lam)
-    step = t * direction
-    loss_slope, c = _derivatives(chance, label, weight)
-    gradient = data.gradient(loss_slope) + lam * (w + step)
-    return step, _Point(torch.addcmul(at.margins, t, ahead), gradient, c)
+    step, margins = t * direction, torch.addcmul(at.margins, t, ahead)
+    moments = _moments(margins, chance, weight)
+    gradient = data.gradient((chance - label).mul_(weight)) + lam * (w + step)
+    return step, _Point(margins, gradient, moments)
 
 
 def _one_pass_step(
@@ -305,49 +311,9 @@ def _one_pass_step(
     step = t * direction
     if len(again):
         right = _evaluate(data, (w + step)[again], label, weight[again], lam[again])
-        after.margins[again], after.gradient[again], after.c[again] = right.margins, right.gradient, right.c
+        after.margins[again], after.gradient[again] = right.margins, right.gradient
+        after.moments[again] = right.moments
     return step, after
-
-
-def _stein(b: Tensor, spectrum: Spectrum, fold: Tensor, lam: Tensor) -> Tensor:
-    """Solutions (columns, r) for Gaussian differences from b (folds, r); c by three rounds of its fixed point."""
-    e = spectrum.eigenvalues
-    rotated = spectrum.rotate(b)[fold]
-    c = torch.full_like(lam, 0.25)
-    for _ in range(3):
-        a = rotated / (c * e + lam)
-        variance = (a.square() * e).sum(1, keepdim=True)
-        # Mean of sigmoid' over N(0, variance) by the probit approximation: good enough for a start.
-        c = 0.25 / (1 + math.pi / 8 * variance).sqrt()
-    return spectrum.back(rotated / (c * e + lam))
-
-
-def _curvature_pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step, change of gradient and 1 / s.y (columns, 1); 0 switches a pair off where rounding ate its curvature."""
-    product = (s * y).sum(1, keepdim=True)
-    safe = product > torch.finfo(s.dtype).eps * s.norm(dim=1, keepdim=True) * y.norm(dim=1, keepdim=True)
-    return s, y, torch.where(safe, 1 / product, torch.zeros_like(product))
-
-
-def _two_loop(
-    gradient: Tensor, spectrum: Spectrum, inverse: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> Tensor:
-    """Inverse Hessian estimate times the gradient (columns, r); ``inverse`` is its start in the eigenbasis."""
-    q = gradient
-    alphas = []
-    for s, y, rho in reversed(history):
-        alpha = rho * (s * q).sum(1, keepdim=True)
-        q = q - alpha * y
-        alphas.append(alpha)
-    if spectrum.rough and history:
-        s, y, rho = history[-1]
-        # Along the last step, the diagonal is given the curvature that was met there: then full steps are about right.
-        curvature = rho * (y.square() * inverse).sum(1, keepdim=True)
-        inverse = torch.where(rho > 0, inverse / curvature, inverse)
-    q = spectrum.back(spectrum.rotate(q) * inverse)
-    for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
-        q = q + (alpha - rho * (y * q).sum(1, keepdim=True)) * s
-    return q
 
 
 def _line_search(

@@ -16,64 +16,9 @@ from itertools import combinations
 
 import numpy as np
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegressionCV
 
-from probekit.config import STRENGTHS
+from probekit.bench.sweep_search import SyntheticDepth, looped_fit
 from probekit.heads import best_subsets, refit_subsets, screen_subsets
-from probekit.heads.linear import _folds
-
-
-class Depth:
-    """Layers of a network in which preference is read from factors that come and go with depth.
-
-    A pair differs in 48 factors. Layer l shows factor k with a gain that peaks at a depth of k's own, in directions
-    that turn slowly with depth, among nuisance of its own and of all layers with a power-law spectrum and scales over
-    two decades. Six factors make the preference, so that layers share signal and have signal of their own.
-    """
-
-    def __init__(self, n_layers: int, n: int, d: int, *, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.factors = rng.normal(size=(n, 48)) * np.sqrt(rng.chisquare(6, size=(n, 1)) / 6)
-        self.shared = rng.normal(size=(n, d))
-        self.n_layers, self.d, self.seed = n_layers, d, seed
-        self.peaks, self.spreads = rng.uniform(0, 1, 48), rng.uniform(0.05, 0.5, 48)
-        self.turns = rng.normal(size=(2, 48, d)) / np.sqrt(d)
-        self.mixing = rng.normal(size=(2, d, d)) / np.sqrt(d)
-        self.scale = 10 ** rng.uniform(-1, 1, d)
-        utility = self.factors[:, :6] @ np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-        self.label = (rng.random(n) < 1 / (1 + np.exp(-1.3 * utility))).astype(float)
-        self.groups = np.arange(n) // 2
-
-    def __call__(self, layer: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, layer))
-        depth = layer / max(1, self.n_layers - 1)
-        gain = np.exp(-(((depth - self.peaks) / self.spreads) ** 2) / 2)
-        angle = depth * np.pi / 2
-        turn = np.cos(angle) * self.turns[0] + np.sin(angle) * self.turns[1]
-        mixing = np.cos(angle) * self.mixing[0] + np.sin(angle) * self.mixing[1]
-        spectrum = (1 + np.arange(self.d)) ** -0.5
-        own = rng.normal(size=self.shared.shape) * spectrum @ (rng.normal(size=(self.d, self.d)) / np.sqrt(self.d))
-        return ((self.factors * gain) @ turn + 0.6 * own + 0.6 * (self.shared * spectrum) @ mixing) * self.scale
-
-
-def scikit_learn(D: np.ndarray, label: np.ndarray, groups: np.ndarray) -> float:
-    """CPU seconds of one well-used fit: signs drawn at random, as one class alone is refused."""
-    sign = np.where(np.random.default_rng(0).random(len(D)) < 0.5, -1.0, 1.0)
-    Z = D / np.sqrt(np.mean(D**2, axis=0)) * sign[:, None]
-    fold_of = _folds(groups, 5)
-    folds = [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(5)]
-    model = LogisticRegressionCV(
-        Cs=list(STRENGTHS),
-        cv=folds,
-        fit_intercept=False,
-        scoring="neg_log_loss",
-        max_iter=1000,
-        use_legacy_attributes=False,
-        l1_ratios=(0,),
-    )
-    start = time.process_time()
-    model.fit(Z, (label - 0.5) * sign > 0)
-    return time.process_time() - start
 
 
 def main() -> None:
@@ -87,8 +32,8 @@ def main() -> None:
     parser.add_argument("--max-size", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    made = Depth(options.layers, options.pairs, options.channels, seed=options.seed)
-    held = [made(layer).astype(np.float32) for layer in range(options.layers)]
+    made = SyntheticDepth(options.layers, options.pairs, options.channels, seed=options.seed)
+    held = [made(layer) for layer in range(options.layers)]
     layers, differences, given = range(options.layers), held.__getitem__, (made.label, None, made.groups)
 
     start = time.process_time()
@@ -120,7 +65,7 @@ def main() -> None:
         say(f"size {size}: {found.iloc[0].to_dict()}")
     if options.baseline:
         times = [
-            scikit_learn(np.concatenate([held[i] for i in pair], axis=1).astype(float), made.label, made.groups)
+            looped_fit(np.concatenate([held[i] for i in pair], axis=1), made.label, made.groups)
             for pair in some[: options.baseline]
         ]
         loop = np.mean(times) * len(pairs)
