@@ -265,8 +265,8 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
         digests = []
         for prompt, a, b in zip(*rows, strict=True):
             first, second = (a, b) if a < b else (b, a)
-            digests.append(_sha256(prompt, first, second))
-            turned.append(_sha256(prompt, b) < _sha256(prompt, a))
+            digests.append(_sha256(f"{prompt}\0{first}\0{second}"))
+            turned.append(_sha256(f"{prompt}\0{b}") < _sha256(f"{prompt}\0{a}"))
         parts.append(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
     identity = np.concatenate(parts)
     heads = pd.Series(identity[:, :8].copy().view(np.uint64)[:, 0])
@@ -286,8 +286,8 @@ def _identify(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _sha256(*texts: str) -> bytes:
-    return hashlib.sha256("\0".join(texts).encode()).digest()
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def turned_once(prompts: Iterable[str], images_a: Iterable[str], images_b: Iterable[str]) -> NDArray[np.bool_]:
@@ -296,7 +296,8 @@ def turned_once(prompts: Iterable[str], images_a: Iterable[str], images_b: Itera
     These took the first bit of the pair's identity for whether A is the image of the smaller name, pair by pair.
     """
     sides = zip(prompts, images_a, images_b, strict=True)
-    return np.array([(a < b) != _sha256(prompt, min(a, b), max(a, b))[0] & 1 for prompt, a, b in sides], bool)
+    bits = [(a < b) != _sha256(f"{prompt}\0{min(a, b)}\0{max(a, b)}")[0] & 1 for prompt, a, b in sides]
+    return np.array(bits, bool)
 
 
 def _pair_ids(identity: IntArray, occurrence: IntArray) -> pd.Series:
