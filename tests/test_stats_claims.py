@@ -218,7 +218,7 @@ def test_slope_is_least_squares_with_k_minus_2_degrees_of_freedom():
     assert found.estimate == pytest.approx(book.slope)
     assert found.se_networks == pytest.approx(book.stderr)
     assert found.se == pytest.approx(book.stderr, rel=0.02)
-    assert found.freedom == pytest.approx(3, rel=0.05)
+    assert found.freedom == 3
     assert found.p == pytest.approx(book.pvalue, rel=0.1)
     assert found.high - found.estimate == pytest.approx(t.ppf(0.975, 3) * book.stderr, rel=0.05)
     assert slope_weights(x) @ correct.mean(axis=1) == pytest.approx(book.slope)
@@ -236,7 +236,7 @@ def test_pairs_that_decide_the_slope_widen_it():
     found = size_slope(correct, x, groups)
     assert found.se > 3 * found.se_networks
     assert found.se_pairs > found.se_networks
-    assert found.freedom > 50
+    assert found.high - found.estimate < 2.2 * found.se  # what pairs do is known well, unlike what few backbones do
 
 
 def test_two_backbones_have_a_difference_and_no_slope():
@@ -273,7 +273,7 @@ def test_margin_over_random_weights_counts_the_seeds():
     assert found.se_networks == pytest.approx(mean.std(ddof=1) / np.sqrt(3))
     held = network_contrast([(1.0, trained), (-1.0, control.mean(axis=0)[None])], groups)
     assert held.se < found.se < np.hypot(found.se_networks, found.se_pairs) * (1 + 1e-9)
-    assert 2 < found.freedom < 10
+    assert found.freedom == 2
     assert found.about == "other trainings"
 
 
@@ -322,7 +322,7 @@ def test_training_covariance_by_a_loop():
 
 
 def test_half_samples_show_what_training_samples_do():
-    found = repeat(training, 100, 0, n_boot=200)
+    found = repeat(training, 60, 0, n_boot=200)
     for what in ("accuracy", "difference"):
         assert 0.8 < found[f"{what}: SE / SD over samples"] < 1.5
-        assert found[f"{what}: covered"] >= 0.91
+        assert found[f"{what}: covered"] >= 0.88
