@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 
 from probekit._types import FloatArray
 from probekit.stats.intervals import FEW, Scored, effective_groups, redrawn, resamples, standard_error
@@ -105,33 +105,111 @@ def paired_difference(
         message = "the heads leave out different pairs; compare them on the same pairs"
         raise ValueError(message)
     scored = Scored.of((correct_a - correct_b)[None], groups, weights)
-    gain, size = scored.right[:, 0], scored.size
+    found = mean_gain(scored.right[:, 0], scored.size, n_boot=n_boot, level=level, seed=seed)
+    return Difference(
+        found.estimate,
+        max(found.low, -1.0),
+        min(found.high, 1.0),
+        found.se,
+        (float(ndtri((1 + level) / 2)) + float(ndtri(POWER))) * found.spread,
+        scored.n_pairs,
+        len(scored.size),
+        scored.effective_groups,
+        found.method,
+    )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean gain with limits: ``se`` is the cluster-linearised standard error, ``spread`` what the limits rest on."""
+
+    estimate: float
+    low: float
+    high: float
+    se: float
+    spread: float
+    p: float
+    method: Literal["bootstrap-t", "bonett-price"]
+
+
+def mean_gain(
+    gain: FloatArray, size: FloatArray, *, n_boot: int, level: float, seed: int, largest: float = 1.0
+) -> Gain:
+    """Mean of gains (G,) over groups of ``size`` (G,), by bootstrap-t or, where few groups gain or lose, Bonett-Price.
+
+    ``largest`` is the largest possible gain of a pair: 1 for the difference of two accuracies. The two-sided p is
+    (1 + resamples whose |t| is at least the observed one) / (resamples + 1), or the normal one of Bonett and Price.
+    """
     total = size.sum()
     estimate = float(gain.sum() / total)
     residual = gain - estimate * size
     se = float(standard_error(residual / total))
     z = float(ndtri((1 + level) / 2))
-    told_apart = int((np.abs(gain) > 1e-12 * size).sum())
-    if told_apart < FEW or not se > 1e-9:
-        # Each group counts as one trial, and one more trial for either head is added.
-        trials = scored.effective_groups
-        a_better = (trials * gain[gain > 0].sum() / total + 1) / (trials + 2)
-        b_better = (-trials * gain[gain < 0].sum() / total + 1) / (trials + 2)
-        centre = float(a_better - b_better)
-        spread = float(np.sqrt((a_better + b_better - centre**2) / (trials + 2)))
-        low, high = max(centre - z * spread, -1.0), min(centre + z * spread, 1.0)
-        detectable = (z + float(ndtri(POWER))) * spread
-        method: Literal["bootstrap-t", "bonett-price"] = "bonett-price"
-    else:
-        ts = []
-        for counts in resamples(len(size), n_boot, seed):
-            shift, variance = redrawn(counts, residual[:, None], size)
-            ts.append(np.divide(shift, np.sqrt(variance), out=np.zeros_like(shift), where=variance > 1e-18))
-        t_low, t_high = np.quantile(np.concatenate(ts), [(1 - level) / 2, (1 + level) / 2])
-        low, high = max(estimate - float(t_high) * se, -1.0), min(estimate - float(t_low) * se, 1.0)
-        detectable = (z + float(ndtri(POWER))) * se
-        method = "bootstrap-t"
-    return Difference(estimate, low, high, se, detectable, scored.n_pairs, len(size), scored.effective_groups, method)
+    if told_apart(gain, size) < FEW or not se > 1e-9:
+        centre, spread = (largest * value for value in bonett_price(gain / largest, size))
+        p = 2 * float(ndtr(-abs(centre) / spread))
+        return Gain(estimate, centre - z * spread, centre + z * spread, se, spread, p, "bonett-price")
+    ts = []
+    for counts in resamples(len(size), n_boot, seed):
+        shift, variance = redrawn(counts, residual[:, None], size)
+        ts.append(np.divide(shift, np.sqrt(variance), out=np.zeros_like(shift), where=variance > 1e-18))
+    t = np.concatenate(ts)
+    t_low, t_high = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    p = float((1 + (np.abs(t) >= abs(estimate) / se).sum()) / (n_boot + 1))
+    return Gain(estimate, estimate - float(t_high) * se, estimate - float(t_low) * se, se, se, p, "bootstrap-t")
+
+
+def told_apart(gain: FloatArray, size: FloatArray) -> int:
+    """Count the groups (G,) in which one head gains on the other."""
+    return int((np.abs(gain) > 1e-12 * size).sum())
+
+
+def bonett_price(gain: FloatArray, size: FloatArray) -> tuple[float, float]:
+    """Adjust a difference and its standard error: a group is one trial, and one more trial is added for either head."""
+    total = size.sum()
+    trials = total**2 / np.square(size).sum()
+    a_better = (trials * gain[gain > 0].sum() / total + 1) / (trials + 2)
+    b_better = (-trials * gain[gain < 0].sum() / total + 1) / (trials + 2)
+    centre = float(a_better - b_better)
+    return centre, float(np.sqrt((a_better + b_better - centre**2) / (trials + 2)))
+
+
+def pairs_needed(effect: float, se: float, n_pairs: int, *, fixed_se: float = 0.0, level: float = 0.95) -> float:
+    """Count the test pairs that would tell a true difference from zero in 80 % of samples.
+
+    The part of the error that pairs make falls with their number, se(n)^2 = se^2 n_pairs / n at the same sizes of
+    groups; what training samples, networks or seeds make (``fixed_se``) stays. From
+    ``|effect| = (z_level + z_power) sqrt(se(n)^2 + fixed_se^2)``:
+
+        n = n_pairs se^2 / ((effect / (z_level + z_power))^2 - fixed_se^2)
+
+    Parameters
+    ----------
+    effect
+        Difference to be found, as a fraction. To prove that a difference lies within a bound: the distance to it.
+    se, n_pairs
+        Standard error over pairs, and the number of pairs that it was found with.
+    fixed_se
+        Standard error that more pairs do not lower.
+    level
+        Of the two-sided test.
+
+    Returns
+    -------
+    float
+        Whole pairs; infinite where no number of pairs is enough.
+
+    Examples
+    --------
+    Four times as many pairs find half the difference:
+
+    >>> pairs_needed(0.02, 0.01, 1000), pairs_needed(0.01, 0.01, 1000)
+    (1963.0, 7849.0)
+    >>> pairs_needed(0.02, 0.01, 1000, fixed_se=0.01)
+    inf
+    """
+    reach = (effect / (float(ndtri((1 + level) / 2)) + float(ndtri(POWER)))) ** 2 - fixed_se**2
+    return float(np.ceil(n_pairs * se**2 / reach)) if reach > 0 else float("inf")
 
 
 def right_with_a_coin(margins: FloatArray, labels: FloatArray) -> FloatArray:
