@@ -29,9 +29,10 @@ from pyarrow.parquet import ParquetFile, ParquetWriter
 from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 
-RESULTS_VERSION = "1.3"
+RESULTS_VERSION = "1.4"
 ALL_SOURCES = "all"
 UNPROBED = ("metadata", "external")  # kinds of heads that see no features: of metadata, and scores from elsewhere
+JOINED = "+"  # between the layers of a set, and between noise levels or poolings that one head reads side by side
 EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 
@@ -47,15 +48,15 @@ RESULT_COLUMNS: dict[str, str] = {
     "slice_by": "str",  # "all", or by what pairs are told apart: "source" (both splits), others (test): see `SLICES`
     "source": "str",  # "all", or one kind of pair: the value of what `slice_by` names
     "protocol": "str",  # named accuracy definition of probekit.stats
-    "sigma": "str",  # canonical decimal text
+    "sigma": "str",  # canonical decimal text, or several side by side: "0.005+0.1"
     "sigma_ratio": "float64",  # feature change from sigma 0 over bf16 rounding; filled in by `rebuild`
     "draw": "int64",  # draw of the noise
-    "pooling": "str",
+    "pooling": "str",  # or several side by side: "mean+max"
     "layer_set": "str",  # "3" or "0+1+2"
     "layer": "Int64",  # single layers only; n_blocks + 1 = the output point
     "n_layers": "int64",
     "pooling_layers": "int64",  # layers at which the pooling exists in the backbone; filled in by `rebuild`
-    "combination": "str",  # "single", or how the layers were joined
+    "combination": "str",  # "single", or by which of probekit.config.Rule the layers become one score
     "head": "str",
     "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
@@ -80,7 +81,12 @@ RESULT_COLUMNS: dict[str, str] = {
     "effective_groups": "float64",
     "strength": "float64",  # chosen C of a linear head
     "edge_of_grid": "bool",
-    "converged": "bool",
+    "converged": "bool",  # MLP: stopped by its validation loss
+    "n_iter": "Int64",  # iterations of the refit; alternations of a scalar mix; epochs of an MLP
+    "gradient_norm": "float64",  # of the objective per pair at the solution; none for an MLP
+    "n_dropped": "int64",  # channels that do not vary, or no more than rounding in the store explains
+    "n_less_than_d": "bool",  # fewer training pairs than fitted channels
+    "matrix_free": "bool",  # fitted without a factorisation, for want of memory
     "train_accuracy": "float64",
     "train_left_out": "int64",  # training pairs that could not be fitted on
     "train_ties": "int64",  # training pairs that are true ties, however the fit treats them
@@ -168,13 +174,28 @@ NO_FEATURES: dict[str, Any] = {
 }
 
 #: Columns of records to which nothing was fitted.
-NO_FIT: dict[str, Any] = {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
+NO_FIT: dict[str, Any] = {
+    "strength": np.nan,
+    "edge_of_grid": False,
+    "converged": True,
+    "n_iter": None,
+    "gradient_norm": np.nan,
+    "n_dropped": 0,
+    "n_less_than_d": False,
+    "matrix_free": False,
+    "head_parameters": 0,
+}
 
 #: What a layer is chosen within: everything of a record but its layer set.
 CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def set_label(layer_set: str, combination: str) -> str:
+    """Layers of a set and, where they are not simply side by side, the rule that makes one score of them."""
+    return layer_set if combination in ("single", "concat") else f"{layer_set} ({combination})"
 
 
 def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.DataFrame) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from probekit import results
 from probekit._types import FloatArray
-from probekit.heads import combination_name, layer_set_name
+from probekit.heads import layer_set_name
 from probekit.stats import Outcome, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
 from probekit.sweep.judging import judge, measures, tuned_threshold
@@ -40,7 +40,7 @@ def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
         "layer_set": layer_set_name(record.layers),
         "layer": record.layers[0] if single else None,
         "n_layers": len(record.layers),
-        "combination": combination_name(record.layers),
+        "combination": record.combination,
         "head": record.head.name,
         "head_kind": record.head.kind,
         "seed": record.seed,

@@ -24,9 +24,9 @@ from probekit.store import IMAGE_DIGESTS
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.evaluate import judged_rows, record_facts
-from probekit.sweep.fitting import fit, margins
+from probekit.sweep.fitting import features_of, fit, margins
 from probekit.sweep.judging import check_protocol
-from probekit.sweep.material import features_of, forget, material, open_cached
+from probekit.sweep.material import forget, material, open_cached
 from probekit.sweep.plan import (
     Record,
     check_distinct,
@@ -36,6 +36,7 @@ from probekit.sweep.plan import (
     store_facts,
     store_settings,
     told_of_sets,
+    units,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,10 +125,12 @@ def run_sweep(
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
-    fits = run_in_processes(partial(_run, out=out), todo, jobs=jobs)
-    for count, (record, text) in enumerate(fits, start=1):
-        if progress is not None:
-            progress(len(records) - len(todo) + count, len(records), f"{record.label} {text}")
+    count = len(records) - len(todo)
+    for unit, texts in run_in_processes(partial(_run, out=out), units(todo), jobs=jobs):
+        for record, text in zip(unit, texts, strict=True):
+            count += 1
+            if progress is not None:
+                progress(count, len(records), f"{record.label} {text}")
     for baseline in baselines:
         if baseline.record_id not in done:
             run_baseline(baseline, out=out)
@@ -163,16 +166,15 @@ def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> P
     return path
 
 
-def _run(record: Record, *, out: Path) -> str:
-    """Fit one record, write its part, and say its test accuracy."""
-    data = material(record.selection)
-    features = features_of(
-        record.selection, layers=record.layers, sigma=record.sigma, pooling=record.pooling, draw=record.draw
-    )
-    head, fitted = fit(record, features, data.train)
-    facts = record_facts(record, open_cached(record.store)) | fitted
-    rows, kept = judged_rows(record, data, lambda pairs: margins(head, features, pairs.rows), facts, blind=head is None)
-    results.write_part(out, record.record_id, rows, kept)
-    test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
-    shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
-    return f"{record.head.name} {facts['layer_set']}: {shown}"
+def _run(unit: list[Record], *, out: Path) -> list[str]:
+    """Fit the records of a unit, write their parts, and say their test accuracies."""
+    data, features = material(unit[0].selection), features_of(unit[0])
+    texts = []
+    for record, head, fitted in fit(unit, features, data.train):
+        facts = record_facts(record, open_cached(record.store)) | fitted
+        rows, kept = judged_rows(record, data, partial(margins, head, features), facts, blind=head is None)
+        results.write_part(out, record.record_id, rows, kept)
+        test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
+        shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
+        texts.append(f"{record.head.name} {results.set_label(facts['layer_set'], record.combination)}: {shown}")
+    return texts
