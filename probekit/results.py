@@ -7,6 +7,7 @@ A run folder holds::
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
+    blocks.parquet                 blocks of similar layers where a head asked for them, and pairs within and across
 
 A record is one fitted head in one setting, or a baseline that sees no features (`UNPROBED`). Its part is written
 after its margins, both through a temporary file that is renamed, so a record is done exactly when its part exists;
@@ -155,6 +156,30 @@ BEYOND_COLUMNS: dict[str, str] = {
     "detectable": "float64",
 }
 
+#: Blocks of similar layers, and test accuracies of heads on pairs of layers within one block and across two.
+BLOCK_COLUMNS: dict[str, str] = {
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "trained_on": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "seed": "int64",
+    "blocks": "str",  # ranges of layers, such as "0-3, 4-6, 7"
+    "n_within": "int64",  # pairs of layers
+    "within": "float64",  # their mean accuracy
+    "best_within": "float64",
+    "n_across": "int64",
+    "across": "float64",
+    "best_across": "float64",
+    "difference": "float64",  # of the means, across minus within
+    "low": "float64",
+    "high": "float64",
+}
+
 #: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
 NO_FEATURES: dict[str, Any] = {
     "sigma": "",
@@ -230,7 +255,7 @@ def done_records(run: str | Path) -> set[str]:
     """Ids of the records whose part exists and reads; a damaged part is an error that names it."""
     paths = sorted((Path(run) / "parts").glob("*.parquet"))
     for path in paths:
-        _read_table(path, _PART_COLUMNS)
+        _read_arrow(path, _PART_COLUMNS)
     return {path.stem for path in paths}
 
 
@@ -262,7 +287,8 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
     if not keys:
         msg = f"{run}: the plan holds no record, so there is no results table to write"
         raise ResultsError(msg)
-    frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in keys], ignore_index=True)
+    parts = [_read_arrow(_part_path(run, key), _PART_COLUMNS).replace_schema_metadata() for key in keys]
+    frame = _to_pandas(pa.concat_tables(parts), _PART_COLUMNS)
     known = frame.assign(family_tested=True, sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1, imported=False)
     if facts is not None:
         stored = frame["record_id"].isin(facts.index)
@@ -334,19 +360,35 @@ def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd
 
 def write_beyond(run: str | Path, rows: pd.DataFrame) -> None:
     """Write what chosen layers add to the generators' names (`BEYOND_COLUMNS`); without rows the table goes."""
-    path = Path(run) / "beyond_generator.parquet"
-    if rows.empty:
-        path.unlink(missing_ok=True)
-    else:
-        _write_table(path, rows, BEYOND_COLUMNS)
+    _write_or_remove(Path(run) / "beyond_generator.parquet", rows, BEYOND_COLUMNS)
 
 
 def load_beyond(run: str | Path) -> pd.DataFrame:
     """Read what chosen layers add to the generators' names; empty where the run has no generator baseline."""
-    path = Path(run) / "beyond_generator.parquet"
+    return _read_or_none(Path(run) / "beyond_generator.parquet", BEYOND_COLUMNS)
+
+
+def write_blocks(run: str | Path, rows: pd.DataFrame) -> None:
+    """Write blocks of layers and what pairs within and across them read (`BLOCK_COLUMNS`); without rows it goes."""
+    _write_or_remove(Path(run) / "blocks.parquet", rows, BLOCK_COLUMNS)
+
+
+def load_blocks(run: str | Path) -> pd.DataFrame:
+    """Read blocks of layers and what pairs within and across them read; empty where no head asked for blocks."""
+    return _read_or_none(Path(run) / "blocks.parquet", BLOCK_COLUMNS)
+
+
+def _write_or_remove(path: Path, rows: pd.DataFrame, columns: Mapping[str, str]) -> None:
+    if rows.empty:
+        path.unlink(missing_ok=True)
+    else:
+        _write_table(path, rows, columns)
+
+
+def _read_or_none(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     if not path.is_file():
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in BEYOND_COLUMNS.items()})
-    return _read_table(path, BEYOND_COLUMNS)
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in columns.items()})
+    return _read_table(path, columns)
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
@@ -395,6 +437,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         "accuracy",
         "low",
         "high",
+        "converged",
     ]
     unresolved = frame.loc[frame["sigma_ratio"] < RESOLVED_RATIO, ["backbone", "control", "sigma", "sigma_ratio"]]
     return {
@@ -486,6 +529,10 @@ def _write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) ->
 
 
 def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    return _to_pandas(_read_arrow(path, columns), columns)
+
+
+def _read_arrow(path: Path, columns: Mapping[str, str]) -> pa.Table:
     try:
         table = ParquetFile(path).read()
     except FileNotFoundError as error:
@@ -504,6 +551,10 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         what = "folder" if path.parent.name == "parts" else "file"
         msg = f"{path}: column {missing[0]!r} is missing{old}; delete the {what} and run the same sweep again"
         raise ResultsError(msg)
+    return table.select(list(columns))
+
+
+def _to_pandas(table: pa.Table, columns: Mapping[str, str]) -> pd.DataFrame:
     data = {}
     for name, dtype in columns.items():
         values = table.column(name)

@@ -1,5 +1,7 @@
 """Every head that a configuration can name is fitted, told apart, resumed and scored as the head itself would be."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,9 @@ import probekit
 from probekit.config import PRESETS, SweepConfig
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryLateFusion, BradleyTerryScalarMix, concatenate
+from probekit.report import build_report
 from probekit.report.select import settings
-from probekit.results import load_margins
+from probekit.results import describe_run, load_blocks, load_margins
 from probekit.sweep.fitting import features_of, fit
 from probekit.sweep.material import material
 from probekit.sweep.plan import plan_records, select_stores, units
@@ -191,6 +194,53 @@ def test_channels_below_the_noise_of_rounding_are_dropped_by_every_head(store):
             moved = features.rows.copy()
             moved[:, 3] += np.arange(len(moved))
             np.testing.assert_allclose(head.score_items(moved), head.score_items(features.rows), atol=1e-4)
+
+
+def test_a_fit_that_did_not_converge_is_marked_wherever_it_is_shown(tmp_path, caplog):
+    stores = [
+        planted_store(tmp_path / name, signal={2: 1.5}, seed=0, pairs=120, control=control)
+        for name, control in (("trained", None), ("control", "init:0"))
+    ]
+    hasty = {"kind": "mlp", "layer_sets": ["singles", "all", [1, 2]], "hidden": [4], "max_epochs": 1}
+    run = probekit.run_sweep(config(hasty), stores=stores, out=tmp_path / "run")
+    assert "12 heads did not converge" in caplog.text
+    assert not describe_run(run)["chosen"][0]["converged"]
+    page = build_report(run, tmp_path / "report.html").read_text()
+    figures = tmp_path / "report_figures"
+    assert not pd.read_csv(figures / "depth.csv")["converged"].any()
+    drawn = page.count("fit did not converge")
+    assert drawn == len(list(figures.glob("*.svg"))) == 2  # in the legend of every figure
+    text = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text, flags=re.DOTALL):
+        accuracy = re.search(r"<td>(?:\d+\.\d|[+\N{MINUS SIGN}]\d+\.\d)\s", row)
+        assert "planted" not in row or accuracy is None or "not converged" in row, row
+    for sentence in re.findall(r"<li>(planted.*?|That .*?|A head .*?)</li>", text):
+        assert "not converged" in sentence, sentence
+
+
+def test_pairs_within_a_block_are_compared_with_pairs_across(store, tmp_path):
+    heads = LINEAR | {"layer_sets": ["singles", "pairs", {"blocks": 2}]}
+    run = probekit.run_sweep(config(heads, sigmas=["0.1"]), stores=[store], out=tmp_path / "run")
+    (row,) = load_blocks(run).to_dict("records")
+    first, second = ([int(end) for end in block.split("-")] for block in row["blocks"].split(", "))
+    inside = [set(range(block[0], block[-1] + 1)) for block in (first, second)]
+    rows = heads_of(run).query("n_layers == 2")
+    pairs = [set(map(int, name.split("+"))) for name in rows["layer_set"]]
+    within = np.array([any(pair <= block for block in inside) for pair in pairs])
+    assert (row["n_within"], row["n_across"]) == (within.sum(), (~within).sum())
+    assert row["within"] == pytest.approx(rows["accuracy"][within].mean())
+    assert row["difference"] == pytest.approx(rows["accuracy"][~within].mean() - rows["accuracy"][within].mean())
+    assert row["low"] <= row["difference"] <= row["high"]
+    page = build_report(run, tmp_path / "report.html").read_text()
+    assert f"<td>{row['blocks']}</td>" in page
+
+
+def test_ways_of_joining_stand_in_the_report_with_their_rule(run, tmp_path):
+    page = build_report(run, tmp_path / "report.html").read_text()
+    table = page[page.index("<h2>Combinations</h2>") : page.index("<h2>Without seeing")]
+    for text in ("2 by concat", "2 by mean", "2 by scalar-mix", "2 by late-fusion", "<td>0.005 + 0.1</td>", "seeds "):
+        assert text in table
+    assert "1 + 2 (late-fusion)" in page[page.index("<h2>Every backbone") :]
 
 
 def test_a_preset_fills_in_what_is_not_said():

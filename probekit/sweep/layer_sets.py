@@ -5,6 +5,7 @@ They are found anew by every run of a sweep, which gives the same sets each time
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,15 +22,22 @@ from probekit.heads import (
 )
 from probekit.heads.combine import depth_layers
 from probekit.results import JOINED
+from probekit.sweep.blocks import keep_answer
 from probekit.sweep.material import Selection, material, open_cached, read_features
 
 logger = logging.getLogger(__name__)
 
 
 def layer_sets(
-    head: LinearHead | MLPHead, selection: Selection, *, sigmas: Sequence[str], draw: int, poolings: Sequence[str]
+    head: LinearHead | MLPHead,
+    selection: Selection,
+    *,
+    sigmas: Sequence[str],
+    draw: int,
+    poolings: Sequence[str],
+    run: Path | None = None,
 ) -> list[tuple[int, ...]]:
-    """Say which layer sets the configuration of a head means here.
+    """Say which layer sets the configuration of a head means here; blocks that were found are kept in `run`.
 
     Raises
     ------
@@ -54,6 +62,17 @@ def layer_sets(
         used = np.unique(train.rows)
         made = find_blocks(lambda layer: features(layer)[used], layers, number)
         logger.info("%s, sigma %s, %s: blocks %s", store.path, *where, block_ranges(made))
+        if run is not None:
+            asked = {
+                "fingerprints": sorted({open_cached(path).fingerprint for path in selection.stores}),
+                "data_digest": material(selection).digest,
+                "sigma": where[0],
+                "draw": draw,
+                "pooling": where[1],
+                "layers": layers,
+                "blocks": number,
+            }
+            keep_answer(run, asked, made)
         return made
 
     def searched(search: SubsetSearch, layers: list[int]) -> list[tuple[int, ...]]:

@@ -187,8 +187,8 @@ def _comparable(store: FeatureStore) -> dict[str, Any]:
     return config | {"width": store.describe["width"], "n_blocks": store.describe["n_blocks"], "coordinates": held}
 
 
-def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
-    """All records of one selection, in the order of the configuration."""
+def plan_records(config: SweepConfig, selection: Selection, *, run: Path | None = None) -> Iterator[Record]:
+    """All records of one selection, in the order of the configuration; `run` keeps the layer sets that are found."""
     store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
@@ -197,7 +197,7 @@ def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
     fingerprints = sorted({open_cached(path).fingerprint for path in selection.stores})
     for sigmas, draw, poolings, head in _settings(config, store):
         seeds = head.seeds if isinstance(head, MLPHead) else [0]
-        sets = layer_sets(head, selection, sigmas=sigmas, draw=draw, poolings=poolings)
+        sets = layer_sets(head, selection, sigmas=sigmas, draw=draw, poolings=poolings, run=run)
         combined = dict.fromkeys((layers, combination_name(layers, rule)) for layers in sets for rule in head.combine)
         for (layers, combination), seed in product(combined, seeds):
             yield Record(

@@ -17,12 +17,14 @@ from pathlib import Path
 from probekit import results
 from probekit._types import Progress
 from probekit._workers import run_in_processes
-from probekit.config import PreferenceOptions, SweepConfig, load_yaml
+from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
+from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError
 from probekit.preferences import load_preferences
 from probekit.store import IMAGE_DIGESTS
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
+from probekit.sweep.blocks import ANSWERS, compare_blocks
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.fitting import features_of, fit, margins
 from probekit.sweep.judging import check_protocol
@@ -113,7 +115,7 @@ def run_sweep(
     judged = None if prefs is None else _bind_file(prefs, reading, out=out)
     selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
     opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
-    records = [record for selection in selections for record in plan_records(config, selection)]
+    records = [record for selection in selections for record in plan_records(config, selection, run=out)]
     check_distinct(records)
     for selection in selections:
         data = material(selection)
@@ -137,7 +139,12 @@ def run_sweep(
     fitted, beside = [record.record_id for record in records], [baseline.record_id for baseline in baselines]
     facts = store_facts(records, opened, baselines=beside)
     others = results.rebuild(out, fitted + beside, facts=facts)
+    results.write_blocks(out, compare_blocks(out, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
+    fitted_heads = results.load_results(out).query("head_kind != 'external'").drop_duplicates("record_id")
+    grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
+    for warning in fit_warnings(fitted_heads, grids):
+        logger.warning("%s", warning)
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
@@ -147,7 +154,7 @@ def check_folder(out: Path) -> None:
     """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
     if not out.exists() or (out / "config.json").is_file():
         return
-    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS)) for path in out.iterdir()):
+    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS, ANSWERS)) for path in out.iterdir()):
         message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
         raise ConfigError(message)
 
