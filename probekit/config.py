@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -250,9 +250,20 @@ LayerSet = Annotated[
 ]
 
 
+Rule = Literal["concat", "mean", "scalar-mix", "late-fusion"]
+"""How several layers become one score: side by side or averaged before one head, by
+`probekit.heads.BradleyTerryScalarMix`, or by `probekit.heads.BradleyTerryLateFusion`."""
+_T = TypeVar("_T")
+Several = Annotated[list[_T], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One value, or a list of them."""
+
+
 class _Head(_Strict):
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
     layer_sets: list[LayerSet] = Field(min_length=1)
+    across: Several[Literal["sigma", "pooling"]] = Field(
+        [], description="what one fit reads side by side, all that the sweep chooses: noise levels, poolings"
+    )
 
 
 class LinearHead(_Head):
@@ -260,18 +271,40 @@ class LinearHead(_Head):
 
     kind: Literal["linear"]
     name: str = "linear"
+    combine: Several[Rule] = Field(
+        ["concat"], min_length=1, description="how the layers of a set become one score; each rule is a fit of its own"
+    )
     strengths: list[Annotated[float, Field(gt=0)]] = Field(
         list(STRENGTHS), min_length=1, description="candidates for scikit-learn's C"
     )
     folds: int = Field(5, ge=2)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # Four blocks of SD3.5-Large, {15, 23, 28, 37} counted from 0, as relative depths; pooling "mean".
+    "dit-reward": {
+        "name": "dit-reward",
+        "layer_sets": [{"relative": [0.42105, 0.63158, 0.76316, 1.0]}],
+        "combine": ["concat"],
+        "hidden": [1024, 16],
+        "dropout": 0.05,
+        "max_epochs": 20,
+    }
+}
+"""Settings of MLP heads by name; what a configuration says beside the name wins."""
+
+
 class MLPHead(_Head):
-    """A multi-layer Bradley-Terry head on the concatenated features of each layer set (DiT-Reward's by default)."""
+    """A multi-layer Bradley-Terry head on the features of each layer set."""
 
     kind: Literal["mlp"]
+    preset: str | None = Field(None, description="fills in what is not given: see `PRESETS`")
     name: str = "mlp"
+    combine: Several[Literal["concat", "mean"]] = Field(
+        ["concat"], min_length=1, description="how the layers of a set become the input; each rule is a fit of its own"
+    )
     hidden: list[Annotated[int, Field(ge=1)]] = Field([1024, 16], min_length=1)
+    linear_skip: bool = Field(default=False, description="add the exact linear head; the network learns what is left")
     dropout: float = Field(0.05, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
@@ -279,6 +312,17 @@ class MLPHead(_Head):
     batch_size: int = Field(128, ge=1)
     patience: int = Field(5, ge=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, data: object) -> object:
+        if not isinstance(data, dict) or data.get("preset") is None:
+            return data
+        preset = data["preset"]
+        if preset not in PRESETS:
+            message = f"preset is {preset!r}; allowed: {', '.join(PRESETS)}"
+            raise ValueError(message)
+        return PRESETS[preset] | data
 
 
 class TestSet(_Strict):

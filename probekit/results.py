@@ -7,6 +7,7 @@ A run folder holds::
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
+    blocks.parquet                 blocks of similar layers where a head asked for them, and pairs within and across
 
 A record is one fitted head in one setting, or a baseline that sees no features (`UNPROBED`). Its part is written
 after its margins, both through a temporary file that is renamed, so a record is done exactly when its part exists;
@@ -30,10 +31,11 @@ from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 from probekit.stats import Expectations
 
-RESULTS_VERSION = "1.3"
+RESULTS_VERSION = "1.4"
 ALL_SOURCES = "all"
 UNPROBED = ("metadata", "inputs", "external")
 """Kinds of heads that see no features: of metadata, of what enters a backbone, and scores from elsewhere."""
+JOINED = "+"  # between the layers of a set, and between noise levels or poolings that one head reads side by side
 EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 
@@ -49,15 +51,15 @@ RESULT_COLUMNS: dict[str, str] = {
     "slice_by": "str",  # "all", or by what pairs are told apart: "source" (both splits), others (test): see `SLICES`
     "source": "str",  # "all", or one kind of pair: the value of what `slice_by` names
     "protocol": "str",  # named accuracy definition of probekit.stats
-    "sigma": "str",  # canonical decimal text
+    "sigma": "str",  # canonical decimal text, or several side by side: "0.005+0.1"
     "sigma_ratio": "float64",  # feature change from sigma 0 over bf16 rounding; filled in by `rebuild`
     "draw": "int64",  # draw of the noise
-    "pooling": "str",
+    "pooling": "str",  # or several side by side: "mean+max"
     "layer_set": "str",  # "3" or "0+1+2"
     "layer": "Int64",  # single layers only; n_blocks + 1 = the output point
     "n_layers": "int64",
     "pooling_layers": "int64",  # layers at which the pooling exists in the backbone; filled in by `rebuild`
-    "combination": "str",  # "single", or how the layers were joined
+    "combination": "str",  # "single", or by which of probekit.config.Rule the layers become one score
     "head": "str",
     "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
@@ -83,7 +85,12 @@ RESULT_COLUMNS: dict[str, str] = {
     "effective_groups": "float64",
     "strength": "float64",  # chosen C of a linear head
     "edge_of_grid": "bool",
-    "converged": "bool",
+    "converged": "bool",  # MLP: stopped by its validation loss
+    "n_iter": "Int64",  # iterations of the refit; alternations of a scalar mix; epochs of an MLP
+    "gradient_norm": "float64",  # of the objective per pair at the solution; none for an MLP
+    "n_dropped": "int64",  # channels that do not vary, or no more than rounding in the store explains
+    "n_less_than_d": "bool",  # fewer training pairs than fitted channels
+    "matrix_free": "bool",  # fitted without a factorisation, for want of memory
     "train_accuracy": "float64",
     "train_left_out": "int64",  # training pairs that could not be fitted on
     "train_ties": "int64",  # training pairs that are true ties, however the fit treats them
@@ -153,6 +160,30 @@ BEYOND_COLUMNS: dict[str, str] = {
     "detectable": "float64",
 }
 
+#: Blocks of similar layers, and test accuracies of heads on pairs of layers within one block and across two.
+BLOCK_COLUMNS: dict[str, str] = {
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "trained_on": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "seed": "int64",
+    "blocks": "str",  # ranges of layers, such as "0-3, 4-6, 7"
+    "n_within": "int64",  # pairs of layers
+    "within": "float64",  # their mean accuracy
+    "best_within": "float64",
+    "n_across": "int64",
+    "across": "float64",
+    "best_across": "float64",
+    "difference": "float64",  # of the means, across minus within
+    "low": "float64",
+    "high": "float64",
+}
+
 #: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
 NO_FEATURES: dict[str, Any] = {
     "sigma": "",
@@ -172,13 +203,28 @@ NO_FEATURES: dict[str, Any] = {
 }
 
 #: Columns of records to which nothing was fitted.
-NO_FIT: dict[str, Any] = {"strength": np.nan, "edge_of_grid": False, "converged": True, "head_parameters": 0}
+NO_FIT: dict[str, Any] = {
+    "strength": np.nan,
+    "edge_of_grid": False,
+    "converged": True,
+    "n_iter": None,
+    "gradient_norm": np.nan,
+    "n_dropped": 0,
+    "n_less_than_d": False,
+    "matrix_free": False,
+    "head_parameters": 0,
+}
 
 #: What a layer is chosen within: everything of a record but its layer set.
 CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def set_label(layer_set: str, combination: str) -> str:
+    """Layers of a set and, where they are not simply side by side, the rule that makes one score of them."""
+    return layer_set if combination in ("single", "concat") else f"{layer_set} ({combination})"
 
 
 def write_part(run: str | Path, record_id: str, rows: pd.DataFrame, margins: pd.DataFrame) -> None:
@@ -213,7 +259,7 @@ def done_records(run: str | Path) -> set[str]:
     """Ids of the records whose part exists and reads; a damaged part is an error that names it."""
     paths = sorted((Path(run) / "parts").glob("*.parquet"))
     for path in paths:
-        _read_table(path, _PART_COLUMNS)
+        _read_arrow(path, _PART_COLUMNS)
     return {path.stem for path in paths}
 
 
@@ -245,7 +291,8 @@ def rebuild(run: str | Path, record_ids: Sequence[str], *, facts: pd.DataFrame |
     if not keys:
         msg = f"{run}: the plan holds no record, so there is no results table to write"
         raise ResultsError(msg)
-    frame = pd.concat([_read_table(_part_path(run, key), _PART_COLUMNS) for key in keys], ignore_index=True)
+    parts = [_read_arrow(_part_path(run, key), _PART_COLUMNS).replace_schema_metadata() for key in keys]
+    frame = _to_pandas(pa.concat_tables(parts), _PART_COLUMNS)
     known = frame.assign(family_tested=True, sigma_ratio=np.nan, pooling_layers=frame["n_blocks"] + 1, imported=False)
     if facts is not None:
         stored = frame["record_id"].isin(facts.index)
@@ -317,19 +364,35 @@ def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd
 
 def write_beyond(run: str | Path, rows: pd.DataFrame) -> None:
     """Write what chosen layers add to the generators' names (`BEYOND_COLUMNS`); without rows the table goes."""
-    path = Path(run) / "beyond_generator.parquet"
-    if rows.empty:
-        path.unlink(missing_ok=True)
-    else:
-        _write_table(path, rows, BEYOND_COLUMNS)
+    _write_or_remove(Path(run) / "beyond_generator.parquet", rows, BEYOND_COLUMNS)
 
 
 def load_beyond(run: str | Path) -> pd.DataFrame:
     """Read what chosen layers add to the generators' names; empty where the run has no generator baseline."""
-    path = Path(run) / "beyond_generator.parquet"
+    return _read_or_none(Path(run) / "beyond_generator.parquet", BEYOND_COLUMNS)
+
+
+def write_blocks(run: str | Path, rows: pd.DataFrame) -> None:
+    """Write blocks of layers and what pairs within and across them read (`BLOCK_COLUMNS`); without rows it goes."""
+    _write_or_remove(Path(run) / "blocks.parquet", rows, BLOCK_COLUMNS)
+
+
+def load_blocks(run: str | Path) -> pd.DataFrame:
+    """Read blocks of layers and what pairs within and across them read; empty where no head asked for blocks."""
+    return _read_or_none(Path(run) / "blocks.parquet", BLOCK_COLUMNS)
+
+
+def _write_or_remove(path: Path, rows: pd.DataFrame, columns: Mapping[str, str]) -> None:
+    if rows.empty:
+        path.unlink(missing_ok=True)
+    else:
+        _write_table(path, rows, columns)
+
+
+def _read_or_none(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     if not path.is_file():
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in BEYOND_COLUMNS.items()})
-    return _read_table(path, BEYOND_COLUMNS)
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in columns.items()})
+    return _read_table(path, columns)
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
@@ -378,6 +441,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         "accuracy",
         "low",
         "high",
+        "converged",
     ]
     unresolved = frame.loc[frame["sigma_ratio"] < RESOLVED_RATIO, ["backbone", "control", "sigma", "sigma_ratio"]]
     return {
@@ -487,6 +551,10 @@ def _write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) ->
 
 
 def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    return _to_pandas(_read_arrow(path, columns), columns)
+
+
+def _read_arrow(path: Path, columns: Mapping[str, str]) -> pa.Table:
     try:
         table = ParquetFile(path).read()
     except FileNotFoundError as error:
@@ -505,6 +573,10 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         what = "folder" if path.parent.name == "parts" else "file"
         msg = f"{path}: column {missing[0]!r} is missing{old}; delete the {what} and run the same sweep again"
         raise ResultsError(msg)
+    return table.select(list(columns))
+
+
+def _to_pandas(table: pa.Table, columns: Mapping[str, str]) -> pd.DataFrame:
     data = {}
     for name, dtype in columns.items():
         values = table.column(name)

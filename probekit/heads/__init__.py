@@ -1,7 +1,7 @@
 """What is fitted: Bradley-Terry heads on frozen features, and the layer sets they are fitted on."""
 
+from probekit.config import Rule
 from probekit.heads.combine import (
-    Rule,
     combination_name,
     concatenate,
     depth_layers,

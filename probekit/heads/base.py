@@ -174,3 +174,15 @@ def checked_labels(n: int, label: FloatArray, sample_weight: FloatArray | None) 
         message = f"all {len(label)} pairs are tied (label 0.5); at least one must have a preferred side"
         raise HeadError(message)
     return label, weight
+
+
+def checked_noise(quantisation: float | FloatArray, d: int) -> FloatArray:
+    """Return the rounding noise (1,) or (d,) float64 of differences, or raise HeadError."""
+    noise = np.atleast_1d(np.asarray(quantisation, dtype=np.float64))
+    if noise.shape not in ((1,), (d,)) or not (noise >= 0).all():
+        message = (
+            f"quantisation has shape {noise.shape} and minimum {noise.min():g}; it must be a number from 0, or {d} of "
+            "them, one per channel"
+        )
+        raise HeadError(message)
+    return noise

@@ -8,15 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from probekit._types import FloatArray
-from probekit.config import SubsetSearch
+from probekit.config import Rule, SubsetSearch
 from probekit.errors import ConfigError, HeadError
 
 LayerSetSpec = str | Sequence[int] | Mapping[Any, Any]
 """``"singles"``, ``"pairs"``, ``"all"``, layer numbers, or one of ``relative``, ``windows``, ``strides``, ``blocks``,
 ``search`` with its value, as `probekit.config.LayerSet` checks them."""
-Rule = Literal["concat", "mean", "scalar-mix", "late-fusion"]
-"""How several layers become one score: side by side or averaged before one head, by `BradleyTerryScalarMix`, or by
-`BradleyTerryLateFusion`."""
 
 
 def concatenate(features: Sequence[FloatArray]) -> FloatArray:

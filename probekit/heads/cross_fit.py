@@ -64,7 +64,13 @@ class LayerFit:
 
 
 def cross_fit(
-    D: FloatArray, label: FloatArray, weight: FloatArray, folds: IntArray, strengths: FloatArray
+    D: FloatArray,
+    label: FloatArray,
+    weight: FloatArray,
+    folds: IntArray,
+    strengths: FloatArray,
+    *,
+    noise: FloatArray | None = None,
 ) -> LayerFit | None:
     """Fit one layer in every fold at every strength; None where no pair differs.
 
@@ -76,6 +82,8 @@ def cross_fit(
         (n,).
     strengths
         C (Cs,), ascending.
+    noise
+        (d,): see `probekit.heads.factorisation.channel_scale`; by default none.
     """
     if not D.any():
         return None
@@ -84,7 +92,7 @@ def cross_fit(
         torch.from_numpy(D),
         torch.from_numpy(weight),
         standardize=True,
-        noise=torch.zeros(1),
+        noise=torch.zeros(1) if noise is None else torch.tensor(noise),
         memory=float("inf"),  # subsets are screened by submatrices of a Gram matrix, so there must be one
         smallest_lam=1 / float(grid.max() * weight.sum()),
     )

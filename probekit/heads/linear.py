@@ -16,7 +16,15 @@ from probekit._types import FloatArray, IntArray
 from probekit.config import STRENGTHS
 from probekit.errors import HeadError
 from probekit.heads import solvers
-from probekit.heads.base import PairHead, checked_groups, checked_labels, checked_targets, differences, row_groups
+from probekit.heads.base import (
+    PairHead,
+    checked_groups,
+    checked_labels,
+    checked_noise,
+    checked_targets,
+    differences,
+    row_groups,
+)
 from probekit.heads.factorisation import Problem, factorise
 from probekit.heads.streaming import StreamedDifferences
 
@@ -55,19 +63,13 @@ class _LinearHead(PairHead):
     ) -> tuple[Problem, solvers.Columns]:
         """Factorise D (n, d), and one column for each fold (weights (folds, n)) and strength, in this order."""
         device = torch.device(self.device)
-        quantisation = np.atleast_1d(np.asarray(self.quantisation, dtype=np.float64))
-        if quantisation.shape not in ((1,), (D.shape[1],)) or not (quantisation >= 0).all():
-            message = (
-                f"quantisation has shape {quantisation.shape} and minimum {quantisation.min():g}; it must be a number "
-                f"from 0, or {D.shape[1]} of them, one per channel"
-            )
-            raise HeadError(message)
+        noise = checked_noise(self.quantisation, D.shape[1])
         targets = torch.from_numpy(weight).to(device)
         problem = factorise(
             D if isinstance(D, StreamedDifferences) else torch.from_numpy(D).to(device),
             targets,
             standardize=self.standardize,
-            noise=torch.from_numpy(quantisation).to(device),
+            noise=torch.tensor(noise, device=device),
             memory=self.memory,
             smallest_lam=float(1 / (strengths.max() * weight.sum())),
         )

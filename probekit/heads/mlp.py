@@ -13,6 +13,7 @@ from probekit.heads import solvers, training
 from probekit.heads.base import (
     PairHead,
     checked_groups,
+    checked_noise,
     checked_pairs,
     checked_rows,
     checked_targets,
@@ -43,6 +44,9 @@ class BradleyTerryMLP(PairHead):
         Passes without a lower validation loss after which training stops.
     validation_fraction
         Share of the pairs, in whole groups, that decides when to stop.
+    quantisation
+        As in `BradleyTerryClassifier`: channels of rows that vary by less than three times what rounding adds to a row
+        are dropped.
     linear_skip
         Add the exact linear head, fitted on the same training pairs, to the network, whose last layer then starts at
         zero.
@@ -66,6 +70,10 @@ class BradleyTerryMLP(PairHead):
     n_dropped_ : int
         Channels without enough variation.
     n_features_in_ : int
+    n_less_than_d_ : bool
+        Whether there were fewer pairs than channels that vary.
+    matrix_free_ : bool
+        Of the linear head, where there is one.
 
     References
     ----------
@@ -78,6 +86,8 @@ class BradleyTerryMLP(PairHead):
     best_validation_loss_: float
     converged_: bool
     n_dropped_: int
+    n_less_than_d_: bool
+    matrix_free_: bool
 
     def __init__(
         self,
@@ -90,6 +100,7 @@ class BradleyTerryMLP(PairHead):
         batch_size: int = 128,
         patience: int = 5,
         validation_fraction: float = 0.15,
+        quantisation: float | FloatArray = 0.0,
         linear_skip: bool = False,
         seed: int = 0,
         split_seed: int = 0,
@@ -103,6 +114,7 @@ class BradleyTerryMLP(PairHead):
         self.batch_size = batch_size
         self.patience = patience
         self.validation_fraction = validation_fraction
+        self.quantisation = quantisation
         self.linear_skip = linear_skip
         self.seed = seed
         self.split_seed = split_seed
@@ -153,9 +165,14 @@ class BradleyTerryMLP(PairHead):
         return np.isin(members, chosen)
 
     def _keep(
-        self, result: training.MLPFit, mean: FloatArray, gain: FloatArray, linear: BradleyTerryClassifierCV | None
+        self,
+        result: training.MLPFit,
+        n: int,
+        mean: FloatArray,
+        gain: FloatArray,
+        linear: BradleyTerryClassifierCV | None,
     ) -> None:
-        """Store a trained network, how rows are standardised for it, and the linear head beside it."""
+        """Store a network trained on n pairs, how rows are standardised for it, and the linear head beside it."""
         self._mean, self._gain, self._linear = mean, gain, linear
         self._layers = [(weight.cpu(), bias.cpu()) for weight, bias in result.layers]
         self.epochs_ = result.epochs
@@ -167,6 +184,8 @@ class BradleyTerryMLP(PairHead):
         if linear is not None:
             self.n_parameters_ += linear.n_parameters_
         self.n_features_in_ = len(mean)
+        self.n_less_than_d_ = n < self.n_features_in_ - self.n_dropped_
+        self.matrix_free_ = linear is not None and linear.matrix_free_
 
     def _standardised(self, rows: FloatArray) -> torch.Tensor:
         """Rows (m, d) float32; the offsets of massive channels are taken away in float64."""
@@ -214,7 +233,7 @@ def fit_together(
             message = "hidden is empty; an MLP head needs at least one width"
             raise HeadError(message)
         for name, value in head.get_params().items():
-            if name not in ("hidden", "seed") and value != getattr(first, name):
+            if name not in ("hidden", "seed") and not np.array_equal(value, getattr(first, name)):
                 message = f"{name} is {getattr(first, name)!r} and {value!r}; heads fitted together share it"
                 raise HeadError(message)
     X = checked_rows(X)
@@ -241,14 +260,15 @@ def fit_together(
     rows -= mean
     # rounding of the mean gives constant channels a tiny deviation
     variance = np.where(varies, np.einsum("m,md,md->d", share, rows, rows), 0.0)
-    scale = channel_scale(torch.from_numpy(variance), torch.zeros(1), standardize=True).numpy()
+    noise = checked_noise(first.quantisation, X.shape[1]) / np.sqrt(2)  # a difference has the errors of two rows
+    scale = channel_scale(torch.from_numpy(variance), torch.from_numpy(noise), standardize=True).numpy()
     # A dropped channel is multiplied by zero, so that it reaches the network as a constant.
     gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     rows *= gain
     device = first.device
     linear = skip = None
     if first.linear_skip:
-        linear = BradleyTerryClassifierCV(device=device)
+        linear = BradleyTerryClassifierCV(quantisation=first.quantisation, device=device)
         linear.fit(X, pairs[train], label[train], weight[train], groups[train])
         skip = torch.from_numpy(linear.score_items(raw)).float().to(device)
 
@@ -265,4 +285,4 @@ def fit_together(
     with solvers.one_thread():
         results = training.train_mlps(standardised, skip, batch(train), batch(held_out), shapes, how)
     for head, result in zip(heads, results, strict=True):
-        head._keep(result, mean, gain, linear)
+        head._keep(result, int(train.sum()), mean, gain, linear)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from probekit.diagnostics import marked
 from probekit.report.select import (
     CHOSEN,
     Model,
@@ -51,7 +52,7 @@ def baselines_table(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.Data
                 "Baseline": row["backbone"],
                 "Sees": _SEES[row["head_kind"]],
                 "Fitted": "no" if row["head"] == "rule" else "yes",
-                "Test accuracy": percent(row["accuracy"]),
+                "Test accuracy": marked(percent(row["accuracy"]), row["converged"], before="\n"),
                 "Interval": interval(row["low"], row["high"]),
                 "Says nothing about": f"{percent(silent)} % of pairs",
                 "With a coin there": percent(coin),
@@ -106,7 +107,7 @@ def slices_table(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 def beyond_rows(run: Path, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     """Gains of the chosen layers over the generators' names, with ``backbone`` and ``control``; empty where unknown."""
     rows = reported_rows(narrow(frame, setting))
-    rows = rows.loc[rows["chosen"], ["record_id", "backbone", "control", "layer", "accuracy"]]
+    rows = rows.loc[rows["chosen"], ["record_id", "backbone", "control", "layer", "accuracy", "converged"]]
     gains = load_beyond(run)
     return rows.merge(gains[gains["dataset"] == setting.dataset], on="record_id")
 
@@ -119,7 +120,7 @@ def beyond_table(gains: pd.DataFrame) -> pd.DataFrame:
             "Condition": row["control"].replace("+", " + "),
             "Layer": str(row["layer"]),
             "Names alone": percent(row["accuracy_generator"]),
-            "Names and layer": percent(row["accuracy_both"]),
+            "Names and layer": marked(percent(row["accuracy_both"]), row["converged"], before="\n"),
             "Gain": points(row["difference"]),
             "Paired interval": interval(row["low"], row["high"], signed=True),
             "Detectable": f"{100 * row['detectable']:.1f}",
@@ -141,14 +142,17 @@ def found_beside(frame: pd.DataFrame, setting: Setting, baselines: pd.DataFrame,
             if row["n_pairs"]:
                 sentences.append(
                     f"On the {row['n_pairs']:,} test pairs whose pictures come from one generator, the chosen layer of"
-                    f" {row['backbone']} reads {percent(row['accuracy'])} % {interval(row['low'], row['high'])}."
+                    f" {row['backbone']} reads"
+                    f" {marked(percent(row['accuracy']) + ' %', row['converged'])}"
+                    f" {interval(row['low'], row['high'])}."
                 )
         mine = gains[(gains["control"] == "trained") & gains["backbone"].isin(model.backbones)]
         for row in mine.head(1).to_dict("records"):
             sentences.append(
                 f"The generators' names alone decide {percent(row['accuracy_generator'])} % of the test pairs rightly"
                 f" (a coin where they say nothing); with the chosen layer of {row['backbone']} it is"
-                f" {percent(row['accuracy_both'])} %, a gain of {points(row['difference'])} points"
+                f" {marked(percent(row['accuracy_both']) + ' %', row['converged'])}, a gain of"
+                f" {points(row['difference'])} points"
                 f" {interval(row['low'], row['high'], signed=True)}."
             )
     for sees in dict.fromkeys(baselines["Sees"]) if len(baselines) else ():

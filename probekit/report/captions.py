@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from probekit.diagnostics import marked
 from probekit.report.effects import Effect, Margin
 from probekit.report.points import undecided_kinds
 from probekit.report.select import (
@@ -56,7 +57,7 @@ def found(
     for margin in margins:
         if margin.model == large.label and margin.layers == CHOSEN:
             spread = "" if pd.isna(margin.seed_sd) else f"; SD over {margin.n_seeds} seeds {100 * margin.seed_sd:.1f}"
-            share = f"mean {percent(margin.control)} %{spread}"
+            share = marked(f"mean {percent(margin.control)} %{spread}", margin.converged)
             if margin.kind in RANDOM:
                 network = f"the same network with random weights ({margin.kind}: {share})"
             else:
@@ -286,7 +287,7 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
 def _largest(chosen: pd.DataFrame, model: Model) -> list[str]:
     if len(chosen) == 1:
         row = chosen.iloc[0]
-        share = f"{percent(row['accuracy'])} % {interval(row['low'], row['high'])}"
+        share = marked(f"{percent(row['accuracy'])} % {interval(row['low'], row['high'])}", row["converged"])
         pairs = f"{row['n_pairs']:,} test pairs"
         layer = (
             f"layer {row['layer']} of {model.n_blocks}, chosen on validation," if row["chosen"] else "its only layer"
@@ -296,14 +297,15 @@ def _largest(chosen: pd.DataFrame, model: Model) -> list[str]:
             " (interval over test pairs; how much training seeds differ is not in it)."
         ]
     if len(chosen):
-        share = f"{percent(chosen['accuracy'].mean())} % of the test pairs"
+        share = marked(f"{percent(chosen['accuracy'].mean())} % of the test pairs", *chosen["converged"])
         layers = f"the layers chosen on validation order {share} as their labels do"
         return [f"{model.label}: {layers} (mean of {len(chosen)} training seeds)."]
     return [f"{model.label}: no layer is chosen, for want of single-layer heads or of validation rows."]
 
 
 def _points(effect: Effect) -> str:
-    return f"{points(effect.estimate)} points {interval(effect.low, effect.high, signed=True)}"
+    text = f"{points(effect.estimate)} points {interval(effect.low, effect.high, signed=True)}"
+    return marked(text, effect.converged)
 
 
 def _apart(effect: Effect) -> bool:
@@ -315,5 +317,5 @@ def _verdict(effect: Effect, above: str, below: str, neither: str) -> str:
     if not _apart(effect):
         return neither.replace("{}", _points(effect))
     ends = (effect.low, effect.high) if effect.estimate > 0 else (-effect.high, -effect.low)
-    size = f"{abs(100 * effect.estimate):.1f} points {interval(*ends)}"
+    size = marked(f"{abs(100 * effect.estimate):.1f} points {interval(*ends)}", effect.converged)
     return (above if effect.estimate > 0 else below).replace("{}", size)

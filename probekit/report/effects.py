@@ -55,11 +55,14 @@ class Side:
         Records, one for each network.
     seeds
         For each record, the network that it counts as.
+    converged
+        Whether all fits did.
     """
 
     name: str
     keys: tuple[str, ...]
     seeds: tuple[str, ...]
+    converged: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Effect:
         Sides and how many seeds each averages: the interval covers those of sides with several.
     dropped
         Test pairs that some sides judged and others did not.
+    converged
+        Whether all fits on all sides did.
     """
 
     what: str
@@ -90,6 +95,7 @@ class Effect:
     n_pairs: int
     seeds: tuple[tuple[str, int], ...] = ()
     dropped: int = 0
+    converged: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class Margin:
     control: float
     seed_sd: float
     effect: Effect
+    converged: bool
 
 
 class Verdicts:
@@ -157,6 +164,7 @@ class Verdicts:
         factor = float(len(gains))
         effect = Effect(
             what=what,
+            converged=all(side.converged for side in sides),
             estimate=factor * found.estimate,
             low=factor * found.low,
             high=factor * found.high,
@@ -208,7 +216,8 @@ class Verdicts:
 
 def _trained(rows: pd.DataFrame, model: Model) -> Side:
     mine = trained_rows(rows, model)
-    return Side(f"trained {model.name}", tuple(mine["record_id"]), tuple(mine["backbone"]))
+    fine = bool(mine["converged"].all())
+    return Side(f"trained {model.name}", tuple(mine["record_id"]), tuple(mine["backbone"]), fine)
 
 
 def _control(rows: pd.DataFrame, model: Model, kind: str) -> Side:
@@ -219,7 +228,7 @@ def _control(rows: pd.DataFrame, model: Model, kind: str) -> Side:
     mine = of_kind(control_rows(rows, model), kind)
     nested = kind == "empty-prompts" or (kind != "init" and mine["backbone"].nunique() > 1)
     seeds = mine["backbone"] if nested else f"{model.name} " + mine["control"]
-    return Side(f"{kind} {model.name}", tuple(mine["record_id"]), tuple(seeds))
+    return Side(f"{kind} {model.name}", tuple(mine["record_id"]), tuple(seeds), bool(mine["converged"].all()))
 
 
 def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
@@ -235,9 +244,8 @@ def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
                 sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
                 what = f"{model.label}: {'real prompts' if kind in PROMPTS else 'trained'} - {CONTROLS[kind]}"
                 effect = verdicts.compare(what, [trained], [_control(part, model, kind)])
-                margins.append(
-                    Margin(model.label, kind, layers, len(seeds), float(seeds["accuracy"].mean()), sd, effect)
-                )
+                mean, fine = float(seeds["accuracy"].mean()), bool(seeds["converged"].all())
+                margins.append(Margin(model.label, kind, layers, len(seeds), mean, sd, effect, fine))
     return margins
 
 

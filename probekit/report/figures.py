@@ -24,6 +24,7 @@ from probekit.report.marks import (
     random_curves,
     right_end,
     short_name,
+    unconverged_handles,
 )
 from probekit.report.points import ONE_HEAD, depth_points, kinds_points
 from probekit.report.select import OUTPUT, Setting
@@ -96,6 +97,7 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
             Line2D([], [], color=MUTED, label="all layers together", **dashed),  # type: ignore[arg-type]
             *_output_handles(points),
             *control_handles(points),
+            *unconverged_handles(points),
         ]
         figure_legend(figure, handles, columns=2 if len(models) == 1 else 4 if len(handles) < 5 else 3)
     return figure
@@ -143,6 +145,7 @@ def kinds_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
         handles.extend(_output_handles(points))
         handles.append(Patch(color=palette[last], alpha=0.2, linewidth=0, label=band))
         handles.extend(control_handles(points, colour=palette[last], of=of))
+        handles.extend(unconverged_handles(points))
         figure_legend(figure, handles, columns=4 if max(map(len, models)) <= 16 else 3)
     return figure
 

@@ -4,12 +4,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from probekit._types import FloatArray
+from probekit.diagnostics import marked
 from probekit.errors import ResultsError
 from probekit.report.points import ONE_HEAD, SEED_RANGE
 from probekit.report.select import ALL_LAYERS, OUTPUT, PROMPTS
@@ -28,6 +31,19 @@ IMPORTED_MARKER = "X"
 BESIDE = 0.06  # of the depth of the backbone: between the last layer and what is drawn beyond it
 LEVEL = (0, (5, 2))  # dashes of a value that no depth belongs to
 LONGEST_NAME = 16
+_CROSS = {"color": "#b3261e", "marker": "x", "markersize": 5.5, "markeredgewidth": 1.4, "linestyle": ""}
+
+
+def mark_unconverged(axes: Axes, x: FloatArray, rows: pd.DataFrame) -> None:
+    """Cross out the points whose fits did not all converge; x (rows,) is where they stand."""
+    failed = ~rows["converged"].to_numpy(dtype=bool)
+    if failed.any():
+        axes.plot(x[failed], rows["accuracy"].to_numpy()[failed], **_CROSS, zorder=6, clip_on=False)  # type: ignore[arg-type]
+
+
+def unconverged_handles(points: pd.DataFrame) -> list[Line2D]:
+    """Legend entry of crossed out points, where there are any."""
+    return [] if points["converged"].all() else [Line2D([], [], label="fit did not converge", **_CROSS)]  # type: ignore[arg-type]
 
 
 def in_percent(points: pd.DataFrame, figure: str) -> pd.DataFrame:
@@ -72,6 +88,8 @@ def curve(
                 marker="o" if marker else "",
                 markersize=2.8 if len(line) < 20 else 2.0,
             )
+        if colour != BEHIND:
+            mark_unconverged(axes, line["relative_depth"].to_numpy(dtype=np.float64), line)
         if band:
             axes.fill_between(
                 line["relative_depth"],
@@ -92,6 +110,7 @@ def random_curves(axes: Axes, points: pd.DataFrame, colour: str, *, seeds: bool)
         places, values = line["relative_depth"], line["accuracy"]
         if name == "mean":
             axes.plot(places, values, linestyle=DASHES[str(kind)], zorder=3, **_control_look(str(kind), colour))
+            mark_unconverged(axes, places.to_numpy(dtype=np.float64), line)
         elif seeds:
             axes.plot(places, values, color=_control_colour(str(kind), colour), linewidth=0.5, alpha=0.35, zorder=2)
 
@@ -117,7 +136,7 @@ def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None
     if line and len(joined):
         level = float(joined["accuracy"].mean())
         axes.plot([0, place], [level, level], color=colour, linewidth=0.9, linestyle=LEVEL, zorder=3)
-        text = f"all layers: {level:.1f}" + (" (mean)" if len(joined) > 1 else "")
+        text = marked(f"all layers: {level:.1f}" + (" (mean)" if len(joined) > 1 else ""), *joined["converged"])
         label(axes, 0, level, text, colour, va="bottom", offset=(0, 1.5))
 
 
@@ -152,6 +171,8 @@ def _beyond(axes: Axes, points: pd.DataFrame, colour: str, *, marker: str, place
             zorder=5,
             clip_on=False,
         )
+        mean = pd.DataFrame({"accuracy": [level], "converged": [bool(rows["converged"].all())]})
+        mark_unconverged(axes, np.array([place]), mean)
 
 
 def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: float) -> None:
@@ -186,14 +207,15 @@ def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: f
     text = f"layer{'s' * (',' in numbers)} {numbers}: {chosen['accuracy'].mean():.1f}"
     height = float(trained["high"].max() if up else trained["low"].min())
     options = {"ha": side, "va": "bottom" if up else "top", "offset": (0, 1 if up else -1)}
-    label(axes, place, height, text + " (mean)" * (len(chosen) > 1), colour, **options)
+    text = marked(text + " (mean)" * (len(chosen) > 1), *chosen["converged"])
+    label(axes, place, height, text, colour, **options)
 
 
 def name_only(axes: Axes, points: pd.DataFrame, colour: str) -> None:
     """Write the accuracy of an imported layer without a depth on its level."""
     only = points[(points["layers"] == "single") & (points["weights"] == "trained") & points["relative_depth"].isna()]
     for row in only.to_dict("records"):
-        text = f"its only layer: {row['accuracy']:.1f}"
+        text = marked(f"its only layer: {row['accuracy']:.1f}", row["converged"])
         label(axes, 0, row["high"], text, colour, va="bottom", offset=(0, 1))
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probekit.errors import ResultsError
-from probekit.report import beside, captions, tables
+from probekit.report import beside, captions, combinations, tables
 from probekit.report.effects import (
     Verdicts,
     control_margins,
@@ -189,6 +189,8 @@ def _section(
             (name, tables.backbone_table(whole, name, setting)) for model in everything for name in model.backbones
         ],
         "controls": tables.controls_table(frame),
+        "combinations": combinations.combinations_table(whole, setting, verdicts),
+        "blocks": combinations.blocks_table(run, setting),
         "warnings": tables.warnings_list(
             narrow(whole, setting, any_head=True),
             [*itertools.chain(*effects.values()), *joins.values()],

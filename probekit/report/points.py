@@ -1,7 +1,8 @@
 """The points of every figure as a table: what is drawn is exactly what the CSV beside a figure holds.
 
 Accuracies are shares from 0 to 1 as in the results table. ``interval`` says what ``low`` and ``high`` are: the interval
-of one fitted head, or the range over seeds of a mean. ``weights`` is ``trained`` or the kind of a control.
+of one fitted head, or the range over seeds of a mean; ``converged``, whether all fits behind a point did. ``weights``
+is ``trained`` or the kind of a control.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -45,6 +46,7 @@ _DEPTH = [
     "low",
     "high",
     "interval",
+    "converged",
     "chosen",
     "n_seeds",
 ]
@@ -61,6 +63,7 @@ _SCALING = [
     "low",
     "high",
     "interval",
+    "converged",
     "n_seeds",
 ]
 _TRAINING = ["series", "training_images", *_SCALING]
@@ -79,7 +82,7 @@ _NEEDED = [
     "n_pairs",
 ]
 _NEEDED += ["accuracy", "low", "high", "relative_depth", "n_blocks", "width", "backbone_parameters", "training_images"]
-_NEEDED += ["pooling_layers", "family_tested", "imported"]
+_NEEDED += ["pooling_layers", "family_tested", "imported", "converged"]
 
 
 def depth_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
@@ -162,7 +165,7 @@ def _size_rows(rows: pd.DataFrame, model: Model) -> Iterator[dict[str, Any]]:
 
 def _one(row: dict[Hashable, Any], model: Model, weights: str, layers: str) -> dict[str, Any]:
     name = row["backbone"] if weights == "trained" else f"{row['backbone']} {row['control']}"
-    keep = ("source", "layer", "relative_depth", "accuracy", "low", "high", "chosen")
+    keep = ("source", "layer", "relative_depth", "accuracy", "low", "high", "converged", "chosen")
     return {"model": model.label, "backbone": name, "weights": weights, "layers": layers, "interval": ONE_HEAD} | {
         "parameters": model.parameters,
         "imported": model.imported,
@@ -189,6 +192,7 @@ def _mean(seeds: pd.DataFrame, model: Model, weights: str, layers: str) -> dict[
         "accuracy": seeds["accuracy"].mean(),
         "low": seeds["accuracy"].min(),
         "high": seeds["accuracy"].max(),
+        "converged": bool(seeds["converged"].all()),
         "chosen": False,
     }
 
@@ -197,6 +201,7 @@ def _table(rows: Iterable[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows), columns=columns)
     dtypes = {
         "imported": "bool",
+        "converged": "bool",
         "layer": "Int64",
         "training_images": "Int64",
         "parameters": "Int64",

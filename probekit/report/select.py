@@ -7,11 +7,17 @@ Imported features know none of the three, so they belong to every setting.
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.results import ALL_SOURCES, UNPROBED
+from probekit.results import ALL_SOURCES, JOINED, UNPROBED
+
+if TYPE_CHECKING:
+    Mask = pd.Series[bool]
+else:  # the subscript exists for type checkers only
+    Mask = pd.Series
 
 CHOSEN = "chosen layer"
 ALL_LAYERS = "all layers"
@@ -86,10 +92,16 @@ def unsliced(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["slice_by"].isin(("all", "source"))]
 
 
+def joined_setting(frame: pd.DataFrame) -> Mask:
+    """Tell of each row whether its head reads several noise levels or poolings side by side."""
+    return frame["sigma"].str.contains(JOINED, regex=False) | frame["pooling"].str.contains(JOINED, regex=False)
+
+
 def settings(frame: pd.DataFrame) -> list[Setting]:
     """Return the primary setting of each data set: what the run lists first, with a linear head if any.
 
-    A head that was fitted on single layers comes before others, since depth is drawn with it.
+    One noise level and one pooling come before several side by side, and a head that was fitted on single layers before
+    others, since depth is drawn with it.
 
     The rows of a results table are in the order of the run's configuration.
     """
@@ -97,6 +109,8 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     for dataset in frame["dataset"].unique():
         rows = frame[frame["dataset"] == dataset]
         rows = rows if rows["imported"].all() else rows[~rows["imported"]]
+        joined = joined_setting(rows)
+        rows = rows if joined.all() else rows[~joined]
         unresolved = rows["sigma_ratio"] < RESOLVED_RATIO
         rows = rows if unresolved.all() else rows[~unresolved]  # a noise level that is resolved leads
         single, linear = rows["combination"] == "single", rows["head_kind"] == "linear"

@@ -18,7 +18,9 @@ from probekit.report.marks import (
     control_handles,
     figure_legend,
     in_percent,
+    mark_unconverged,
     short_name,
+    unconverged_handles,
 )
 from probekit.report.points import ONE_HEAD, SEED_RANGE, scaling_points, training_points
 from probekit.report.select import ALL_LAYERS, CHOSEN, Setting
@@ -208,6 +210,7 @@ def _bars(
         markeredgewidth=1.1,
         zorder=4,
     )
+    mark_unconverged(axes, x, rows)
 
 
 def _name_models(axes: Axes, points: pd.DataFrame, layers: str, palette: dict[str, str]) -> float:
@@ -275,4 +278,4 @@ def _handles(points: pd.DataFrame, level: float) -> list[Line2D]:
     if points["imported"].any():
         mark = {"marker": IMPORTED_MARKER, "markersize": 5, "linestyle": ""}
         handles.append(Line2D([], [], color=MUTED, label="imported features", **mark))  # type: ignore[arg-type]
-    return [*handles, *control_handles(points, marker=True)]
+    return [*handles, *control_handles(points, marker=True), *unconverged_handles(points)]

@@ -3,10 +3,10 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
+from probekit.diagnostics import counted, fit_warnings, marked
 from probekit.report.effects import Effect, Margin
 from probekit.report.select import (
     ALL_LAYERS,
@@ -26,7 +26,7 @@ from probekit.report.select import (
     trained_rows,
 )
 from probekit.report.style import in_millions
-from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS, knowing_nothing
+from probekit.results import CHOICE_KEYS, CONTROLS, SPLITS, knowing_nothing, set_label
 from probekit.stats import PROTOCOLS
 
 NONE = "\N{EN DASH}"
@@ -53,7 +53,10 @@ def points(value: float) -> str:
 
 def effect_text(effect: Effect | None) -> str:
     """Estimate and paired interval of an effect."""
-    return NONE if effect is None else f"{points(effect.estimate)}\n{interval(effect.low, effect.high, signed=True)}"
+    if effect is None:
+        return NONE
+    text = f"{points(effect.estimate)}\n{interval(effect.low, effect.high, signed=True)}"
+    return marked(text, effect.converged, before="\n")
 
 
 def seeds_text(*effects: Effect) -> str:
@@ -92,7 +95,8 @@ def headline_table(frame: pd.DataFrame, margins: Sequence[Margin], joins: dict[s
             found = [item for item in margins if (item.model, item.kind, item.layers) == (model.label, kind, CHOSEN)]
             spread = [NONE if pd.isna(item.seed_sd) else f"{100 * item.seed_sd:.1f}" for item in found]
             of_seeds = "" if kind == "empty-prompts" else f"\nSD {spread[0]}" if found else ""
-            entry[_headed(kind)] = f"{percent(found[0].control)}{of_seeds}" if found else NONE
+            control = [marked(percent(item.control) + of_seeds, item.converged, before="\n") for item in found]
+            entry[_headed(kind)] = control[0] if found else NONE
             entry[f"Margin over {_short_kind(kind)}"] = effect_text(found[0].effect) if found else NONE
         entry["All layers"] = accuracy_text(joined)
         entry["All layers over the chosen one"] = effect_text(joins.get(model.label))
@@ -141,7 +145,7 @@ def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
     """Differences with their paired intervals and the smallest difference that could have been seen."""
     return pd.DataFrame(
         {
-            "Difference (percentage points)": effect.what.replace(" - ", f" {MINUS} "),
+            "Difference (percentage points)": marked(effect.what.replace(" - ", f" {MINUS} "), effect.converged),
             "Estimate": points(effect.estimate),
             "Paired interval": interval(effect.low, effect.high, signed=True),
             "Detectable": f"{100 * effect.detectable:.1f}",
@@ -163,23 +167,26 @@ def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.D
     table = []
     for row in reported_rows(mine).sort_values(["n_layers", "layer"], kind="stable").to_dict("records"):
         same = (controls["layer_set"] == row["layer_set"]) & (controls["head"] == row["head"])
+        same &= controls["combination"] == row["combination"]
         same_head = controls[same & (controls["seed"] == row["seed"])]
         output = row["n_layers"] == 1 and row["layer"] > row["n_blocks"]
-        name = "all layers" if row["record_id"] in everything else row["layer_set"].replace("+", " + ")
+        every = row["record_id"] in everything
+        name = "all layers" if every else set_label(row["layer_set"], row["combination"]).replace("+", " + ")
         name += " (entering the output projection)" if output else ""
         shown = row["chosen"] and row["head"] == setting.head
         entry: dict[str, Any] = {
             "mark": "chosen" if shown else "joined" if row["n_layers"] > 1 else "",
             "Layers": name,
             "Head": row["head"] + (f", seed {row['seed']}" if row["seed"] else ""),
-            "Test accuracy": percent(row["accuracy"]),
+            "Test accuracy": marked(percent(row["accuracy"]), row["converged"], before="\n"),
             "Interval": interval(row["low"], row["high"]),
             "Validation": percent(float(validation.get(row["record_id"], float("nan")))),
             "Training": percent(row["train_accuracy"]),
         }
         for kind in control_kinds(controls):
             title = f"Random ({kind})" if kind in RANDOM else _headed(kind)
-            entry[title] = percent(of_kind(same_head, kind)["accuracy"].mean())
+            alike = of_kind(same_head, kind)
+            entry[title] = marked(percent(alike["accuracy"].mean()), *alike["converged"])
         entry |= {
             "C": NONE if pd.isna(row["strength"]) else f"{row['strength']:g}",
             "Head parameters": f"{row['head_parameters']:,}",
@@ -258,8 +265,7 @@ def warnings_list(
     effects
         Differences on the page, which may have lost pairs.
     strengths
-        Grid of each linear head by name, where known: a strength at its upper end says something else than one at its
-        lower end.
+        See `probekit.diagnostics.fit_warnings`.
     """
     records = frame.drop_duplicates("record_id")
     test = reported_rows(frame)
@@ -269,17 +275,12 @@ def warnings_list(
         *unresolved(frame),
         *_untested(frame),
         *_dropped(effects),
-        *_strengths(records[records["edge_of_grid"]], strengths or {}),
-        _counted(records[~records["converged"]], "did not converge"),
-        _counted(
-            records[records["head_parameters"] == 0],
-            "had nothing to fit, since no training pair differs there (such as text before it meets the image)",
-        ),
-        _counted(
+        *fit_warnings(records, strengths),
+        counted(
             test[test["effective_groups"] < FEW_GROUPS],
             f"rest on fewer than {FEW_GROUPS} effective groups; intervals are rough",
         ),
-        _counted(
+        counted(
             records[records["n_layers"].eq(1) & ~validated],
             "have no validation rows, so no layer is chosen there",
         ),
@@ -291,9 +292,9 @@ def warnings_list(
         split: int(most[split]) for split in SPLITS if split in most
     }
     if any(left_out.values()):
-        counted = ", ".join(f"{count:,} {split}" for split, count in left_out.items() if count)
+        told = ", ".join(f"{count:,} {split}" for split, count in left_out.items() if count)
         found.append(
-            f"Up to {counted} pairs are left out: rows missing from the store, unreadable or non-finite pictures, no"
+            f"Up to {told} pairs are left out: rows missing from the store, unreadable or non-finite pictures, no"
             " label, or (validation) connected to test pairs of another data set."
         )
     if connected := int(records["train_connected"].max()):
@@ -307,13 +308,11 @@ def warnings_list(
             " them."
         )
     if ties:
-        counted = "have no right answer and are not scored" if skips else "count as the protocol says"
-        found.append(f"{ties:,} test pairs are true ties: they {counted}.")
+        told = "have no right answer and are not scored" if skips else "count as the protocol says"
+        found.append(f"{ties:,} test pairs are true ties: they {told}.")
     if predicted := int(test["predicted_ties"].where(test["accuracy"].notna(), 0).max()):
-        counted = (
-            "exactly equal scores and count as wrong" if skips else "equal scores, which count as the protocol says"
-        )
-        found.append(f"Up to {predicted:,} test pairs got {counted}.")
+        told = "exactly equal scores and count as wrong" if skips else "equal scores, which count as the protocol says"
+        found.append(f"Up to {predicted:,} test pairs got {told}.")
     return [text for text in found if text]
 
 
@@ -399,39 +398,14 @@ def _dropped(effects: Iterable[Effect]) -> list[str]:
     ]
 
 
-def _strengths(records: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> list[str]:
-    """Split the strengths at the edge of their grid by the edge, where the grid is known."""
-    largest = [max(grids.get(head, ()), default=float("nan")) for head in records["head"]]
-    known, top = ~np.isnan(largest), np.isclose(records["strength"], largest)
-    return [
-        _counted(records[top], "chose the largest strength of the grid; a wider grid may fit better"),
-        _counted(
-            records[known & ~top],
-            "chose the smallest strength of the grid (found next to nothing to fit; usual at chance level)",
-        ),
-        _counted(records[~known], "chose a strength at the edge of the grid; a wider grid may fit better"),
-    ]
-
-
-def _counted(records: pd.DataFrame, what: str) -> str:
-    if records.empty:
-        return ""
-    first = records.head(_NAMED).to_dict("records")
-    names = [f"{row['backbone']} ({row['control']}) layers {_short(row['layer_set'])}" for row in first]
-    more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
-    return f"{len(records)} {'heads' if len(records) > 1 else 'head'} {what}: {'; '.join(names)}{more}."
-
-
-def _short(layer_set: str) -> str:
-    layers = layer_set.split("+")
-    return layer_set if len(layers) < 4 else f"{layers[0]}+\N{HORIZONTAL ELLIPSIS}+{layers[-1]}"
-
-
 def _notes(row: dict[Hashable, Any]) -> list[str]:
     notes = ["chosen on validation"] if row["chosen"] else []
     notes += ["edge of grid"] if row["edge_of_grid"] else []
     notes += ["nothing to fit"] if row["head_parameters"] == 0 else []
     notes += [] if pd.isna(row["threshold"]) else [f"ties up to a difference in probability of {row['threshold']:g}"]
+    notes += ["fewer pairs than channels"] if row["n_less_than_d"] else []
+    notes += ["matrix-free"] if row["matrix_free"] else []
+    notes += [f"{row['n_dropped']:,} channels dropped"] if row["n_dropped"] else []
     return notes + (["not converged"] if not row["converged"] else [])
 
 
@@ -441,5 +415,7 @@ def accuracy_text(rows: pd.DataFrame, prefix: str = "") -> str:
     if not values.notna().any():
         return NONE
     if len(rows) == 1:
-        return f"{percent(values.iloc[0])}\n{interval(rows[f'{prefix}low'].iloc[0], rows[f'{prefix}high'].iloc[0])}"
-    return f"{percent(values.mean())}\nseeds {', '.join(percent(value) for value in values)}"
+        text = f"{percent(values.iloc[0])}\n{interval(rows[f'{prefix}low'].iloc[0], rows[f'{prefix}high'].iloc[0])}"
+    else:
+        text = f"{percent(values.mean())}\nseeds {', '.join(percent(value) for value in values)}"
+    return marked(text, *rows["converged"], before="\n")

@@ -193,6 +193,19 @@ class FeatureStore:
                 out[place] = values
         return out
 
+    def quantisation(
+        self, *, layer: int, sigma: str | None = None, pooling: str | None = None, draw: int | None = None
+    ) -> NDArray[np.float64]:
+        """Root mean square (d,) of what rounding in the store adds to the difference of two rows.
+
+        Parameters are those of `read`. The store knows that of the median channel, which stands for all; its shards
+        count by their rows, and those in float32 add nothing.
+        """
+        (name,), shards, _ = self._select([layer], sigma, pooling, draw)
+        rows = np.array([shard.sidecar.n_rows for shard in shards])
+        noise = np.array([shard.sidecar.datasets[name].quantisation_noise or 0.0 for shard in shards])
+        return np.full(shards[0].width(name), np.sqrt(rows @ noise**2 / rows.sum()))
+
     def differences(
         self,
         *,

@@ -23,6 +23,7 @@ from probekit.heads import BradleyTerryClassifierCV
 from probekit.preferences.generators import GENERATOR_C, fit_generators
 from probekit.store import Pairs, canonical_json
 from probekit.sweep.evaluate import judged_rows
+from probekit.sweep.fitting import fit_facts
 from probekit.sweep.judging import listed_first
 from probekit.sweep.material import Selection, material
 from probekit.sweep.plan import FIT_VERSION, Judged, Record
@@ -132,12 +133,7 @@ def _fit(design: Design, train: Pairs) -> tuple[FloatArray, dict[str, Any]]:
     groups = train.frame["group"].to_numpy()
     linear = BradleyTerryClassifierCV(cv=min(_FOLDS, len(np.unique(groups))))
     linear.fit_differences(design(train.frame), train.label, train.frame["weight"].to_numpy(), groups)
-    return linear.coef_, {
-        "strength": linear.C_,
-        "edge_of_grid": linear.edge_of_grid_,
-        "converged": linear.converged_,
-        "head_parameters": linear.n_parameters_,
-    }
+    return linear.coef_, fit_facts(linear)
 
 
 def _names(column: str) -> Callable[[pd.DataFrame], Design]:

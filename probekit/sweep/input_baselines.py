@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from sklearn.base import clone
 
 from probekit import results
+from probekit._types import FloatArray
 from probekit.config import Ties
-from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP, concatenate
+from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
-from probekit.store import FeatureStore, canonical_json
+from probekit.store import FeatureStore, Pairs, canonical_json
 from probekit.sweep.evaluate import judged_rows
-from probekit.sweep.fitting import facts_of, margins
-from probekit.sweep.material import Selection, features_of, material, open_cached
+from probekit.sweep.fitting import fit_facts
+from probekit.sweep.material import Selection, material, open_cached, read_features
 from probekit.sweep.plan import FIT_VERSION, Judged, Record
 
 #: What each baseline sees, and its head. A linear head cannot use the prompt, which is the same for both sides.
@@ -103,18 +105,13 @@ def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
     groups, head = SEEN[baseline.seen]
     sigma, draw = store.coordinates[0]
     (layer,) = store.layers_of(groups[0])
-    features = concatenate(
-        [
-            features_of(baseline.selection, layers=(layer.index,), sigma=sigma, pooling=group, draw=draw)
-            for group in groups
-        ]
-    )
+    features = read_features(baseline.selection, layer.index, sigmas=[sigma], poolings=groups, draw=draw)
     train = data.train
     fitted: PairHead | None = None
     if (features[train.rows[:, 0]] != features[train.rows[:, 1]]).any():
         weight, group = train.frame["weight"].to_numpy(), train.frame["group"].to_numpy()
         fitted = clone(head).fit(features, train.rows, train.label, sample_weight=weight, groups=group)
-    facts = results.NO_FEATURES | (results.NO_FIT if fitted is None else facts_of(fitted))
+    facts = results.NO_FEATURES | (results.NO_FIT if fitted is None else fit_facts(fitted))
     facts |= {
         "record_id": baseline.record_id,
         "backbone": baseline.name,
@@ -126,7 +123,9 @@ def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
         "data_digest": baseline.data_digest,
         "probekit_version": version("dit-probekit"),
     }
-    rows, kept = judged_rows(
-        baseline, data, lambda pairs: margins(fitted, features, pairs.rows), facts, blind=fitted is None
-    )
+
+    def margins(pairs: Pairs) -> FloatArray:
+        return np.zeros(len(pairs.rows)) if fitted is None else fitted.decision_function(features, pairs.rows)
+
+    rows, kept = judged_rows(baseline, data, margins, facts, blind=fitted is None)
     results.write_part(out, baseline.record_id, rows, kept)

@@ -4,6 +4,8 @@ They are found anew by every run of a sweep, which gives the same sets each time
 """
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,15 +21,23 @@ from probekit.heads import (
     specs_with_features,
 )
 from probekit.heads.combine import depth_layers
-from probekit.sweep.material import Selection, features_of, material, open_cached
+from probekit.results import JOINED
+from probekit.sweep.blocks import keep_answer
+from probekit.sweep.material import Selection, material, open_cached, read_features
 
 logger = logging.getLogger(__name__)
 
 
 def layer_sets(
-    head: LinearHead | MLPHead, selection: Selection, *, sigma: str, draw: int, pooling: str
+    head: LinearHead | MLPHead,
+    selection: Selection,
+    *,
+    sigmas: Sequence[str],
+    draw: int,
+    poolings: Sequence[str],
+    run: Path | None = None,
 ) -> list[tuple[int, ...]]:
-    """Say which layer sets the configuration of a head means here.
+    """Say which layer sets the configuration of a head means here; blocks that were found are kept in `run`.
 
     Raises
     ------
@@ -36,11 +46,13 @@ def layer_sets(
     """
     store = open_cached(selection.stores[0])
     n_blocks = int(store.describe["n_blocks"])
-    stored = [layer.index for layer in store.layers_of(pooling)]
+    held = [[layer.index for layer in store.layers_of(pooling)] for pooling in poolings]
+    stored = [layer for layer in held[0] if all(layer in others for others in held)]
     train = material(selection).train
+    where = JOINED.join(sigmas), JOINED.join(poolings)
 
     def features(layer: int) -> FloatArray:
-        return features_of(selection, layers=(layer,), sigma=sigma, pooling=pooling, draw=draw)
+        return read_features(selection, layer, sigmas=sigmas, poolings=poolings, draw=draw)
 
     def differences(layer: int) -> FloatArray:
         rows = features(layer)
@@ -49,7 +61,18 @@ def layer_sets(
     def blocks(number: int, layers: list[int]) -> list[tuple[int, ...]]:
         used = np.unique(train.rows)
         made = find_blocks(lambda layer: features(layer)[used], layers, number)
-        logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(made))
+        logger.info("%s, sigma %s, %s: blocks %s", store.path, *where, block_ranges(made))
+        if run is not None:
+            asked = {
+                "fingerprints": sorted({open_cached(path).fingerprint for path in selection.stores}),
+                "data_digest": material(selection).digest,
+                "sigma": where[0],
+                "draw": draw,
+                "pooling": where[1],
+                "layers": layers,
+                "blocks": number,
+            }
+            keep_answer(run, asked, made)
         return made
 
     def searched(search: SubsetSearch, layers: list[int]) -> list[tuple[int, ...]]:
@@ -73,9 +96,9 @@ def layer_sets(
             try:
                 found.append(blocks(spec["blocks"], layers) if "blocks" in spec else searched(spec["search"], layers))
             except HeadError as error:  # a layer that is the same in all rows
-                logger.warning("%s, %s, head %s: no layer sets of %s: %s", store.path, pooling, head.name, spec, error)
+                logger.warning("%s, %s, head %s: no layer sets of %s: %s", store.path, where[1], head.name, spec, error)
                 found.append([])
         return resolve_layer_sets(head.layer_sets, n_blocks, stored=stored, found=found)
     except ConfigError as error:
-        message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"
+        message = f"{store.path}, pooling {where[1]!r}, head {head.name!r}: {error}"
         raise ConfigError(message) from None

@@ -4,6 +4,7 @@ m = rows of all stores of a selection, one store after the other; n = pairs.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 from probekit._types import FloatArray
 from probekit.config import Ties
 from probekit.errors import StoreError
-from probekit.heads import concatenate
+from probekit.heads import side_by_side
 from probekit.preferences.groups import assign_groups, drop_connected, placeholder_images
 from probekit.results import SPLITS
 from probekit.store import FeatureStore, Pairs
@@ -164,10 +165,12 @@ def material(selection: Selection) -> Material:
     )
 
 
-def features_of(selection: Selection, *, layers: tuple[int, ...], sigma: str, pooling: str, draw: int) -> FloatArray:
-    """Features (m, d) of some layers side by side, of the rows of all stores one after the other."""
+def read_features(
+    selection: Selection, layer: int, *, sigmas: Sequence[str], poolings: Sequence[str], draw: int
+) -> FloatArray:
+    """Features (m, d) of a layer, noise levels and poolings side by side, of the rows of all stores one by one."""
     stores = [
-        concatenate([store.read(layer=layer, sigma=sigma, pooling=pooling, draw=draw) for layer in layers])
+        side_by_side(store.read, [layer], sigmas=sigmas, poolings=poolings, draw=draw)
         for store in map(open_cached, selection.stores)
     ]
     return stores[0] if len(stores) == 1 else np.concatenate(stores)

@@ -2,22 +2,24 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from probekit.config import LinearHead, MLPHead, SweepConfig, Ties
+from probekit.config import LinearHead, MLPHead, Rule, SweepConfig, Ties
 from probekit.errors import ConfigError
-from probekit.results import SPLITS
+from probekit.heads import combination_name
+from probekit.results import JOINED, SPLITS
 from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
 from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, material, open_cached
 
-FIT_VERSION = "3"  # part of every record's identity: raised when the same settings would give other numbers
+FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
+OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}  # of a head: what a record has as its own value
 _T = TypeVar("_T", str, int)
 
 
@@ -46,10 +48,11 @@ class Record(Judged):
     datasets: tuple[str, ...]
     data_digest: str
     ties: Ties
-    sigma: str
+    sigmas: tuple[str, ...]  # side by side; so are the poolings
     draw: int
-    pooling: str
+    poolings: tuple[str, ...]
     layers: tuple[int, ...]
+    combination: Rule | Literal["single"]
     head: LinearHead | MLPHead
     seed: int
 
@@ -57,8 +60,18 @@ class Record(Judged):
     def record_id(self) -> str:
         """SHA-256 over the plain values, full precision, without the store's path."""
         plain = {key: value for key, value in vars(self).items() if key not in ("selection", "head")}
-        plain |= {"head": self.head.model_dump(exclude={"layer_sets", "seeds"}), "fit_version": FIT_VERSION}
+        plain |= {"head": self.head.model_dump(exclude=OF_THE_PLAN), "fit_version": FIT_VERSION}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
+
+    @property
+    def sigma(self) -> str:
+        """What results call the noise levels, such as ``0.005+0.1``."""
+        return JOINED.join(self.sigmas)
+
+    @property
+    def pooling(self) -> str:
+        """What results call the poolings, such as ``mean+max``."""
+        return JOINED.join(self.poolings)
 
     @property
     def label(self) -> str:
@@ -174,19 +187,19 @@ def _comparable(store: FeatureStore) -> dict[str, Any]:
     return config | {"width": store.describe["width"], "n_blocks": store.describe["n_blocks"], "coordinates": held}
 
 
-def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
-    """All records of one selection, in the order of the configuration."""
+def plan_records(config: SweepConfig, selection: Selection, *, run: Path | None = None) -> Iterator[Record]:
+    """All records of one selection, in the order of the configuration; `run` keeps the layer sets that are found."""
     store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
-    coordinates = _coordinates(config, store)
-    poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
     data = material(selection)
     data_digest = data.digest
     fingerprints = sorted({open_cached(path).fingerprint for path in selection.stores})
-    for (sigma, draw), pooling, head in product(coordinates, poolings, config.heads):
+    for sigmas, draw, poolings, head in _settings(config, store):
         seeds = head.seeds if isinstance(head, MLPHead) else [0]
-        for layers, seed in product(layer_sets(head, selection, sigma=sigma, draw=draw, pooling=pooling), seeds):
+        sets = layer_sets(head, selection, sigmas=sigmas, draw=draw, poolings=poolings, run=run)
+        combined = dict.fromkeys((layers, combination_name(layers, rule)) for layers in sets for rule in head.combine)
+        for (layers, combination), seed in product(combined, seeds):
             yield Record(
                 selection=selection,
                 backbone=store.describe["name"],
@@ -198,15 +211,52 @@ def plan_records(config: SweepConfig, selection: Selection) -> Iterator[Record]:
                 data_digest=data_digest,
                 ties=selection.ties,
                 protocol=config.protocol,
-                sigma=sigma,
+                sigmas=sigmas,
                 draw=draw,
-                pooling=pooling,
+                poolings=poolings,
                 layers=layers,
+                combination=combination,
                 head=head,
                 seed=seed,
                 resamples=config.resamples,
                 level=config.level,
             )
+
+
+def _settings(
+    config: SweepConfig, store: FeatureStore
+) -> Iterator[tuple[tuple[str, ...], int, tuple[str, ...], LinearHead | MLPHead]]:
+    """Noise levels, draw, poolings and head of each setting, in which a head reads one or, side by side, all."""
+    coordinates = _coordinates(config, store)
+    poolings = _chosen(config.poolings, store.poolings, what="pooling", store=store)
+    apart = [((sigma,), draw) for sigma, draw in coordinates]
+    together = _together(coordinates)
+    if not together and any("sigma" in head.across for head in config.heads):
+        message = f"{store.path}: across: sigma: no noise draw is there at all noise levels; allowed: draws that are"
+        raise ConfigError(message)
+    places = list(dict.fromkeys([*apart, *together]))
+    chosen = list(dict.fromkeys([*((pooling,) for pooling in poolings), tuple(poolings)]))
+    for place, joined, head in product(places, chosen, config.heads):
+        # what is one alone is also all of them where there is one only
+        sigma_wanted = place in (together if "sigma" in head.across else apart)
+        pooling_wanted = joined == tuple(poolings) if "pooling" in head.across else len(joined) == 1
+        if sigma_wanted and pooling_wanted:
+            yield *place, joined, head
+
+
+def _together(coordinates: list[tuple[str, int]]) -> list[tuple[tuple[str, ...], int]]:
+    """All noise levels with each draw that is there at every one of them."""
+    sigmas = tuple(dict.fromkeys(sigma for sigma, _ in coordinates))
+    draws = dict.fromkeys(draw for _, draw in coordinates)
+    return [(sigmas, draw) for draw in draws if all((sigma, draw) in coordinates for sigma in sigmas)]
+
+
+def units(records: Sequence[Record]) -> list[list[Record]]:
+    """Group the records that are fitted together, since they differ in their seed alone; in the order of the plan."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(replace(record, seed=0).record_id, []).append(record)
+    return list(found.values())
 
 
 def _digest(texts: list[str]) -> str:
@@ -250,7 +300,8 @@ def check_distinct(records: list[Record]) -> None:
     seen: dict[tuple[object, ...], Record] = {}
     for record in records:
         source = (record.backbone, record.control, record.trained_on, record.sigma, record.draw, record.pooling)
-        first = seen.setdefault((*source, record.layers, record.head.name, record.seed), record)
+        key = (*source, record.layers, record.combination, record.head.name, record.seed)
+        first = seen.setdefault(key, record)
         if first is not record:
             message = (
                 f"{first.store} and {record.store}: both are {record.backbone!r} ({record.control}); allowed: each "
@@ -303,8 +354,10 @@ def store_facts(records: list[Record], stores: list[FeatureStore], *, baselines:
     for record in records:
         store = by_path[record.store]
         facts["family_tested"].append(store.describe.get("family_tested", True))
-        facts["sigma_ratio"].append(store.sigma_resolution.get(record.sigma, {}).get("ratio"))
-        held = {layer.index for layer in store.layers_of(record.pooling)}
+        ratios = [store.sigma_resolution.get(sigma, {}).get("ratio") for sigma in record.sigmas]
+        # side by side, levels are as well resolved as the best of them
+        facts["sigma_ratio"].append(max((ratio for ratio in ratios if ratio is not None), default=None))
+        held = set.intersection(*({layer.index for layer in store.layers_of(name)} for name in record.poolings))
         last = store.describe["n_blocks"]  # the output point is no layer
         imported = bool(store.describe.get("imported"))
         absent = [layer for layer in store.layers if layer.index <= last and layer.index not in held]

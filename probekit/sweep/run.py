@@ -17,17 +17,19 @@ from pathlib import Path
 from probekit import results
 from probekit._types import Progress
 from probekit._workers import run_in_processes
-from probekit.config import PreferenceOptions, SweepConfig, load_yaml
+from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
+from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError
 from probekit.preferences import load_preferences
 from probekit.store import IMAGE_DIGESTS
 from probekit.sweep.baselines import plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
+from probekit.sweep.blocks import ANSWERS, compare_blocks
 from probekit.sweep.evaluate import judged_rows, record_facts
-from probekit.sweep.fitting import fit, margins
+from probekit.sweep.fitting import features_of, fit, margins
 from probekit.sweep.input_baselines import plan_input_baselines, run_input_baseline
 from probekit.sweep.judging import check_protocol
-from probekit.sweep.material import features_of, forget, material, open_cached
+from probekit.sweep.material import forget, material, open_cached
 from probekit.sweep.plan import (
     Record,
     check_distinct,
@@ -37,6 +39,7 @@ from probekit.sweep.plan import (
     store_facts,
     store_settings,
     told_of_sets,
+    units,
 )
 
 logger = logging.getLogger(__name__)
@@ -113,7 +116,7 @@ def run_sweep(
     judged = None if prefs is None else _bind_file(prefs, reading, out=out)
     selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
     opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
-    records = [record for selection in selections for record in plan_records(config, selection)]
+    records = [record for selection in selections for record in plan_records(config, selection, run=out)]
     check_distinct(records)
     for selection in selections:
         data = material(selection)
@@ -126,10 +129,12 @@ def run_sweep(
     results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
-    fits = run_in_processes(partial(_run, out=out), todo, jobs=jobs)
-    for count, (record, text) in enumerate(fits, start=1):
-        if progress is not None:
-            progress(len(records) - len(todo) + count, len(records), f"{record.label} {text}")
+    count = len(records) - len(todo)
+    for unit, texts in run_in_processes(partial(_run, out=out), units(todo), jobs=jobs):
+        for record, text in zip(unit, texts, strict=True):
+            count += 1
+            if progress is not None:
+                progress(count, len(records), f"{record.label} {text}")
     for baseline in baselines:
         if baseline.record_id not in done:
             run_baseline(baseline, out=out)
@@ -140,7 +145,12 @@ def run_sweep(
     beside = [one.record_id for one in baselines] + [one.record_id for one in inputs]
     facts = store_facts(records, opened, baselines=beside)
     others = results.rebuild(out, fitted + beside, facts=facts)
+    results.write_blocks(out, compare_blocks(out, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
+    fitted_heads = results.load_results(out).query("head_kind != 'external'").drop_duplicates("record_id")
+    grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
+    for warning in fit_warnings(fitted_heads, grids):
+        logger.warning("%s", warning)
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
     return out
@@ -150,7 +160,7 @@ def check_folder(out: Path) -> None:
     """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
     if not out.exists() or (out / "config.json").is_file():
         return
-    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS)) for path in out.iterdir()):
+    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS, ANSWERS)) for path in out.iterdir()):
         message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
         raise ConfigError(message)
 
@@ -169,16 +179,15 @@ def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> P
     return path
 
 
-def _run(record: Record, *, out: Path) -> str:
-    """Fit one record, write its part, and say its test accuracy."""
-    data = material(record.selection)
-    features = features_of(
-        record.selection, layers=record.layers, sigma=record.sigma, pooling=record.pooling, draw=record.draw
-    )
-    head, fitted = fit(record, features, data.train)
-    facts = record_facts(record, open_cached(record.store)) | fitted
-    rows, kept = judged_rows(record, data, lambda pairs: margins(head, features, pairs.rows), facts, blind=head is None)
-    results.write_part(out, record.record_id, rows, kept)
-    test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
-    shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
-    return f"{record.head.name} {facts['layer_set']}: {shown}"
+def _run(unit: list[Record], *, out: Path) -> list[str]:
+    """Fit the records of a unit, write their parts, and say their test accuracies."""
+    data, features = material(unit[0].selection), features_of(unit[0])
+    texts = []
+    for record, head, fitted in fit(unit, features, data.train):
+        facts = record_facts(record, open_cached(record.store)) | fitted
+        rows, kept = judged_rows(record, data, partial(margins, head, features), facts, blind=head is None)
+        results.write_part(out, record.record_id, rows, kept)
+        test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
+        shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
+        texts.append(f"{record.head.name} {results.set_label(facts['layer_set'], record.combination)}: {shown}")
+    return texts

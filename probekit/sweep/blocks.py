@@ -1,0 +1,96 @@
+"""Blocks of similar layers that a sweep found, and how pairs of layers within one compare with pairs across two."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probekit.heads import block_ranges, compare_pair_kinds, pair_kinds
+from probekit.results import CHOICE_KEYS, load_margins, load_results
+from probekit.stats import paired_difference
+from probekit.store import canonical_json
+from probekit.store.files import read_small, write_atomically
+from probekit.store.format import seal, unseal
+
+ANSWERS = "layer_sets"
+"""Folder of a run that holds the layer sets that were found."""
+
+
+def keep_answer(run: Path, asked: Mapping[str, Any], found: Sequence[Sequence[int]]) -> None:
+    """Write the layer sets that answer a question, under a digest of the question."""
+    name = hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:32]
+    path = run / ANSWERS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, seal({"asked": asked, "found": found}))
+
+
+def compare_blocks(run: Path, *, resamples: int, level: float) -> pd.DataFrame:
+    """Compare the test accuracy of pairs of layers within one block with that of pairs across two, as DiT-Reward does.
+
+    Blocks are found on training pairs alone. The interval is that of the difference of the two means over pairs of
+    layers, by the group bootstrap over the same pairs of pictures; the fitted heads are held fixed.
+
+    Returns
+    -------
+    DataFrame
+        ``BLOCK_COLUMNS`` of `probekit.results`: one row for each setting in which blocks were found.
+    """
+    frame = load_results(run)
+    test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
+    rows = [
+        _row(run, part, blocks, resamples=resamples, level=level)
+        for asked, blocks in _found(run)
+        for _, part in _of(test, asked).groupby([*CHOICE_KEYS, "trained_on"], sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _found(run: Path) -> Iterator[tuple[dict[str, Any], list[tuple[int, ...]]]]:
+    for path in sorted((run / ANSWERS).glob("*.json")):
+        content = unseal(read_small(path))
+        if "blocks" in content["asked"]:
+            yield content["asked"], [tuple(block) for block in content["found"]]
+
+
+def _of(rows: pd.DataFrame, asked: Mapping[str, Any]) -> pd.DataFrame:
+    """Keep the rows of the setting in which a question was asked."""
+    prints = asked["fingerprints"]
+    of_store = prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+    same = (rows["store_fingerprint"] == of_store) & (rows["data_digest"] == asked["data_digest"])
+    for column in ("sigma", "draw", "pooling"):
+        same &= rows[column] == asked[column]
+    kept: pd.DataFrame = rows[same & rows["combination"].isin(("single", "concat"))]
+    return kept
+
+
+def _row(
+    run: Path,
+    rows: pd.DataFrame,
+    blocks: list[tuple[int, ...]],
+    *,
+    resamples: int,
+    level: float,
+) -> dict[str, Any]:
+    first, pairs = rows.to_dict("records")[0], rows[rows["n_layers"] == 2]
+    layers = [tuple(map(int, name.split("+"))) for name in pairs["layer_set"]]
+    found = compare_pair_kinds(dict(zip(layers, pairs["accuracy"], strict=True)), blocks)
+    row: dict[str, Any] = {key: first[key] for key in [*CHOICE_KEYS, "trained_on"]} | {"blocks": block_ranges(blocks)}
+    for kind in ("within", "across"):
+        held = found.get(kind)
+        row[f"n_{kind}"] = held.n_pairs if held else 0
+        row[kind], row[f"best_{kind}"] = (held.mean, held.best) if held else (np.nan, np.nan)
+    row |= dict.fromkeys(("difference", "low", "high"), np.nan)
+    if len(found) == 2:
+        kind_of = pair_kinds(blocks)
+        kinds = np.array([kind_of.get((a, b), "") for a, b in layers])
+        margins = load_margins(run, pairs["record_id"])
+        margins = margins[(margins["split"] == "test") & (margins["dataset"] == first["dataset"])]
+        right = margins.pivot(index="pair_id", columns="record_id", values="correct")[pairs["record_id"]].dropna()
+        groups = margins.drop_duplicates("pair_id").set_index("pair_id")["group"].loc[right.index].to_numpy(object)
+        within, across = (right.loc[:, kinds == kind].mean(axis=1).to_numpy() for kind in ("within", "across"))
+        gain = paired_difference(across, within, groups, n_boot=resamples, level=level)
+        row |= {"difference": gain.estimate, "low": gain.low, "high": gain.high}
+    return row
