@@ -9,7 +9,8 @@ L heads on the same pairs have accuracies a_l; r_gl = y_gl - a_l n_g are their g
 se_kl is at most as large as the largest of the centred t*_kl = (d*_kl - d_kl) / se*_kl, whose 95 % quantile comes from
 the resamples (lead and standard error computed anew in each). Head l is in the set if T_l is no larger, which is to say
 if p_l = (1 + #{resamples with max_k t*_kl >= T_l}) / (B + 1) > 0.05: a truly best head is missed in at most 5 % of
-samples. This holds for each of them: where many heads are equally good, all of them together are in the set less often.
+samples. This holds for each of them: where many heads are equally good, all of them together are in the set less often
+(in simulation with 24 equal heads each is in it in 95 %, all at once in 45 %; of three best ones all in 98 %).
 A head that is in the set is *not shown to be worse*; it is not shown to be equal.
 
 **At most so far behind the best.** For each k, d_kl + q_kl se_kl (q_kl the 95 % quantile of -t*_kl) is an upper limit
@@ -28,7 +29,7 @@ d_kl from training samples is added to se_kl^2 and se*_kl^2.
 **Best of many.** The best of L accuracies on the pairs that chose it is too high. In each resample the best head is
 chosen on the resampled groups and judged on the groups that were not drawn; the mean over the resamples estimates the
 accuracy of *choosing the best of these heads*. It is slightly too low rather than too high, as a resample holds about
-63 % of the groups to choose by.
+63 % of the groups to choose by (24 equal heads at 200 groups: 3.3 points too high before, 0.0 after).
 
 Sources: J. Hsu, Multiple Comparisons (1996), chapter 4; P. Hansen, A. Lunde and J. Nason, "The model confidence set",
 Econometrica 79 (2011); R. Berger, "Multiparameter hypothesis testing and acceptance sampling", Technometrics 24 (1982);

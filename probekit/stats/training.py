@@ -18,8 +18,8 @@ changes by random steps whose variance grows with the *distance* between two fit
 refits as far from each other as fits on different samples are, so that no assumption about smoothness enters. With
 logistic heads (200 to 2,000 pairs, 8 to 40 channels) the refits' standard deviation was 0.95 to 1.2 times that of
 fresh training samples on fixed test pairs; leaving out a fifth, with factor 4, made it 1.3 to 1.5 times. Near its
-maximum the accuracy is curved, which halves exaggerate: SE_train was 1.3 to 1.4 times the true one at 400 training
-pairs, and the limits of `with_training` covered 96 to 97 %, on the safe side; those over test pairs alone 93 %.
+maximum the accuracy is curved, which halves exaggerate: SE_train was 1.4 times the true one at 400 training pairs, and
+the limits of `with_training` covered 96 %, on the safe side; those over test pairs alone 93 %.
 
 Sources: P. McCarthy, "Pseudo-replication: half samples", Review of the International Statistical Institute 37 (1969);
 J. Shao and C. Wu, "A general theory for jackknife variance estimation", Annals of Statistics 17 (1989); D. Politis, J.
