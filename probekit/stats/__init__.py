@@ -1,6 +1,6 @@
 """What may be claimed: arrays of margins and labels in, numbers out. Nothing here fits or refits a head."""
 
-from probekit.stats.comparisons import Difference, paired_difference, planned_difference
+from probekit.stats.comparisons import Difference, paired_difference, planned_difference, say_planned
 from probekit.stats.intervals import (
     Band,
     Interval,
@@ -37,6 +37,7 @@ __all__ = [
     "paired_difference",
     "planned_difference",
     "prompt_weights",
+    "say_planned",
     "simultaneous_band",
     "strict",
     "tune_threshold",

@@ -85,6 +85,10 @@ class Budget:
             return self.total - self.interpreter
         return (self.total - self.interpreter - _HELPER) // jobs - self.interpreter
 
+    def taken(self, jobs: int, needed: int) -> int:
+        """Bytes of some processes of which each takes `needed` beside its interpreter."""
+        return self.interpreter + (needed if jobs == 1 else _HELPER + jobs * (self.interpreter + needed))
+
 
 def bytes_of(text: str) -> int:
     """Read an amount of memory: bytes, or a number with K, M, G or T (powers of 1024).
