@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,9 +19,6 @@ from probekit._types import FloatArray, IntArray
 from probekit.heads import concatenate
 from probekit.store.files import check_space, dead_files, temporary
 from probekit.sweep.material import Selection, material, open_cached
-
-if TYPE_CHECKING:
-    from probekit.heads.streaming import StreamedDifferences  # type: ignore[import-not-found]
 
 BLOCK = 2**24
 """Bytes of features that are scored at a time."""
@@ -155,8 +153,8 @@ class Features:
         return out
 
     @property
-    def differences(self) -> "FloatArray | StreamedDifferences":
-        """Differences of the training pairs (n, d), in memory or in files."""
+    def differences(self) -> Any:
+        """Differences of the training pairs (n, d): an array, or `probekit.heads.streaming.StreamedDifferences`."""
         if self.scratch is None:
             return self._all[: len(material(self.selection).train.label)]
         return self.scratch.differences(self.places)
@@ -209,13 +207,12 @@ class Scratch:
         for path in list(dead_files(run, on_link=lambda _: None)):
             path.unlink(missing_ok=True)
 
-    def differences(self, places: Sequence[Place]) -> "StreamedDifferences":
-        """Differences (n, d) of the training pairs at some layers, side by side."""
-        from probekit.heads.streaming import StreamedDifferences
-
+    def differences(self, places: Sequence[Place]) -> Any:
+        """`probekit.heads.streaming.StreamedDifferences` (n, d) of the training pairs at some layers, side by side."""
+        streamed = import_module("probekit.heads.streaming").StreamedDifferences
         files = self._made(places)
         train = material(places[0].selection).train
-        return StreamedDifferences([path for path, _, _ in files], [place.width for place in places], len(train.label))
+        return streamed([path for path, _, _ in files], [place.width for place in places], len(train.label))
 
     def vary(self, places: Sequence[Place]) -> bool:
         """Whether any training pair differs at one of the layers."""

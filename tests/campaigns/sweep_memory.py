@@ -6,8 +6,8 @@
 A synthetic store with preference planted at two layers, several GB on disk, is swept twice: under ``--memory`` and
 without a bound, each in a process of its own. While they run, the proportional set sizes (PSS, shared pages counted
 once) and the resident set sizes (RSS, shared pages counted in each process) of the process and all its children are
-added up every 50 ms. Printed are the peaks beside the bound, the times and their ratio, how the fits were made, and the
-largest difference of margins between the two runs, over their standard deviation. Exit code 1 if the summed RSS
+added up five times a second. Printed are the peaks beside the bound, the times and their ratio, how the fits were made,
+and the largest difference of margins between the two runs, over their standard deviation. Exit code 1 if the summed RSS
 exceeded the bound, the time more than doubled, or margins differ by more than a thousandth.
 """
 
@@ -113,7 +113,7 @@ def measured(command: list[str]) -> tuple[float, int, int, str]:
         while process.poll() is None:
             sizes = [sizes_of(pid) for pid in tree(process.pid)]
             peaks = [max(peak, sum(size[k] for size in sizes)) for k, peak in enumerate(peaks)]
-            time.sleep(0.05)
+            time.sleep(0.2)
     if process.returncode:
         sys.exit(f"{command}: exit code {process.returncode}: {log.read_text()}")
     return time.monotonic() - began, peaks[0], peaks[1], log.read_text()
