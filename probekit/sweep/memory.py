@@ -8,6 +8,7 @@ linear head fits together. They are upper limits of measured peaks (peak residen
     linear, matrix-free    4 N d + 80 n k + 320 d k
     linear, from files     buffers + 32 n k + the state of as many columns as fit
     MLP                    4 m d + 24 m d + 24 d * (first hidden width)
+    judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 """
 
 import os
@@ -33,6 +34,7 @@ SHARE = 0.75
 _FIXED = 2**26  # of every fit: blocks in other precisions, and what the allocator does not give back
 _HELPER = 2**24  # the process that spawned processes share
 _BUFFERS = 4 * 2**24  # of fits that read from files
+_STATE = 0.6  # of what is left, what heads are told that fits from files may take: they count arrays, not what is freed
 _COPIES = 32  # bytes of a factorisation for each entry of its matrix, as heads count them
 
 
@@ -159,10 +161,11 @@ def work_of(record: Record, budget: Budget) -> Work:
     n, every = len(data.train.label), len(data.rows)
     widths = [place.width for place in places]
     d, allowed = sum(widths), budget.share(1)
-    held = 4 * every * (d if len(places) == 1 else d + max(widths)) + _FIXED
+    fixed = _FIXED + 4 * record.resamples * (every - n)
+    held = 4 * every * (d if len(places) == 1 else d + max(widths)) + fixed
     if isinstance(record.head, MLPHead):
         rows = sum(len(open_cached(path).rows) for path in record.selection.stores)
-        needed = 4 * rows * (d if len(places) == 1 else 2 * d) + 24 * rows * d + 24 * d * record.head.hidden[0] + _FIXED
+        needed = 4 * rows * (d if len(places) == 1 else 2 * d) + 24 * rows * d + 24 * d * record.head.hidden[0] + fixed
         if needed > allowed:
             raise _refused(record, needed, allowed, budget)
         return Work(record, places, needed, MEMORY)
@@ -174,11 +177,11 @@ def work_of(record: Record, budget: Budget) -> Work:
     free = held + 80 * n * k + 320 * d * k
     if free <= allowed:
         return Work(record, places, free, 0.0)
-    least = _FIXED + _BUFFERS + 32 * n * k + 8 * (5 * n + 28 * d) + 320 * d
+    least = fixed + _BUFFERS + 32 * n * k + 8 * (5 * n + 28 * d) + 320 * d
     if least > allowed:
         raise _refused(record, least, allowed, budget)
     # what is left bounds the factorisation and, after it, the state of the columns that are fitted together
-    return Work(record, places, allowed, float(allowed - _FIXED - _BUFFERS - 16 * n * k), streamed=True)
+    return Work(record, places, allowed, _STATE * (allowed - fixed - _BUFFERS - 16 * n * k), streamed=True)
 
 
 def groups_of(records: Sequence[Record], budget: Budget, jobs: int) -> list[tuple[int, list[Work]]]:
