@@ -152,7 +152,7 @@ def _unit() -> float:
     head = BradleyTerryClassifierCV()
     began = time.perf_counter()
     head.fit_differences(D, label)
-    return (time.perf_counter() - began) / _linear_cost(*D.shape, head.cv * len(head.Cs))
+    return (time.perf_counter() - began) / _linear_cost(len(D), D.shape[1], head.cv * len(head.Cs))
 
 
 def _judging(record: Record) -> float:
