@@ -235,6 +235,7 @@ def prepare(
 
 def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> Fitted:
     """Fit one record and write its part."""
+    KEPT.trim(work.keep)  # also where this fit reads no layer through them
     record, data = work.record, material(work.record.selection)
     features = Features(work.places, keep=work.keep, scratch=scratch)
     try:
