@@ -82,3 +82,11 @@ def scaled(value: int | None, unit: str) -> str:
     rounded = float(f"{value:.3g}")  # first, since 999,999 is 1 M and not 1e+03 k
     factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rounded >= pair[0]), (1e3, "k"))
     return f"{rounded / factor:.3g} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for a person: seconds with two digits, minutes, or hours and minutes."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

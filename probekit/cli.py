@@ -206,28 +206,30 @@ def sweep(
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
     min_confidence: ConfidenceOption = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes, each with one thread")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="processes of one thread each; fewer where --memory is short")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="of all processes together, such as 4G (default: three quarters of the machine's)"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and what it costs")] = False,
 ) -> None:
     """Fit Bradley-Terry heads on layers and layer sets of the stores; the same command resumes.
 
     CONFIG may name what to fit on (train) and to test on (test) in place of --store: a mixture and several test sets.
     """
-    reading = _reading(locals())
+    given: dict[str, Any] = {"stores": store or (), "out": out, "prefs": prefs, "reading": _reading(locals())}
+    given |= {"ties": ties, "jobs": jobs, "memory": memory}
 
+    import probekit.sweep
     from probekit.results import knowing_nothing_lines
-    from probekit.sweep import run_sweep
 
+    if dry_run:
+        _print_lines(probekit.sweep.dry_run(config, **given))
+        return
     with _progress("fits") as progress:
-        run_sweep(
-            config,
-            stores=store or (),
-            out=out,
-            prefs=prefs,
-            reading=reading,
-            ties=ties,
-            jobs=jobs,
-            progress=progress,
-        )
+        probekit.sweep.run_sweep(config, **given, progress=progress)
     _print_lines(knowing_nothing_lines(out))
     out_console.print(f"{out / 'results.parquet'}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from probekit._types import scaled
+from probekit._types import duration, scaled
 from probekit.backbones import Backbone
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.inputs import widths
@@ -21,7 +21,7 @@ from probekit.dump.run import decode_workers, files_of, find_backbone, noise_of,
 from probekit.dump.workers import worker_of
 from probekit.errors import ImageError
 from probekit.preferences import PreferenceSet
-from probekit.stats import planned_difference
+from probekit.stats import say_planned
 from probekit.store import IMAGE_DIGESTS, STATUS_OK, open_store, stored_config
 
 _NAMED = 10
@@ -165,9 +165,9 @@ def _time(
     images = rows["image_sha256"].nunique()
     parts = {"start": found.start, "text": prompts * found.prompt, "images": images * found.image}
     parts["DiT"] = n_todo * found.row
-    shares = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+    shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     return (
-        f"about {_duration(sum(parts.values()))} on {model.device} ({shares}), from two batches of "
+        f"about {duration(sum(parts.values()))} on {model.device} ({shares}), from two batches of "
         f"{settings.batch_size}; writing and --cache not counted"
     )
 
@@ -215,19 +215,5 @@ def _spent(moments: list[dict[str, float]], part: str) -> float:
 
 def _resolves(judgements: pd.DataFrame) -> str:
     """Say which accuracy difference the test pairs can show."""
-    groups = judgements.loc[(judgements["split"] == "test") & (judgements["label"] != 0.5), "group"].to_numpy()
-    if not len(groups):
-        return "nothing: there are no decided test pairs"
-    least, most = planned_difference(groups)
-    return (
-        f"{len(groups):,} decided test pairs in {len(set(groups)):,} groups show a difference of two heads from "
-        f"{100 * least:.2g} points on (power 80 %, heads that disagree on a fifth of the pairs), or from "
-        f"{100 * most:.2g} if pairs of a group are alike"
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    decided = (judgements["split"] == "test") & (judgements["label"] != 0.5)
+    return say_planned(judgements.loc[decided, "group"].to_numpy())

@@ -6,6 +6,7 @@ from probekit.stats.comparisons import (
     pairs_needed,
     planned_difference,
     right_with_a_coin,
+    say_planned,
 )
 from probekit.stats.families import Family, holm, paired_family
 from probekit.stats.intervals import (
@@ -66,6 +67,7 @@ __all__ = [
     "plateau_set",
     "prompt_weights",
     "right_with_a_coin",
+    "say_planned",
     "simultaneous_band",
     "size_slope",
     "slope_weights",

@@ -68,6 +68,18 @@ def planned_difference(groups: NDArray[Any], *, disagreement: float = 0.2, level
     return independent, alike
 
 
+def say_planned(groups: NDArray[Any]) -> str:
+    """Say in a sentence what `planned_difference` finds for the groups (n,) of decided test pairs."""
+    if not len(groups):
+        return "nothing: there are no decided test pairs"
+    least, most = planned_difference(groups)
+    return (
+        f"{len(groups):,} decided test pairs in {len(set(groups)):,} groups show a difference of two heads from "
+        f"{100 * least:.2g} points on (power 80 %, heads that disagree on a fifth of the pairs), or from "
+        f"{100 * most:.2g} if pairs of a group are alike"
+    )
+
+
 def paired_difference(
     correct_a: FloatArray,
     correct_b: FloatArray,

@@ -158,6 +158,13 @@ class FeatureStore:
             out[places[shard.sidecar.block]] = shard.table("rows/image_sha256")
         return out
 
+    def width(
+        self, *, layer: int, sigma: str | None = None, pooling: str | None = None, draw: int | None = None
+    ) -> int:
+        """Return the channels of one layer; arguments and errors as of `read`."""
+        (name,), shards, _ = self._select([layer], sigma, pooling, draw)
+        return shards[0].width(name)
+
     def read(
         self, *, layer: int, sigma: str | None = None, pooling: str | None = None, draw: int | None = None
     ) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Blocks of similar layers that a sweep found, and how pairs of layers within one compare with pairs across two."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,9 @@ import pandas as pd
 from probekit.heads import block_ranges, compare_pair_kinds, pair_kinds
 from probekit.results import CHOICE_KEYS, load_margins, load_results
 from probekit.stats import paired_difference
-from probekit.store import canonical_json
-from probekit.store.files import read_small, write_atomically
-from probekit.store.format import seal, unseal
-
-ANSWERS = "layer_sets"
-"""Folder of a run that holds the layer sets that were found."""
-
-
-def keep_answer(run: Path, asked: Mapping[str, Any], found: Sequence[Sequence[int]]) -> None:
-    """Write the layer sets that answer a question, under a digest of the question."""
-    name = hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:32]
-    path = run / ANSWERS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, seal({"asked": asked, "found": found}))
+from probekit.store.files import read_small
+from probekit.store.format import unseal
+from probekit.sweep.layer_sets import ANSWERS
 
 
 def compare_blocks(run: Path, *, resamples: int, level: float) -> pd.DataFrame:

@@ -25,9 +25,9 @@ from probekit.preferences.loading import turned_once
 from probekit.stats import PROTOCOLS, VoteCeiling, vote_ceiling
 from probekit.store import Pairs, canonical_json
 from probekit.sweep.evaluate import accuracies, kept_margins
+from probekit.sweep.folder import check_folder
 from probekit.sweep.judging import check_protocol, judge, prompt_ids, tuned_threshold
 from probekit.sweep.plan import Judged
-from probekit.sweep.run import check_folder
 from probekit.sweep.score_files import match_scores, read_scores
 
 logger = logging.getLogger(__name__)

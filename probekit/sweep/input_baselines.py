@@ -20,8 +20,9 @@ from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
 from probekit.store import FeatureStore, Pairs, canonical_json
 from probekit.sweep.evaluate import judged_rows
+from probekit.sweep.features import Place
 from probekit.sweep.fitting import fit_facts
-from probekit.sweep.material import Selection, material, open_cached, read_features
+from probekit.sweep.material import Selection, material, open_cached
 from probekit.sweep.plan import FIT_VERSION, Judged, Record
 
 #: What each baseline sees, and its head. A linear head cannot use the prompt, which is the same for both sides.
@@ -105,7 +106,7 @@ def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
     groups, head = SEEN[baseline.seen]
     sigma, draw = store.coordinates[0]
     (layer,) = store.layers_of(groups[0])
-    features = read_features(baseline.selection, layer.index, sigmas=[sigma], poolings=groups, draw=draw)
+    features = Place(baseline.selection, (sigma,), draw, groups, layer.index).rows()
     train = data.train
     fitted: PairHead | None = None
     if (features[train.rows[:, 0]] != features[train.rows[:, 1]]).any():

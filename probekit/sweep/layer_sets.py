@@ -1,17 +1,23 @@
-"""Layer sets of a head on a selection; blocks of similar layers and the best subsets are found on training pairs alone.
+"""Layer sets of a head on a selection; similar layers and the best subsets are found on training pairs alone.
 
-They are found anew by every run of a sweep, which gives the same sets each time. m = rows, n = pairs.
+What was found lies in the run (``layer_sets/``) under a digest of all that determines it, so that the same or an
+amended sweep does not search again. m = rows, n = training pairs, d = channels of a layer, L = layers.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from probekit._types import FloatArray
+from probekit._types import scaled
 from probekit.config import LinearHead, MLPHead, SubsetSearch
-from probekit.errors import ConfigError, HeadError
+from probekit.errors import ConfigError, HeadError, StoreError
 from probekit.heads import (
     best_subsets,
     block_ranges,
@@ -20,12 +26,23 @@ from probekit.heads import (
     screen_subsets,
     specs_with_features,
 )
-from probekit.heads.combine import depth_layers
+from probekit.heads.combine import depth_layers, most_layer_sets
+from probekit.heads.screening import basis_width
 from probekit.results import JOINED
-from probekit.sweep.blocks import keep_answer
-from probekit.sweep.material import Selection, material, open_cached, read_features
+from probekit.store import canonical_json
+from probekit.store.files import read_small, write_atomically
+from probekit.store.format import seal, unseal
+from probekit.sweep.features import Place
+from probekit.sweep.material import Selection, material, open_cached
 
 logger = logging.getLogger(__name__)
+
+ANSWERS = "layer_sets"
+"""Folder of a run that holds what was found."""
+_VERSION = "1"  # raised when the same question would be answered otherwise
+_USUAL = 2**30  # bytes that searches use where they may have more
+_FIXED = 2**26
+LayerSets = list[tuple[int, ...]]
 
 
 def layer_sets(
@@ -36,69 +53,158 @@ def layer_sets(
     draw: int,
     poolings: Sequence[str],
     run: Path | None = None,
-) -> list[tuple[int, ...]]:
-    """Say which layer sets the configuration of a head means here; blocks that were found are kept in `run`.
+    allowed: int = sys.maxsize,
+    at_most: list[int] | None = None,
+) -> LayerSets:
+    """Say which layer sets the configuration of a head means here.
+
+    Parameters
+    ----------
+    head, selection, sigmas, draw, poolings
+        What the sets are for.
+    run
+        Folder in which answers are looked up and kept.
+    allowed
+        Bytes that a search may take.
+    at_most
+        If given, nothing is searched or written: of sets that the run does not hold, the largest number that there may
+        be is appended.
 
     Raises
     ------
     ConfigError
-        If a specification names layers that the store does not hold.
+        If a specification names layers that the store does not hold, or a search needs more memory than allowed.
     """
     store = open_cached(selection.stores[0])
     n_blocks = int(store.describe["n_blocks"])
     held = [[layer.index for layer in store.layers_of(pooling)] for pooling in poolings]
     stored = [layer for layer in held[0] if all(layer in others for others in held)]
-    train = material(selection).train
-    where = JOINED.join(sigmas), JOINED.join(poolings)
-
-    def features(layer: int) -> FloatArray:
-        return read_features(selection, layer, sigmas=sigmas, poolings=poolings, draw=draw)
-
-    def differences(layer: int) -> FloatArray:
-        rows = features(layer)
-        return rows[train.rows[:, 0]] - rows[train.rows[:, 1]]
-
-    def blocks(number: int, layers: list[int]) -> list[tuple[int, ...]]:
-        used = np.unique(train.rows)
-        made = find_blocks(lambda layer: features(layer)[used], layers, number)
-        logger.info("%s, sigma %s, %s: blocks %s", store.path, *where, block_ranges(made))
-        if run is not None:
-            asked = {
+    sigma, pooling = JOINED.join(sigmas), JOINED.join(poolings)
+    layers = depth_layers(stored, n_blocks)
+    linear = head if isinstance(head, LinearHead) else LinearHead(kind="linear", layer_sets=["all"])
+    try:
+        found: list[LayerSets] = []
+        for spec in specs_with_features(head.layer_sets):
+            asked: dict[str, Any] = {
+                "version": _VERSION,
                 "fingerprints": sorted({open_cached(path).fingerprint for path in selection.stores}),
                 "data_digest": material(selection).digest,
-                "sigma": where[0],
+                "sigma": sigma,
                 "draw": draw,
-                "pooling": where[1],
+                "pooling": pooling,
                 "layers": layers,
-                "blocks": number,
             }
-            keep_answer(run, asked, made)
-        return made
-
-    def searched(search: SubsetSearch, layers: list[int]) -> list[tuple[int, ...]]:
-        linear = head if isinstance(head, LinearHead) else LinearHead(kind="linear", layer_sets=["all"])
-        screened = screen_subsets(
-            differences,
-            layers,
-            train.label,
-            train.frame["weight"].to_numpy(np.float64),
-            train.frame["group"].to_numpy(),
-            max_size=search.max_size,
-            Cs=linear.strengths,
-            cv=linear.folds,
-        )
-        return best_subsets(screened, search.refit_top)
-
-    try:
-        found: list[list[tuple[int, ...]]] = []
-        for spec in specs_with_features(head.layer_sets):
-            layers = depth_layers(stored, n_blocks)
-            try:
-                found.append(blocks(spec["blocks"], layers) if "blocks" in spec else searched(spec["search"], layers))
-            except HeadError as error:  # a layer that is the same in all rows
-                logger.warning("%s, %s, head %s: no layer sets of %s: %s", store.path, where[1], head.name, spec, error)
-                found.append([])
+            if "blocks" in spec:
+                asked |= {"blocks": spec["blocks"]}
+            else:
+                asked |= {"search": spec["search"].max_size, "strengths": linear.strengths, "folds": linear.folds}
+            known = None if run is None else _known(run, asked)
+            if known is None and at_most is not None:
+                at_most.append(most_layer_sets(spec, len(layers)))
+                known = []
+            elif known is None:
+                places = {layer: Place(selection, tuple(sigmas), draw, tuple(poolings), layer) for layer in layers}
+                try:
+                    if "blocks" in spec:
+                        known = _blocks(places, spec["blocks"], allowed)
+                    else:
+                        known = _searched(places, spec["search"], linear, allowed)
+                except HeadError as error:  # a layer that is the same in all rows
+                    logger.warning(
+                        "%s, %s, head %s: no layer sets of %s: %s", store.path, pooling, head.name, spec, error
+                    )
+                    known = []
+                else:
+                    if run is not None:
+                        _keep(run, asked, known)
+            if "blocks" in spec and known:
+                logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(known))
+            found.append(known if "blocks" in spec else _first(known, spec["search"].refit_top))
         return resolve_layer_sets(head.layer_sets, n_blocks, stored=stored, found=found)
     except ConfigError as error:
-        message = f"{store.path}, pooling {where[1]!r}, head {head.name!r}: {error}"
+        message = f"{store.path}, pooling {pooling!r}, head {head.name!r}: {error}"
         raise ConfigError(message) from None
+
+
+def _blocks(places: Mapping[int, Place], number: int, allowed: int) -> LayerSets:
+    first = next(iter(places.values()))
+    used = np.unique(material(first.selection).train.rows)
+    m, d = len(used), first.width
+    every = sum(len(open_cached(path).rows) for path in first.selection.stores)
+    needed = 4 * every * d + 24 * m * d + (4 * m * m * len(places) if m < d else 4 * m * d) + _FIXED
+    left = _left({"blocks": number}, needed, allowed)
+    return find_blocks(
+        lambda layer: places[layer].rows()[used], list(places), number, memory=min(_USUAL, 4 * m * d + left)
+    )
+
+
+def _searched(places: Mapping[int, Place], search: SubsetSearch, linear: LinearHead, allowed: int) -> LayerSets:
+    """Subsets of each size from 2 on, the most promising of each size first."""
+    first = next(iter(places.values()))
+    train = material(first.selection).train
+    n, d, layers = len(train.label), max(place.width for place in places.values()), len(places)
+    width = basis_width(layers, len(linear.strengths))
+    size, columns = min(n, d), linear.folds * len(linear.strengths)
+    kept = layers * (4 * size**2 + 4 * n * linear.folds) + 32 * linear.folds * (width * layers) ** 2
+    fit = 4 * n * d + (36 * d**2 + 12 * 8192 * d if n >= d else 26 * n * d + 40 * n**2) + 44 * n * columns
+    one_fold = 4 * n * width * layers
+    join = 16 * n * d + 8 * n * layers * linear.folds + one_fold
+    left = _left({"search": search.model_dump()}, kept + max(fit, join) + _FIXED, allowed)
+    screened = screen_subsets(
+        lambda layer: places[layer].differences(train.rows),
+        list(places),
+        train.label,
+        train.frame["weight"].to_numpy(np.float64),
+        train.frame["group"].to_numpy(),
+        max_size=search.max_size,
+        Cs=linear.strengths,
+        cv=linear.folds,
+        memory=min(_USUAL, one_fold + left),
+    )
+    return best_subsets(screened, len(screened))
+
+
+def _left(spec: Mapping[str, Any], needed: int, allowed: int) -> int:
+    """Bytes that a search may take beyond what it needs at least."""
+    if needed > allowed:
+        message = (
+            f"layer_sets: {dict(spec)!r}: needs about {scaled(needed, 'B')} of memory; allowed: "
+            f"{scaled(max(0, allowed), 'B')}; give more --memory, or list layer numbers"
+        )
+        raise ConfigError(message)
+    return min(allowed - needed, _USUAL)
+
+
+def _first(ranked: LayerSets, top: int) -> LayerSets:
+    """Keep the first sets of each size."""
+    seen: Counter[int] = Counter()
+    kept = []
+    for one in ranked:
+        seen[len(one)] += 1
+        if seen[len(one)] <= top:
+            kept.append(one)
+    return kept
+
+
+def _path(run: Path, asked: Mapping[str, Any]) -> Path:
+    return run / ANSWERS / f"{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:32]}.json"
+
+
+def _keep(run: Path, asked: Mapping[str, Any], found: LayerSets) -> None:
+    write_atomically(_path(run, asked), seal({"asked": asked, "found": found}))
+
+
+def _known(run: Path, asked: Mapping[str, Any]) -> LayerSets | None:
+    """Look an answer up; a file that is damaged or answers another question is said and not used."""
+    path = _path(run, asked)
+    if not path.exists():
+        return None
+    try:
+        content = unseal(read_small(path))
+    except (StoreError, ValueError) as error:
+        logger.warning("%s: is damaged (%s); layer sets are searched again", path, error)
+        return None
+    if content.get("asked") != json.loads(canonical_json(asked)):
+        logger.warning("%s: answers another question than its name says; layer sets are searched again", path)
+        return None
+    return [tuple(one) for one in content["found"]]

@@ -4,18 +4,17 @@ m = rows of all stores of a selection, one store after the other; n = pairs.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from probekit._types import FloatArray
+from probekit._types import FloatArray, IntArray
 from probekit.config import Ties
 from probekit.errors import StoreError
-from probekit.heads import side_by_side
 from probekit.preferences.groups import assign_groups, drop_connected, placeholder_images
 from probekit.results import SPLITS
 from probekit.store import FeatureStore, Pairs
@@ -95,10 +94,26 @@ class Material:
     train_connected: int
 
     @property
+    def parts(self) -> tuple[Pairs, ...]:
+        """Training pairs, validation pairs, and those of each test set."""
+        return self.train, self.validation, *self.tests.values()
+
+    @cached_property
+    def rows(self) -> IntArray:
+        """Places of the two rows (n, 2) of all pairs, in the order of `parts`."""
+        return np.concatenate([pairs.rows for pairs in self.parts])
+
+    def by_part(self, values: FloatArray) -> Callable[[Pairs], FloatArray]:
+        """Tell for each of `parts` which of the values (n,) of all pairs are its own."""
+        limits = np.cumsum([len(pairs.label) for pairs in self.parts])[:-1]
+        split = {id(pairs): own for pairs, own in zip(self.parts, np.split(values, limits), strict=True)}
+        return lambda pairs: split[id(pairs)]
+
+    @property
     def digest(self) -> str:
         """Digest of the rows and of all judgements that fits see; it changes when rows or labels do."""
         digest = hashlib.sha256()
-        for pairs in (self.train, self.validation, *self.tests.values()):
+        for pairs in self.parts:
             held = pairs.frame[[column for column in _DIGESTED if column in pairs.frame]].fillna("")
             frame = held.assign(label=pairs.label, row_a=pairs.frame["row_a"], row_b=pairs.frame["row_b"])
             for table in (frame, pairs.excluded[["pair_id", "source", "reason"]]):
@@ -163,17 +178,6 @@ def material(selection: Selection) -> Material:
         train_ties=int(tied.sum()),
         train_connected=connected,
     )
-
-
-def read_features(
-    selection: Selection, layer: int, *, sigmas: Sequence[str], poolings: Sequence[str], draw: int
-) -> FloatArray:
-    """Features (m, d) of a layer, noise levels and poolings side by side, of the rows of all stores one by one."""
-    stores = [
-        side_by_side(store.read, [layer], sigmas=sigmas, poolings=poolings, draw=draw)
-        for store in map(open_cached, selection.stores)
-    ]
-    return stores[0] if len(stores) == 1 else np.concatenate(stores)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """The plan of a sweep: a list of typed records hashed from plain values, each one fit of one head."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -109,7 +109,7 @@ def select_mixtures(config: SweepConfig) -> Iterator[Selection]:
             store = open_cached(Path(entry.store).absolute())
             dataset = _dataset(store, entry.dataset, role=role)
             weight = getattr(entry, "weight", 1.0)
-            backbone = entries.setdefault((store.describe["name"], _control(store)), {"train": [], "test": []})
+            backbone = entries.setdefault((store.describe["name"], control_of(store)), {"train": [], "test": []})
             backbone[role].append(Portion(store.path, dataset, entry.split, weight, entry.name or ""))
     for (name, control), found in entries.items():
         for role, portions in found.items():
@@ -187,8 +187,10 @@ def _comparable(store: FeatureStore) -> dict[str, Any]:
     return config | {"width": store.describe["width"], "n_blocks": store.describe["n_blocks"], "coordinates": held}
 
 
-def plan_records(config: SweepConfig, selection: Selection, *, run: Path | None = None) -> Iterator[Record]:
-    """All records of one selection, in the order of the configuration; `run` keeps the layer sets that are found."""
+def plan_records(
+    config: SweepConfig, selection: Selection, *, sets: Callable[..., list[tuple[int, ...]]] = layer_sets
+) -> Iterator[Record]:
+    """All records of one selection, in the order of the configuration; `sets` is called as `layer_sets`."""
     store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
@@ -197,13 +199,13 @@ def plan_records(config: SweepConfig, selection: Selection, *, run: Path | None 
     fingerprints = sorted({open_cached(path).fingerprint for path in selection.stores})
     for sigmas, draw, poolings, head in _settings(config, store):
         seeds = head.seeds if isinstance(head, MLPHead) else [0]
-        sets = layer_sets(head, selection, sigmas=sigmas, draw=draw, poolings=poolings, run=run)
-        combined = dict.fromkeys((layers, combination_name(layers, rule)) for layers in sets for rule in head.combine)
+        found = sets(head, selection, sigmas=sigmas, draw=draw, poolings=poolings)
+        combined = dict.fromkeys((layers, combination_name(layers, rule)) for layers in found for rule in head.combine)
         for (layers, combination), seed in product(combined, seeds):
             yield Record(
                 selection=selection,
                 backbone=store.describe["name"],
-                control=_control(store),
+                control=control_of(store),
                 training_images=store.describe["training_images"],
                 fingerprint=fingerprints[0] if len(fingerprints) == 1 else _digest(fingerprints),
                 trained_on=selection.trained_on,
@@ -287,7 +289,7 @@ def _chosen(asked: str | list[_T], held: list[_T], *, what: str, store: FeatureS
     return list(asked)
 
 
-def _control(store: FeatureStore) -> str:
+def control_of(store: FeatureStore) -> str:
     """Say of what a store is a control: ``trained`` if of nothing, else what was replaced, such as ``init:0``."""
     prompts = store.describe.get("prompts", "real")
     kind, _, seed = prompts.partition(":")

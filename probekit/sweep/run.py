@@ -9,42 +9,69 @@ from grouped cross-validation inside the training split, the layer from the vali
 """
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from probekit import results
 from probekit._types import Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.diagnostics import fit_warnings
-from probekit.errors import ConfigError
-from probekit.preferences import load_preferences
-from probekit.store import IMAGE_DIGESTS
-from probekit.sweep.baselines import plan_baselines, run_baseline
+from probekit.errors import ConfigError, HeadError, StoreError
+from probekit.heads import layer_set_name
+from probekit.store import FeatureStore
+from probekit.store.files import check_space
+from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
-from probekit.sweep.blocks import ANSWERS, compare_blocks
+from probekit.sweep.blocks import compare_blocks
 from probekit.sweep.evaluate import judged_rows, record_facts
-from probekit.sweep.fitting import features_of, fit, margins
-from probekit.sweep.input_baselines import plan_input_baselines, run_input_baseline
+from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
+from probekit.sweep.fitting import fit, margins
+from probekit.sweep.folder import MADE_FROM, bind_file, check_folder, made_from
+from probekit.sweep.input_baselines import InputBaseline, plan_input_baselines, run_input_baseline
 from probekit.sweep.judging import check_protocol
-from probekit.sweep.material import forget, material, open_cached
+from probekit.sweep.layer_sets import layer_sets
+from probekit.sweep.material import Selection, forget, material, open_cached
+from probekit.sweep.memory import Work, budget_of, bytes_of, groups_of, told
 from probekit.sweep.plan import (
     Record,
     check_distinct,
+    control_of,
     plan_records,
     select_mixtures,
     select_stores,
     store_facts,
     store_settings,
     told_of_sets,
-    units,
 )
 
 logger = logging.getLogger(__name__)
 
-_JUDGEMENTS, _DIGESTS = "judgements", IMAGE_DIGESTS  # what `prefs` leaves in a run
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep that was checked: what it reads, what it will fit, and from which stores the run was made."""
+
+    config: SweepConfig
+    stores: list[FeatureStore]
+    selections: list[Selection]
+    records: list[Record]
+    baselines: list[Baseline]
+    inputs: list[InputBaseline]
+    made_from: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the progress says of a fit: layer set, accuracy on validation and on each test set, whether it has none."""
+
+    layer_set: str
+    validation: float
+    test: tuple[float, ...]
+    blind: bool
 
 
 def run_sweep(
@@ -56,6 +83,7 @@ def run_sweep(
     reading: PreferenceOptions | None = None,
     ties: str | None = None,
     jobs: int = 1,
+    memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Fit the heads of a configuration on feature stores; continue where an earlier call stopped.
@@ -77,7 +105,10 @@ def run_sweep(
     ties
         What becomes of tied training pairs, in place of the configuration's rule: ``drop``, ``half`` or ``soft``.
     jobs
-        Processes, each with one BLAS thread.
+        Processes, each with one BLAS thread; fewer where they would not fit into `memory`.
+    memory
+        What all processes together may take, interpreters included: bytes, or text such as ``4G``. By default three
+        quarters of the machine's memory. Layers that do not fit are streamed from files in the run.
     progress
         Called as ``progress(done, total, text)`` after every record.
 
@@ -91,60 +122,56 @@ def run_sweep(
     ConfigError
         If the configuration asks for layers, noise levels, draws or poolings that a store does not hold, stores are
         given beside its ``train`` and ``test`` or neither is, the stores of a mixture do not fit together, or
-        it is said how a preference file is read and none is given.
+        it is said how a preference file is read and none is given, or a fit cannot stay within `memory`.
+    FingerprintError
+        If a store was made anew since an earlier sweep into this run.
+    HeadError
+        If features are not finite.
     StoreError
-        If a store is damaged, or has no training, validation or test pairs.
+        If a store is damaged, has no training, validation or test pairs, or its features never differ within a pair.
     """
-    if not isinstance(config, SweepConfig):
-        config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
-    reading = reading or PreferenceOptions()
-    if prefs is None and reading != PreferenceOptions():
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in reading.model_dump(exclude_defaults=True))
-        message = f"{told}: says how a preference file is read, and none is given; allowed: with --prefs"
-        raise ConfigError(message)
-    if ties is not None:
-        config = SweepConfig.checked(config.model_dump() | {"ties": ties}, source="options")
-    mixed = config.train is not None
-    if mixed == bool(stores) or (mixed and prefs is not None):
-        given = "train and test are given" if mixed else "no store is given"
-        message = f"{given}; allowed: stores (--store, perhaps --prefs), or train and test in the configuration"
-        raise ConfigError(message)
     out = Path(out)
-    check_folder(out)
-    forget()
-    opened = [open_cached(Path(path).absolute()) for path in stores]
-    judged = None if prefs is None else _bind_file(prefs, reading, out=out)
-    selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
-    opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
-    records = [record for selection in selections for record in plan_records(config, selection, run=out)]
-    check_distinct(records)
-    for selection in selections:
-        data = material(selection)
-        for pairs in (data.train, data.validation, *data.tests.values()):
-            check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
-    baselines = plan_baselines(records)
-    inputs = plan_input_baselines(records)
-    scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
-    resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(selections)
-    results.write_config(out, resolved | {"stores": [store_settings(store) for store in opened]})
+    bytes_allowed = bytes_of(memory) if isinstance(memory, str) else memory
+    plan = prepare(config, stores=stores, out=out, prefs=prefs, reading=reading, ties=ties, memory=bytes_allowed)
+    records, config = plan.records, plan.config
     done = results.done_records(out)
     todo = [record for record in records if record.record_id not in done]
-    count = len(records) - len(todo)
-    for unit, texts in run_in_processes(partial(_run, out=out), units(todo), jobs=jobs):
-        for record, text in zip(unit, texts, strict=True):
-            count += 1
+    budget = budget_of(bytes_allowed)
+    groups = groups_of(todo, budget, jobs)
+    check_space(
+        out / "config.json", scratch_bytes([work.places for _, some in groups for work in some if work.streamed])
+    )
+    for line in told(groups, budget, jobs):
+        logger.info("%s", line)
+    scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
+    resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(plan.selections)
+    resolved |= {"stores": [store_settings(store) for store in plan.stores], MADE_FROM: plan.made_from}
+    results.write_config(out, resolved)
+    Scratch.clear(out)
+    best: dict[str, Fitted] = {}
+    blind = 0
+    with Scratch(out, chunk=max(2**26, budget.share(1) // 4)) as scratch:
+        for count, (record, fitted) in enumerate(_fits(groups, out, scratch), start=1):
+            blind += fitted.blind
             if progress is not None:
-                progress(count, len(records), f"{record.label} {text}")
-    for baseline in baselines:
+                progress(len(records) - len(todo) + count, len(records), _text(record, fitted, best))
+    KEPT.trim(0)
+    if blind and blind == len(records):
+        message = (
+            f"{', '.join(str(store.path) for store in plan.stores)}: the two rows of every training pair have the same "
+            "features at all layers that heads are fitted on; allowed: features that differ"
+        )
+        raise StoreError(message)
+    for baseline in plan.baselines:
         if baseline.record_id not in done:
             run_baseline(baseline, out=out)
-    for seen in inputs:
+    for seen in plan.inputs:
         if seen.record_id not in done:
             run_input_baseline(seen, out=out)
-    fitted = [record.record_id for record in records]
-    beside = [one.record_id for one in baselines] + [one.record_id for one in inputs]
-    facts = store_facts(records, opened, baselines=beside)
-    others = results.rebuild(out, fitted + beside, facts=facts)
+    fitted_ids = [record.record_id for record in records]
+    beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
+    facts = store_facts(records, plan.stores, baselines=beside)
+    others = results.rebuild(out, fitted_ids + beside, facts=facts)
     results.write_blocks(out, compare_blocks(out, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
     fitted_heads = results.load_results(out).query("head_kind != 'external'").drop_duplicates("record_id")
@@ -156,38 +183,99 @@ def run_sweep(
     return out
 
 
-def check_folder(out: Path) -> None:
-    """Refuse to mix a run with other files; one that was stopped early may hold bound judgements and no plan yet."""
-    if not out.exists() or (out / "config.json").is_file():
-        return
-    if not out.is_dir() or any(not path.name.startswith((_JUDGEMENTS, _DIGESTS, ANSWERS)) for path in out.iterdir()):
-        message = f"{out}: is no run; allowed: a new or empty folder, or the folder of an earlier sweep"
+def _fits(groups: Sequence[tuple[int, Sequence[Work]]], out: Path, scratch: Scratch) -> Iterator[tuple[Record, Fitted]]:
+    for jobs, members in groups:
+        function = partial(_run, out=out, scratch=scratch) if members[0].streamed else partial(_run, out=out)
+        for work, fitted in run_in_processes(function, members, jobs=jobs):
+            yield from zip(work.unit, fitted, strict=True)
+
+
+def _checked(config: SweepConfig | Path | str, ties: str | None) -> SweepConfig:
+    if not isinstance(config, SweepConfig):
+        config = SweepConfig.checked(load_yaml(Path(config)), source=str(config))
+    return config if ties is None else SweepConfig.checked(config.model_dump() | {"ties": ties}, source="options")
+
+
+def prepare(
+    config: SweepConfig | Path | str,
+    *,
+    stores: Sequence[Path | str],
+    out: Path,
+    prefs: Path | str | None,
+    reading: PreferenceOptions | None,
+    ties: str | None,
+    memory: int | None,
+    bound: Path | None = None,
+    at_most: list[int] | None = None,
+) -> Prepared:
+    """Check everything and list all fits; parameters as of `run_sweep`.
+
+    Parameters
+    ----------
+    bound
+        Where judgements of `prefs` are kept (default: in the run).
+    at_most
+        If given, nothing is written and no layer sets are searched: see `probekit.sweep.layer_sets.layer_sets`.
+    """
+    config = _checked(config, ties)
+    reading = reading or PreferenceOptions()
+    if prefs is None and reading != PreferenceOptions():
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in reading.model_dump(exclude_defaults=True))
+        message = f"{told}: says how a preference file is read, and none is given; allowed: with --prefs"
         raise ConfigError(message)
+    mixed = config.train is not None
+    if mixed == bool(stores) or (mixed and prefs is not None):
+        given = "train and test are given" if mixed else "no store is given"
+        message = f"{given}; allowed: stores (--store, perhaps --prefs), or train and test in the configuration"
+        raise ConfigError(message)
+    check_folder(out)
+    forget()
+    KEPT.trim(0)
+    opened = [open_cached(Path(path).absolute()) for path in stores]
+    made_from(out, ((store, control_of(store)) for store in opened))  # before files are read
+    judged = None if prefs is None else bind_file(prefs, reading, out=bound or out)
+    selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
+    opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
+    known = made_from(out, ((store, control_of(store)) for store in opened))
+    for selection in selections:
+        for pairs in material(selection).parts:
+            check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
+    sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), at_most=at_most)
+    records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
+    check_distinct(records)
+    return Prepared(config, opened, selections, records, plan_baselines(records), plan_input_baselines(records), known)
 
 
-def _bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> Path:
-    """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
-    loaded = load_preferences(prefs, **reading.loading())
-    loaded.unpack_images()
-    # A missing file costs its pairs here, as a row that the store lacks does.
-    frame = loaded.judgements(loaded.image_digests(out / _DIGESTS, max_bad=1.0))
-    path = out / _JUDGEMENTS / f"{loaded.name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
-    return path
-
-
-def _run(unit: list[Record], *, out: Path) -> list[str]:
-    """Fit the records of a unit, write their parts, and say their test accuracies."""
-    data, features = material(unit[0].selection), features_of(unit[0])
-    texts = []
-    for record, head, fitted in fit(unit, features, data.train):
-        facts = record_facts(record, open_cached(record.store)) | fitted
-        rows, kept = judged_rows(record, data, partial(margins, head, features), facts, blind=head is None)
+def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> list[Fitted]:
+    """Fit the records of a unit and write their parts."""
+    KEPT.trim(work.keep)  # also where this fit reads no layer through them
+    first, data = work.record, material(work.record.selection)
+    features = Features(work.places, averaged=first.combination == "mean", keep=work.keep, scratch=scratch)
+    try:
+        fitted = [
+            (record, head, facts, margins(head, features))
+            for record, head, facts in fit(work.unit, features, data.train, memory=work.head_memory)
+        ]
+    except HeadError as error:
+        at = f"sigma {first.sigma}, pooling {first.pooling}, layers {layer_set_name(first.layers)}"
+        message = f"{first.store}, head {first.head.name!r} ({first.combination}), {at}: {error}"
+        raise HeadError(message) from None
+    said = []
+    for record, head, facts, values in fitted:
+        facts = record_facts(record, open_cached(record.store)) | facts
+        rows, kept = judged_rows(record, data, data.by_part(values), facts, blind=head is None)
         results.write_part(out, record.record_id, rows, kept)
-        test = rows[(rows["split"] == "test") & (rows["slice_by"] == "all")]
-        shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in test["accuracy"])
-        texts.append(f"{record.head.name} {results.set_label(facts['layer_set'], record.combination)}: {shown}")
-    return texts
+        whole = rows[rows["slice_by"] == "all"]
+        validation, test = (whole.loc[whole["split"] == split, "accuracy"] for split in ("validation", "test"))
+        name = results.set_label(facts["layer_set"], record.combination)
+        said.append(Fitted(name, float(validation.iloc[0]), tuple(test), head is None))
+    return said
+
+
+def _text(record: Record, fitted: Fitted, best: dict[str, Fitted]) -> str:
+    """Say the test accuracy of a fit and of the one that is best on validation so far, of one store and head."""
+    of = f"{record.label} {record.head.name}"
+    if of not in best or fitted.validation > best[of].validation:
+        best[of] = fitted
+    shown, top = (", ".join(f"{100 * value:.1f} %" for value in one.test) for one in (fitted, best[of]))
+    return f"{of} {fitted.layer_set}: {shown} (best on validation so far: {best[of].layer_set}, {top})"
