@@ -187,8 +187,8 @@ def work_of(record: Record, budget: Budget) -> Work:
 def groups_of(records: Sequence[Record], budget: Budget, jobs: int) -> list[tuple[int, list[Work]]]:
     """Give numbers of processes and the fits that they do, in the order in which these groups run.
 
-    Fits that need more memory than `jobs` processes leave each other run in fewer. Streamed fits run first, in one: they
-    share their files, and other fits leave freed memory behind that does not go back to the system.
+    Fits that need more memory than `jobs` processes leave each other run in fewer. Streamed fits run first, in one:
+    they share their files, and other fits leave freed memory behind that does not go back to the system.
 
     Raises
     ------
