@@ -204,8 +204,8 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
 def groups_of(records: Sequence[Record], budget: Budget, jobs: int) -> list[tuple[int, list[Work]]]:
     """Give numbers of processes and the fits that they do, in the order in which these groups run.
 
-    Fits that need more memory than `jobs` processes leave each other run in fewer. Streamed fits run last, in one: they
-    share their files.
+    Fits that need more memory than `jobs` processes leave each other run in fewer. Streamed fits run first, in one:
+    they share their files, and other fits leave freed memory behind that does not go back to the system.
 
     Raises
     ------
@@ -219,7 +219,7 @@ def groups_of(records: Sequence[Record], budget: Budget, jobs: int) -> list[tupl
         fitting = (count for count in range(jobs, 1, -1) if one.needed <= budget.share(count))
         groups.setdefault(0 if one.streamed else next(fitting, 1), []).append(one)
     found = []
-    for count, members in sorted(groups.items(), reverse=True):
+    for count, members in sorted(groups.items(), key=lambda group: (group[0] > 0, -group[0])):
         used = max(1, min(count, len(members)))
         left = budget.share(used) - max(one.needed for one in members)
         kept = [replace(one, keep=left) if any(again[at] > 1 for at in one.places) else one for one in members]
