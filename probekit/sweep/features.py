@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -261,12 +260,12 @@ class Scratch:
         for path in list(dead_files(run, on_link=lambda _: None)):
             path.unlink(missing_ok=True)
 
-    def differences(self, places: Sequence[Place]) -> Any:
-        """`probekit.heads.streaming.StreamedDifferences` (n, d) of the training pairs at some layers, side by side."""
-        streamed = import_module("probekit.heads.streaming").StreamedDifferences
+    def differences(self, places: Sequence[Place]) -> StreamedDifferences:
+        """Differences (n, d) of the training pairs at some layers, side by side."""
         files = self._made(places)
         train = material(places[0].selection).train
-        return streamed([path for path, _, _ in files], [place.width for place in places], len(train.label))
+        widths = [place.width for place in places]
+        return StreamedDifferences([path for path, _, _ in files], widths, len(train.label))
 
     def vary(self, places: Sequence[Place]) -> bool:
         """Whether any training pair differs at one of the layers."""
