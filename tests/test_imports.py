@@ -471,7 +471,7 @@ def beside(tmp_path_factory):
     All judge the same pairs: the imports are of pictures whose digests are those of the planted rows.
     """
     folder = tmp_path_factory.mktemp("beside")
-    store = planted_store(folder / "store", signal={2: 6.0}, seed=7, pairs=200)
+    store = planted_store(folder / "store", signal={2: 6.0}, seed=7, pairs=400)
     judged = FeatureStore(store)
     lines, order = [], judged.rows.set_index("row_id")
     (folder / "pictures").mkdir()

@@ -13,9 +13,11 @@ from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryLateFusion, BradleyTerryScalarMix, concatenate
 from probekit.report import build_report
 from probekit.report.select import settings
-from probekit.results import describe_run, load_blocks, load_margins
-from probekit.sweep.fitting import features_of, fit
+from probekit.results import UNPROBED, describe_run, load_blocks, load_margins
+from probekit.sweep.features import Features
+from probekit.sweep.fitting import fit
 from probekit.sweep.material import material
+from probekit.sweep.memory import places_of
 from probekit.sweep.plan import plan_records, select_stores, units
 
 STRENGTHS = [0.01, 0.1, 1.0]
@@ -34,6 +36,10 @@ def planned(config: SweepConfig, *stores) -> list:
     return [record for selection in selections for record in plan_records(config, selection)]
 
 
+def features_of(record) -> Features:
+    return Features(places_of(record), averaged=record.combination == "mean")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("heads") / "store"
@@ -50,7 +56,7 @@ def run(store, tmp_path_factory):
 
 def heads_of(run) -> pd.DataFrame:
     frame = probekit.load_results(run)
-    return frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & (frame["head_kind"] != "metadata")]
+    return frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
 
 
 def test_each_rule_is_a_record_of_its_own_and_single_layers_are_there_once(run):
@@ -177,7 +183,7 @@ def test_the_noise_of_rounding_is_that_of_half_an_ulp(store):
     assert noise == pytest.approx(expected, rel=0.2)
 
 
-def test_channels_below_the_noise_of_rounding_are_dropped_by_every_head(store):
+def test_channels_below_the_noise_of_rounding_are_dropped_by_every_head(store, monkeypatch):
     records = [
         record
         for record in planned(
@@ -188,7 +194,9 @@ def test_channels_below_the_noise_of_rounding_are_dropped_by_every_head(store):
     train = material(records[0].selection).train
     for unit in units(records):
         features = features_of(unit[0])
-        features.noise[3] = 1e3
+        noise = features.noise
+        noise[3] = 1e3
+        monkeypatch.setattr(Features, "noise", noise)
         for _, head, facts in fit(unit, features, train):
             assert facts["n_dropped"] == 1, unit[0].combination
             moved = features.rows.copy()
@@ -237,7 +245,7 @@ def test_pairs_within_a_block_are_compared_with_pairs_across(store, tmp_path):
 
 def test_ways_of_joining_stand_in_the_report_with_their_rule(run, tmp_path):
     page = build_report(run, tmp_path / "report.html").read_text()
-    table = page[page.index("<h2>Combinations</h2>") : page.index("<h2>Without seeing")]
+    table = page[page.index("<h2>Combinations</h2>") : page.index("<h2>Without the backbone")]
     for text in ("2 by concat", "2 by mean", "2 by scalar-mix", "2 by late-fusion", "<td>0.005 + 0.1</td>", "seeds "):
         assert text in table
     assert "1 + 2 (late-fusion)" in page[page.index("<h2>Every backbone") :]

@@ -67,7 +67,7 @@ def test_a_layer_is_read_once_where_it_may_be_kept_and_sides_are_subtracted(plan
         KEPT.trim(0)
         before = KEPT.reads
         for first, second in ((0, 1), (0, 2), (1, 2), (2, 3), (1, 3), (0, 3)):
-            places = tuple(Place(selection, "0.005", 0, "mean", layer) for layer in (first, second))
+            places = tuple(Place(selection, ("0.005",), 0, ("mean",), layer) for layer in (first, second))
             both = Features(places, keep=keep)
             together = np.concatenate([X[first], X[second]], axis=1)
             D = both.differences
@@ -102,14 +102,18 @@ def test_fits_that_are_too_large_are_streamed_or_refused_before_anything_is_fitt
     for name in ("_FIXED", "_BUFFERS"):  # what is the same for every fit would hide these small ones
         monkeypatch.setattr(memory, name, 0)
     (linear, *_), (mlp, *_) = (list(plan_records(config(head), selection)) for head in (LINEAR, MLP))
-    needs = [memory.work_of(linear, Budget(total, 0)) for total in (2**40, 400_000, 140_000)]
+    needs = [memory.work_of([linear], Budget(total, 0)) for total in (2**40, 400_000, 140_000)]
     assert [work.streamed for work in needs] == [False, False, True]
     assert [bool(work.head_memory) for work in needs] == [True, False, True]  # the second is matrix-free
     assert needs[0].needed > needs[1].needed > needs[2].needed == 140_000 > needs[2].head_memory
-    with pytest.raises(ConfigError, match=r"head 'mlp' on layers 0\+1 needs about .* kB; allowed: 140 kB, the memory"):
-        memory.work_of(mlp, Budget(140_000, 0))
-    with pytest.raises(ConfigError, match=r"head 'linear' on layers 0 needs about .* give more --memory or fewer"):
-        memory.work_of(linear, Budget(50_000, 0))
+    with pytest.raises(
+        ConfigError, match=r"head 'mlp' \(concat\) on layers 0\+1 needs about .* kB; allowed: 140 kB, the memory"
+    ):
+        memory.work_of([mlp], Budget(140_000, 0))
+    with pytest.raises(
+        ConfigError, match=r"head 'linear' \(single\) on layers 0 needs about .* give more --memory or fewer"
+    ):
+        memory.work_of([linear], Budget(50_000, 0))
     with pytest.raises(ConfigError, match="head 'mlp'"):
         probekit.run_sweep(config(LINEAR, MLP), stores=[planted], out=tmp_path / "run", memory=900 * MIB + 140_000)
     assert not (tmp_path / "run").exists()
@@ -121,8 +125,8 @@ def test_streamed_fits_give_what_fits_in_memory_give_and_leave_no_files(planted,
     whole = probekit.run_sweep(config(heads), stores=[planted], out=tmp_path / "whole")
     usual = memory.work_of
 
-    def streamed(record, budget):
-        return replace(usual(record, budget), streamed=True, head_memory=1e8)
+    def streamed(unit, budget):
+        return replace(usual(unit, budget), streamed=True, head_memory=1e8)
 
     monkeypatch.setattr(memory, "work_of", streamed)
     (tmp_path / "run").mkdir()
@@ -188,9 +192,9 @@ def test_a_search_that_does_not_fit_is_one_line(planted, monkeypatch):
         layer_sets.layer_sets(
             config(LINEAR | {"layer_sets": [{"blocks": 2}]}).heads[0],
             selected(planted),
-            sigma="0.005",
+            sigmas=["0.005"],
             draw=0,
-            pooling="mean",
+            poolings=["mean"],
             allowed=1000,
         )
 
@@ -358,9 +362,8 @@ def test_features_that_are_not_finite_are_named_by_store_setting_head_and_layers
         return found
 
     monkeypatch.setattr(probekit.FeatureStore, "differences", damaged)
-    said = (
-        r"store: sigma 0.005, mean, head 'linear', layers 2: the features of pair 7 hold NaN .*; they must be finite$"
-    )
+    said = r"store, head 'linear' \(single\), sigma 0.005, pooling mean, layers 2: the features of pair 7 hold NaN .*; "
+        "they must be finite$"
     with pytest.raises(HeadError, match=said):
         probekit.run_sweep(config(LINEAR | {"layer_sets": [[1], [2]]}), stores=[planted], out=tmp_path / "run")
     assert len(list((tmp_path / "run" / "parts").iterdir())) == 1

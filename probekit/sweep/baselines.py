@@ -121,7 +121,7 @@ def _fitted(baseline: Baseline, train: Pairs) -> tuple[Callable[[Pairs], FloatAr
     if baseline.name == GENERATOR:
         weight = train.frame["weight"].to_numpy(np.float64)
         generators = fit_generators(train.frame, train.label, weight)
-        said = {"strength": GENERATOR_C, "edge_of_grid": False, "converged": generators.converged}
+        said = results.NO_FIT | {"strength": GENERATOR_C, "converged": generators.converged}
         return lambda pairs: generators.margins(pairs.frame), said | {"head_parameters": len(generators.names)}
     design = _design(baseline.name, _frames(baseline.selection))
     head, fitted = _fit(design, train) if baseline.name not in RULES else (np.ones(1), results.NO_FIT)
