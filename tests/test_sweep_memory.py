@@ -362,8 +362,10 @@ def test_features_that_are_not_finite_are_named_by_store_setting_head_and_layers
         return found
 
     monkeypatch.setattr(probekit.FeatureStore, "differences", damaged)
-    said = r"store, head 'linear' \(single\), sigma 0.005, pooling mean, layers 2: the features of pair 7 hold NaN .*; "
+    said = (
+        r"store, head 'linear' \(single\), sigma 0.005, pooling mean, layers 2: the features of pair 7 hold NaN .*; "
         "they must be finite$"
+    )
     with pytest.raises(HeadError, match=said):
         probekit.run_sweep(config(LINEAR | {"layer_sets": [[1], [2]]}), stores=[planted], out=tmp_path / "run")
     assert len(list((tmp_path / "run" / "parts").iterdir())) == 1
