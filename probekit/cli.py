@@ -532,7 +532,7 @@ def bench_sweep(
     *,
     case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="one case; repeatable (default: all)")] = None,
     scale: Annotated[float, typer.Option(metavar="X", help="factor of all numbers of pairs and channels")] = 1.0,
-    layers: Annotated[int, typer.Option(metavar="K", help="layers that each case is run on; ratios are of one")] = 1,
+    layers: Annotated[int, typer.Option(metavar="K", help="factor of the rounds of each case")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time fits of heads against scikit-learn and a plain loop, beside the figures of the design, by CPU time."""

@@ -285,7 +285,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dit-reward": {
         "name": "dit-reward",
         "layer_sets": [{"relative": [0.42105, 0.63158, 0.76316, 1.0]}],
-        "combine": ["concat"],
         "hidden": [1024, 16],
         "dropout": 0.05,
         "max_epochs": 20,
@@ -319,7 +318,7 @@ class MLPHead(_Head):
         if not isinstance(data, dict) or data.get("preset") is None:
             return data
         preset = data["preset"]
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             message = f"preset is {preset!r}; allowed: {', '.join(PRESETS)}"
             raise ValueError(message)
         return PRESETS[preset] | data

@@ -72,7 +72,8 @@ def counted(records: pd.DataFrame, what: str) -> str:
 def _strengths(records: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> list[str]:
     """Split the strengths at the edge of their grid by the edge, where the grid is known."""
     largest = [max(grids.get(head, ()), default=float("nan")) for head in records["head"]]
-    known, top = ~np.isnan(largest), np.isclose(records["strength"], largest)
+    known = ~np.isnan(largest) & records["strength"].notna().to_numpy()  # late fusion has one for each layer
+    top = np.isclose(records["strength"], largest)
     return [
         counted(records[top], "chose the largest strength of the grid; a wider grid may fit better"),
         counted(

@@ -31,7 +31,6 @@ from probekit.heads import (
     most_layer_sets,
     pair_kinds,
     resolve_layer_sets,
-    side_by_side,
     specs_with_features,
 )
 
@@ -217,7 +216,7 @@ def test_bad_features_for_similarity_are_named():
 # features of several layers
 
 
-def test_mean_and_side_by_side():
+def test_mean_of_layers_and_names_of_rules():
     first, second = np.full((3, 2), 1, dtype=np.float16), np.full((3, 2), 4, dtype=np.float16)
     mean = mean_features([first, second])
     np.testing.assert_array_equal(mean, np.full((3, 2), 2.5))
@@ -225,12 +224,6 @@ def test_mean_and_side_by_side():
     assert mean_features([first]) is first
     with pytest.raises(HeadError, match=r"shapes \[\(3, 2\), \(3, 4\)\].*one width"):
         mean_features([first, np.zeros((3, 4))])
-
-    def read(*, layer, sigma, pooling, draw):
-        return np.full((2, 1 + (pooling == "max")), 100 * layer + 10 * float(sigma) + draw)
-
-    found = side_by_side(read, [1, 2], sigmas=["0", "0.1"], poolings=["mean", "max"], draw=0)
-    np.testing.assert_array_equal(found[0], [100, 100, 100, 101, 101, 101, 200, 200, 200, 201, 201, 201])
     assert combination_name((3,), "mean") == "single"
     assert combination_name((3, 4), "late-fusion") == "late-fusion"
 

@@ -83,7 +83,7 @@ class Base:
     def latents(
         self, groups: Sequence[Sequence[ImageFile]], family: Family, like: Component, size: ImageSize, workers: int
     ) -> Generator[list[latent_rules.EncodedImage | ImageError]]:
-        """Yield the latents of group after group of image files, decoding ahead in `workers` processes.
+        """Yield group after group of image files, encoded, decoding ahead in `workers` processes.
 
         Parameters
         ----------

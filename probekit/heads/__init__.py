@@ -9,7 +9,6 @@ from probekit.heads.combine import (
     mean_features,
     most_layer_sets,
     resolve_layer_sets,
-    side_by_side,
     specs_with_features,
 )
 from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV
@@ -53,6 +52,5 @@ __all__ = [
     "refit_subsets",
     "resolve_layer_sets",
     "screen_subsets",
-    "side_by_side",
     "specs_with_features",
 ]

@@ -1,7 +1,7 @@
 """Layer sets: which layers go into one head, and how their features become one matrix."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations, product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from math import comb
 from typing import Any, Literal
 
@@ -70,39 +70,6 @@ def mean_features(features: Sequence[FloatArray]) -> FloatArray:
         total += block
     mean: FloatArray = (total / len(features)).astype(np.result_type(*features))
     return mean
-
-
-def side_by_side(
-    read: Callable[..., FloatArray],
-    layers: Sequence[int],
-    *,
-    sigmas: Sequence[str],
-    poolings: Sequence[str],
-    draw: int = 0,
-) -> FloatArray:
-    """Features of several layers, noise levels and poolings of the same rows, side by side.
-
-    Parameters
-    ----------
-    read
-        Called with ``layer``, ``sigma``, ``pooling`` and ``draw``, such as `probekit.store.FeatureStore.read`.
-    layers, sigmas, poolings
-        Each combination is read; layers change slowest, poolings fastest.
-    draw
-        Noise draw of all.
-
-    Returns
-    -------
-    FloatArray
-        (m, sum of widths).
-
-    Raises
-    ------
-    HeadError
-        As `concatenate`.
-    """
-    places = product(layers, sigmas, poolings)
-    return concatenate([read(layer=layer, sigma=sigma, pooling=pooling, draw=draw) for layer, sigma, pooling in places])
 
 
 def resolve_layer_sets(

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.diagnostics import counted, fit_warnings, marked
+from probekit.diagnostics import UNCONVERGED, counted, fit_warnings, marked
 from probekit.report.effects import Effect, Margin
 from probekit.report.select import (
     ALL_LAYERS,
@@ -406,7 +406,7 @@ def _notes(row: dict[Hashable, Any]) -> list[str]:
     notes += ["fewer pairs than channels"] if row["n_less_than_d"] else []
     notes += ["matrix-free"] if row["matrix_free"] else []
     notes += [f"{row['n_dropped']:,} channels dropped"] if row["n_dropped"] else []
-    return notes + (["not converged"] if not row["converged"] else [])
+    return notes + ([UNCONVERGED] if not row["converged"] else [])
 
 
 def accuracy_text(rows: pd.DataFrame, prefix: str = "") -> str:

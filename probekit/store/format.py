@@ -7,6 +7,7 @@ m = rows of a shard, d = channels of a feature vector.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,9 +81,12 @@ def _members(content: Mapping[str, Any]) -> dict[str, str]:
     return {key: canonical_json(value) for key, value in content.items()}
 
 
+_key = lru_cache(maxsize=64)(canonical_json)  # the members of records are few
+
+
 def _object(members: Mapping[str, str], *, without: tuple[str, ...] = ()) -> bytes:
     """Put members together to the canonical JSON of their object."""
-    parts = [f"{canonical_json(key)}:{members[key]}" for key in sorted(members) if key not in without]
+    parts = [f"{_key(key)}:{members[key]}" for key in sorted(members) if key not in without]
     return ("{" + ",".join(parts) + "}").encode()
 
 

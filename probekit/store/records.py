@@ -123,8 +123,8 @@ class DatasetRecord(_Record):
     quantisation_noise: float | None = None
     nonfinite_rows: int | None = None
 
-    @model_validator(mode="after")
-    def _bytes_follow_from_shape(self) -> "DatasetRecord":
+    def check_bytes(self) -> None:
+        """Refuse bytes that do not follow from shape and dtype; no validator, which would cost more than the check."""
         itemsize = int(self.dtype[-1])  # dtypes are spelled as numpy does
         if self.nbytes != math.prod(self.shape) * itemsize:
             msg = f"{self.nbytes} bytes do not hold {self.shape} of {self.dtype}"
@@ -132,7 +132,6 @@ class DatasetRecord(_Record):
         if (self.offset is None) != (self.nbytes == 0):
             msg = "an offset is given if and only if the dataset holds bytes"
             raise ValueError(msg)
-        return self
 
 
 class Sidecar(_Record):
@@ -163,6 +162,8 @@ class Sidecar(_Record):
             "prompts + 1": [prompts + 1],
             "prompts x 32": [prompts, 32],
         }
+        for one in self.datasets.values():
+            one.check_bytes()
         for name, (dtype, length) in fmt.TABLES.items():
             record = self.datasets.get(name)
             if record is None or record.dtype != dtype or record.shape != lengths.get(length, record.shape[:1]):

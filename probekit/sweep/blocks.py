@@ -1,26 +1,39 @@
 """Blocks of similar layers that a sweep found, and how pairs of layers within one compare with pairs across two."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from probekit.errors import StoreError
 from probekit.heads import block_ranges, compare_pair_kinds, pair_kinds
 from probekit.results import CHOICE_KEYS, load_margins, load_results
 from probekit.stats import paired_difference
 from probekit.store.files import read_small
 from probekit.store.format import unseal
 from probekit.sweep.layer_sets import ANSWERS
+from probekit.sweep.material import joint_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
-def compare_blocks(run: Path, *, resamples: int, level: float) -> pd.DataFrame:
+def compare_blocks(run: Path, numbers: Collection[int], *, resamples: int, level: float) -> pd.DataFrame:
     """Compare the test accuracy of pairs of layers within one block with that of pairs across two, as DiT-Reward does.
 
     Blocks are found on training pairs alone. The interval is that of the difference of the two means over pairs of
     layers, by the group bootstrap over the same pairs of pictures; the fitted heads are held fixed.
+
+    Parameters
+    ----------
+    run
+        The run.
+    numbers
+        Numbers of blocks that its configuration asks for.
+    resamples, level
+        Of the interval.
 
     Returns
     -------
@@ -32,6 +45,7 @@ def compare_blocks(run: Path, *, resamples: int, level: float) -> pd.DataFrame:
     rows = [
         _row(run, part, blocks, resamples=resamples, level=level)
         for asked, blocks in _found(run)
+        if asked["blocks"] in numbers
         for _, part in _of(test, asked).groupby([*CHOICE_KEYS, "trained_on"], sort=False)
     ]
     return pd.DataFrame(rows)
@@ -39,16 +53,20 @@ def compare_blocks(run: Path, *, resamples: int, level: float) -> pd.DataFrame:
 
 def _found(run: Path) -> Iterator[tuple[dict[str, Any], list[tuple[int, ...]]]]:
     for path in sorted((run / ANSWERS).glob("*.json")):
-        content = unseal(read_small(path))
+        try:
+            content = unseal(read_small(path))
+        except (StoreError, ValueError) as error:
+            logger.warning("%s: is damaged (%s) and left out", path, error)
+            continue
         if "blocks" in content["asked"]:
             yield content["asked"], [tuple(block) for block in content["found"]]
 
 
 def _of(rows: pd.DataFrame, asked: Mapping[str, Any]) -> pd.DataFrame:
     """Keep the rows of the setting in which a question was asked."""
-    prints = asked["fingerprints"]
-    of_store = prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
-    same = (rows["store_fingerprint"] == of_store) & (rows["data_digest"] == asked["data_digest"])
+    same = (rows["store_fingerprint"] == joint_fingerprint(asked["fingerprints"])) & (
+        rows["data_digest"] == asked["data_digest"]
+    )
     for column in ("sigma", "draw", "pooling"):
         same &= rows[column] == asked[column]
     kept: pd.DataFrame = rows[same & rows["combination"].isin(("single", "concat"))]

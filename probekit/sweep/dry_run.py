@@ -91,7 +91,7 @@ def _pairs(plan: Prepared) -> Iterator[tuple[str, str]]:
         lost = ", ".join(f"{sum(len(one.excluded) for one in some):,} {name}" for name, some in parts.items())
         apart = f", {data.train_connected:,} connected to other sets" if data.train_connected else ""
         text = f"{sum(len(store.rows) for store in stores):,} rows; pairs: {counts}; left out: {lost}{apart}"
-        yield f"{stores[0].path.name}", text
+        yield f"{stores[0].path.name} ({selection.trained_on})", text
 
 
 def _memory(groups: Sequence[tuple[int, Sequence[Work]]], budget: Budget, out: Path) -> Iterator[tuple[str, str]]:
@@ -121,21 +121,28 @@ def _time(groups: Sequence[tuple[int, Sequence[Work]]]) -> str:
     fits = judges = reads = 0.0
     for count, members in groups:
         for work in members:
-            n, d = len(material(work.record.selection).train.label), sum(place.width for place in work.places)
-            fits += unit * len(work.unit) * _cost(work.record, n, d) / count
+            n, widths = len(material(work.record.selection).train.label), [place.width for place in work.places]
+            d = sum(widths)
+            fits += unit * len(work.unit) * _cost(work.record, n, widths) / count
             judges += judge * len(work.unit) / count
             reads += read * d * sum(len(open_cached(path).rows) for path in work.record.selection.stores) / count
+    slow = any(one.streamed or not one.head_memory for _, members in groups for one in members)
     mlps = any(not isinstance(one.record.head, LinearHead) for _, members in groups for one in members)
     return (
         f"about {duration(fits + judges + reads)} (fits {duration(fits)}, intervals {duration(judges)}, reading "
-        f"{duration(reads)}), from one small fit timed here" + ("; MLPs as if none stopped early" if mlps else "")
+        f"{duration(reads)}), from one small fit timed here"
+        + ("; MLPs as if none stopped early" if mlps else "")
+        + ("; fits from files, and those without a factorisation, take longer" if slow else "")
     )
 
 
-def _cost(record: Record, n: int, d: int) -> float:
-    """Multiplications of a fit of n pairs with d channels."""
+def _cost(record: Record, n: int, widths: list[int]) -> float:
+    """Multiplications of a fit of n pairs on layers of some widths."""
+    one_width = record.combination in ("mean", "scalar-mix")
+    fitted = widths if record.combination == "late-fusion" else [widths[0] if one_width else sum(widths)]
     if isinstance(record.head, LinearHead):
-        return _linear_cost(n, d, record.head.folds * len(record.head.strengths))
+        return sum(_linear_cost(n, d, record.head.folds * len(record.head.strengths)) for d in fitted)
+    (d,) = fitted
     weights = sum(a * b for a, b in zip([d, *record.head.hidden], [*record.head.hidden, 1], strict=True))
     return 6.0 * n * weights * record.head.max_epochs  # two rows to a pair; forward, and twice that backward
 

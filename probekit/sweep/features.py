@@ -4,7 +4,7 @@ m = rows of all stores of a selection, one store after the other; n = its pairs:
 then those of each test set (`Material.parts`); d = channels.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -273,8 +273,7 @@ class Scratch:
 
     def _made(self, places: Sequence[Place]) -> list[tuple[Path, bool, ExitStack]]:
         """Write what is missing; layers of other settings go, as fits come setting by setting."""
-        settings = {place.setting for place in places}
-        self._forget([place for place in self._files if place.setting not in settings])
+        self._forget([place for place in self._files if place.setting != places[0].setting])
         for place in places:
             if place not in self._files:
                 self._files[place] = self._write(place)
@@ -300,18 +299,10 @@ class Scratch:
 
 def scratch_bytes(sets: Sequence[tuple[Place, ...]]) -> int:
     """Bytes that the files of some streamed fits take at most at a time."""
-    layers = {place for places in sets for place in places}
-    return max(
-        (
-            sum(
-                4 * len(material(place.selection).train.rows) * place.width
-                for place in layers
-                if place.setting in {mine.setting for mine in places}
-            )
-            for places in sets
-        ),
-        default=0,
-    )
+    sizes: Counter[object] = Counter()
+    for place in dict.fromkeys(place for places in sets for place in places):
+        sizes[place.setting] += 4 * len(material(place.selection).train.rows) * place.width
+    return max(sizes.values(), default=0)
 
 
 def _blocks(D: FloatArray) -> Iterator[tuple[slice, FloatArray]]:

@@ -31,7 +31,6 @@ def check_folder(out: Path) -> None:
 def bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> Path:
     """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
     loaded = load_preferences(prefs, **reading.loading())
-    loaded.unpack_images()
     # A missing file costs its pairs here, as a row that the store lacks does.
     frame = loaded.judgements(loaded.image_digests(out / DIGESTS, max_bad=1.0))
     path = out / JUDGEMENTS / f"{loaded.name}.parquet"

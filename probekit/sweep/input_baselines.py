@@ -14,14 +14,13 @@ import numpy as np
 from sklearn.base import clone
 
 from probekit import results
-from probekit._types import FloatArray
 from probekit.config import Ties
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
 from probekit.heads.base import PairHead
-from probekit.store import FeatureStore, Pairs, canonical_json
+from probekit.store import FeatureStore, canonical_json
 from probekit.sweep.evaluate import judged_rows
-from probekit.sweep.features import Place
-from probekit.sweep.fitting import fit_facts
+from probekit.sweep.features import Features, Place
+from probekit.sweep.fitting import fit_facts, margins
 from probekit.sweep.material import Selection, material, open_cached
 from probekit.sweep.plan import FIT_VERSION, Judged, Record
 
@@ -46,6 +45,8 @@ class InputBaseline(Judged):
     name: str
     seen: str
     selection: Selection
+    sigma: str
+    draw: int
     datasets: tuple[str, ...]
     trained_on: str
     data_digest: str
@@ -54,8 +55,8 @@ class InputBaseline(Judged):
 
     @property
     def record_id(self) -> str:
-        """SHA-256 over the plain values, without paths and names of backbones."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("selection", "name")}
+        """SHA-256 over the plain values, without paths and where the same numbers are read."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("selection", "sigma", "draw")}
         plain |= {"head": repr(SEEN[self.seen][1].get_params()), "fit_version": FIT_VERSION}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
 
@@ -71,12 +72,15 @@ def plan_input_baselines(records: Sequence[Record]) -> list[InputBaseline]:
     planned = []
     for (trained_on, datasets, _, entering), record in found.items():
         alike = sum(key[:2] == (trained_on, datasets) for key in found)
-        for seen in SEEN:
+        held = set(open_cached(record.store).inputs)
+        for seen in (seen for seen, (groups, _) in SEEN.items() if held.issuperset(groups)):
             planned.append(
                 InputBaseline(
                     name=seen if alike == 1 else f"{seen} ({record.backbone})",
                     seen=seen,
                     selection=record.selection,
+                    sigma=record.sigmas[0],
+                    draw=record.draw,
                     datasets=record.datasets,
                     trained_on=record.trained_on,
                     data_digest=record.data_digest,
@@ -104,14 +108,17 @@ def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
     """Fit one baseline and write its part."""
     data, store = material(baseline.selection), open_cached(baseline.selection.stores[0])
     groups, head = SEEN[baseline.seen]
-    sigma, draw = store.coordinates[0]
     (layer,) = store.layers_of(groups[0])
-    features = Place(baseline.selection, (sigma,), draw, groups, layer.index).rows()
-    train = data.train
+    features = Features((Place(baseline.selection, (baseline.sigma,), baseline.draw, groups, layer.index),))
     fitted: PairHead | None = None
-    if (features[train.rows[:, 0]] != features[train.rows[:, 1]]).any():
-        weight, group = train.frame["weight"].to_numpy(), train.frame["group"].to_numpy()
-        fitted = clone(head).fit(features, train.rows, train.label, sample_weight=weight, groups=group)
+    if features.vary:
+        group = data.train.frame["group"].to_numpy()
+        given = {"label": data.train.label, "sample_weight": data.train.frame["weight"].to_numpy(), "groups": group}
+        if isinstance(head, BradleyTerryMLP):
+            fitted = clone(head).fit(features.rows, data.train.rows, **given)
+        else:
+            linear = clone(head).set_params(cv=min(head.cv, len(np.unique(group))), quantisation=features.noise)
+            fitted = linear.fit_differences(features.differences, **given)
     facts = results.NO_FEATURES | (results.NO_FIT if fitted is None else fit_facts(fitted))
     facts |= {
         "record_id": baseline.record_id,
@@ -124,9 +131,6 @@ def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
         "data_digest": baseline.data_digest,
         "probekit_version": version("dit-probekit"),
     }
-
-    def margins(pairs: Pairs) -> FloatArray:
-        return np.zeros(len(pairs.rows)) if fitted is None else fitted.decision_function(features, pairs.rows)
-
-    rows, kept = judged_rows(baseline, data, margins, facts, blind=fitted is None)
+    judged = data.by_part(margins(fitted, features))
+    rows, kept = judged_rows(baseline, data, judged, facts, blind=fitted is None)
     results.write_part(out, baseline.record_id, rows, kept)

@@ -49,7 +49,7 @@ def check_protocol(protocol: str, frame: pd.DataFrame, *, where: Path) -> None:
         others = ", ".join(name for name, one in PROTOCOLS.items() if "listed_first" not in one.needs)
         message = (
             f"{where}: protocol is {protocol!r}, but the judgements do not say which picture the file lists first "
-            f"(an earlier version wrote them: run the dump again, which computes nothing anew); allowed here: {others}"
+            f"(an earlier version wrote them: give the preference file with --prefs); allowed here: {others}"
         )
         raise ConfigError(message)
 

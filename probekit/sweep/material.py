@@ -4,7 +4,7 @@ m = rows of all stores of a selection, one store after the other; n = pairs.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -119,6 +119,12 @@ class Material:
             for table in (frame, pairs.excluded[["pair_id", "source", "reason"]]):
                 digest.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
         return digest.hexdigest()
+
+
+def joint_fingerprint(fingerprints: Sequence[str]) -> str:
+    """Name the stores of a selection together: the fingerprint of one, a digest of several."""
+    several = "\n".join(sorted(fingerprints)).encode()
+    return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(several).hexdigest()
 
 
 @lru_cache(maxsize=8)

@@ -10,9 +10,9 @@ linear head fits together. They are upper limits of measured peaks (peak residen
     scalar mix             4 N d + 28 n d + 36 w^2 + 44 n k            w = channels of one layer
     late fusion            4 N d + 12 n d + 36 w^2 + 12 * 8192 w + 44 n k
     MLP                    4 m d + 24 m d + 24 d * (first hidden width) * (seeds fitted together)
+    judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 
 Of a mean of layers, d is the channels of one.
-    judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 """
 
 import os
@@ -231,11 +231,15 @@ def told(groups: Sequence[tuple[int, Sequence[Work]]], budget: Budget, jobs: int
     """Say what the memory costs: fits in fewer processes than asked for, and fits that read from files."""
     bound = scaled(budget.total, "B")
     for count, members in groups:
-        some = f"{len(members):,} of {sum(len(one) for _, one in groups):,} fits"
+        some = f"{_count(members):,} of {sum(_count(others) for _, others in groups):,} fits"
         if members[0].streamed:
             yield f"{some} do not fit into {bound}: their differences are read from files again and again, one by one"
         elif count < min(jobs, len(members)):
             yield f"{some} run in {count} of {jobs} processes, so that all together stay within {bound}"
+
+
+def _count(members: Sequence[Work]) -> int:
+    return sum(len(one.unit) for one in members)
 
 
 def _refused(record: Record, needed: int, allowed: int, budget: Budget) -> ConfigError:

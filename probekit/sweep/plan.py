@@ -16,7 +16,7 @@ from probekit.results import JOINED, SPLITS
 from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
 from probekit.sweep.layer_sets import layer_sets
-from probekit.sweep.material import Portion, Selection, material, open_cached
+from probekit.sweep.material import Portion, Selection, joint_fingerprint, material, open_cached
 
 FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
 OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}  # of a head: what a record has as its own value
@@ -207,7 +207,7 @@ def plan_records(
                 backbone=store.describe["name"],
                 control=control_of(store),
                 training_images=store.describe["training_images"],
-                fingerprint=fingerprints[0] if len(fingerprints) == 1 else _digest(fingerprints),
+                fingerprint=joint_fingerprint(fingerprints),
                 trained_on=selection.trained_on,
                 datasets=tuple(data.tests),
                 data_digest=data_digest,
@@ -234,7 +234,10 @@ def _settings(
     apart = [((sigma,), draw) for sigma, draw in coordinates]
     together = _together(coordinates)
     if not together and any("sigma" in head.across for head in config.heads):
-        message = f"{store.path}: across: sigma: no noise draw is there at all noise levels; allowed: draws that are"
+        held = ", ".join(f"{draw} at {sigma}" for sigma, draw in coordinates)
+        message = (
+            f"{store.path}: across: sigma: no noise draw is there at all noise levels, but {held}; allowed: one that is"
+        )
         raise ConfigError(message)
     places = list(dict.fromkeys([*apart, *together]))
     chosen = list(dict.fromkeys([*((pooling,) for pooling in poolings), tuple(poolings)]))
@@ -259,10 +262,6 @@ def units(records: Sequence[Record]) -> list[list[Record]]:
     for record in records:
         found.setdefault(replace(record, seed=0).record_id, []).append(record)
     return list(found.values())
-
-
-def _digest(texts: list[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _coordinates(config: SweepConfig, store: FeatureStore) -> list[tuple[str, int]]:
@@ -345,7 +344,8 @@ def store_settings(store: FeatureStore) -> dict[str, Any]:
     facts = {"store": store.path.name, "fingerprint": store.fingerprint, "rows": len(store.rows)}
     if store.describe.get("imported"):  # numbers alone would not say which of the layers given is which
         plain["layer_names"] = ", ".join(f"{layer.index} = {layer.name}" for layer in store.layers)
-    shown = {"pooling": store.config["poolings"], "sigma_resolution": store.sigma_resolution}
+    poolings = {name: store.config["poolings"][name] for name in store.poolings}
+    shown = {"pooling": poolings, "inputs": ", ".join(store.inputs), "sigma_resolution": store.sigma_resolution}
     return facts | plain | dict(store.config.get("noise", {})) | shown
 
 

@@ -1,4 +1,4 @@
-"""Run a sweep: every head on every layer set of every store, one record at a time.
+"""Run a sweep: every head on every layer set of every store; records that differ in their seed alone go together.
 
 A record's results are written as one part, atomically, by the process that computed them; the same command again
 computes only the records that have no part.
@@ -21,7 +21,7 @@ from probekit._workers import run_in_processes
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError, HeadError, StoreError
-from probekit.heads import layer_set_name
+from probekit.heads import layer_set_name, specs_with_features
 from probekit.store import FeatureStore
 from probekit.store.files import check_space
 from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
@@ -139,7 +139,7 @@ def run_sweep(
     budget = budget_of(bytes_allowed)
     groups = groups_of(todo, budget, jobs)
     check_space(
-        out / "config.json", scratch_bytes([work.places for _, some in groups for work in some if work.streamed])
+        out / "differences", scratch_bytes([work.places for _, some in groups for work in some if work.streamed])
     )
     for line in told(groups, budget, jobs):
         logger.info("%s", line)
@@ -172,9 +172,12 @@ def run_sweep(
     beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
     facts = store_facts(records, plan.stores, baselines=beside)
     others = results.rebuild(out, fitted_ids + beside, facts=facts)
-    results.write_blocks(out, compare_blocks(out, resamples=config.resamples, level=config.level))
+    numbers = {
+        spec["blocks"] for head in config.heads for spec in specs_with_features(head.layer_sets) if "blocks" in spec
+    }
+    results.write_blocks(out, compare_blocks(out, numbers, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
-    fitted_heads = results.load_results(out).query("head_kind != 'external'").drop_duplicates("record_id")
+    fitted_heads = results.load_results(out).query("head_kind in ('linear', 'mlp')").drop_duplicates("record_id")
     grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
     for warning in fit_warnings(fitted_heads, grids):
         logger.warning("%s", warning)
