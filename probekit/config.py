@@ -312,6 +312,15 @@ class MLPHead(_Head):
     patience: int = Field(5, ge=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_once(cls, seeds: list[int]) -> list[int]:
+        twice = [seed for seed, times in Counter(seeds).items() if times > 1]
+        if twice:
+            message = f"{twice[0]} stands {seeds.count(twice[0])} times; allowed: each seed once"
+            raise ValueError(message)
+        return seeds
+
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, data: object) -> object:

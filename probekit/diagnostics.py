@@ -31,7 +31,10 @@ def fit_warnings(records: pd.DataFrame, grids: Mapping[str, Sequence[float]] | N
     dropped = records[records["n_dropped"] > 0]
     found = [
         *_strengths(records[records["edge_of_grid"]], grids or {}),
-        counted(records[~records["converged"]], "did not converge (every number of such a fit is marked)"),
+        counted(
+            records[~records["converged"]],
+            "did not converge (every number of such a fit is marked; of an MLP, more max_epochs let it)",
+        ),
         counted(
             records[records["n_less_than_d"]],
             "had fewer training pairs than channels, so that a weak penalty fits all of them; their training accuracy"
@@ -58,11 +61,12 @@ def counted(records: pd.DataFrame, what: str) -> str:
     """Say in a sentence how many heads, and name the first few; empty without any."""
     if records.empty:
         return ""
-    several = records["head"].nunique() > 1
+    shown = {"head": "{}", "sigma": "sigma {}", "seed": "seed {}"}  # where there are several
+    several = [column for column in shown if records[column].nunique() > 1]
     first = records.head(_NAMED).to_dict("records")
     names = [
         f"{row['backbone']} ({row['control']}) layers {set_label(_short(row['layer_set']), row['combination'])}"
-        + f" {row['head']}" * several
+        + "".join(f", {shown[column].format(row[column])}" for column in several)
         for row in first
     ]
     more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""

@@ -130,7 +130,7 @@ def _time(groups: Sequence[tuple[int, Sequence[Work]]]) -> str:
     mlps = any(not isinstance(one.record.head, LinearHead) for _, members in groups for one in members)
     return (
         f"about {duration(fits + judges + reads)} (fits {duration(fits)}, intervals {duration(judges)}, reading "
-        f"{duration(reads)}), from one small fit timed here"
+        f"{duration(reads)}), from one small fit timed here; searches, baselines and starting not counted"
         + ("; MLPs as if none stopped early" if mlps else "")
         + ("; fits from files, and those without a factorisation, take longer" if slow else "")
     )
