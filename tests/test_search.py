@@ -1,15 +1,14 @@
 """Subsets of layers: screened from Gram matrices, ranked as exact fits rank them, without held-out labels."""
 
-import sys
 import weakref
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm, spearmanr
 
+from probekit.bench.sweep_search import SyntheticDepth
 from probekit.errors import HeadError
 from probekit.heads import (
     BradleyTerryClassifier,
@@ -23,9 +22,6 @@ from probekit.heads.cross_fit import cross_fit
 from probekit.heads.linear import _folds
 from probekit.heads.screening import JointGram, expected_losses, project
 
-sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
-from subset_search import Depth
-
 
 class Own(np.ndarray):
     """Arrays that can be watched by a weak reference."""
@@ -34,7 +30,7 @@ class Own(np.ndarray):
 @pytest.fixture(scope="module")
 def made():
     """Eight layers, 800 pairs, 40 channels; signal shared and of their own."""
-    return Depth(8, 800, 40, seed=1)
+    return SyntheticDepth(8, 800, 40, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,7 @@ def test_little_memory_changes_no_number_and_no_two_layers_are_held(made):
 
 def test_labels_of_held_out_pairs_are_not_seen():
     """Where nothing is to be found, screened sets lose as much as exact ones; with bases of other folds, 0.02 less."""
-    noise = Depth(6, 300, 60, seed=2)
+    noise = SyntheticDepth(6, 300, 60, seed=2)
     label = np.random.default_rng(0).integers(0, 2, 300).astype(float)
     given = (label, None, noise.groups)
     screened = screen_subsets(noise, range(6), *given, Cs=(0.1,)).query("size == 2")
@@ -183,7 +179,7 @@ def test_layers_without_differences_are_in_no_subset(made):
 
 
 def test_fewer_pairs_than_channels(made):
-    wide = Depth(5, 60, 100, seed=3)
+    wide = SyntheticDepth(5, 60, 100, seed=3)
     pairs = list(combinations(range(5), 2))
     found = screen_subsets(wide, range(5), wide.label, None, wide.groups, Cs=(0.01, 0.1, 1.0), cv=3)
     exact = refit_subsets(wide, pairs, wide.label, None, wide.groups, Cs=(0.01, 0.1, 1.0), cv=3).set_index("layers")[
