@@ -199,21 +199,22 @@ def test_wrong_options_of_the_store_are_one_line(temporary, given, message):
 
 
 def test_the_fits_beside_scikit_learn_as_json(temporary):
-    done = probekit("bench", "sweep", "--scale", 0.01, "--json")
+    chosen = [case for case in sweep_cases.CASES if not case.set_size]  # searches, which loop over sets, are below
+    done = probekit(
+        "bench", "sweep", "--scale", 0.01, "--json", *(word for case in chosen for word in ("--case", case.name))
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found["cases"]) == [case.name for case in sweep_cases.CASES]
-    for case in sweep_cases.CASES:
+    assert list(found["cases"]) == [case.name for case in chosen]
+    for case in chosen:
         figure = found["cases"][case.name]
         if case.rounds == 1:  # of several rounds, the ratio of medians is not the median of ratios
             assert figure["ratio"]["median"] == pytest.approx(figure["seconds"]["theirs"] / figure["seconds"]["ours"])
         assert 0 < figure["ratio"]["smallest"] <= figure["ratio"]["median"] <= figure["ratio"]["largest"]
         exact = [figure[name] is None or figure[name] <= bound for name, bound in sweep_bench.BOUNDS.items()]
-        rank = figure["rank_correlation"]
-        exact.append(rank is None or rank >= sweep_bench.LEAST_RANK_CORRELATION)
         assert figure["reached"] == (figure["ratio"]["median"] >= case.asked and all(exact))
-        assert (rank is not None) == bool(case.set_size)
-        if not case.hidden and not case.set_size:
+        assert figure["rank_correlation"] is None
+        if not case.hidden:
             assert figure["loss_gap"] <= 2e-6
             assert figure["coefficient_error"] <= 1e-3
 

@@ -277,7 +277,8 @@ def test_a_dry_run_says_what_the_dump_then_does(dump, small_shards, tmp_path, mo
     assert f"0 done and skipped, 0 done again, {shards:,} new" in said["shards"]
     layers, width = len(store.layers), store.describe["width"]
     assert f"mean: at most {4 * rows * width / 1e3:.3g} kB a layer, {layers} layers" in said["bytes"]
-    assert f"in all at most {4 * rows * width * 17 * layers / 1e6:.3g} MB" in said["bytes"]
+    entering = sum(store.read(layer=0, pooling=name).shape[1] for name in store.inputs)
+    assert f"in all at most {4 * rows * (width * 17 * layers + entering) / 1e6:.3g} MB" in said["bytes"]
     assert said["time"].startswith("about ")
     assert "points" in said["resolves"]
     again = lines(probekit(*command, "--dry-run"))
