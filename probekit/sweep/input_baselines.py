@@ -28,7 +28,7 @@ from probekit.sweep.plan import FIT_VERSION, Judged, Record
 SEEN: dict[str, tuple[tuple[str, ...], BradleyTerryClassifierCV | BradleyTerryMLP]] = {
     "pixels": (("pixels",), BradleyTerryClassifierCV()),
     "VAE latents": (("latents",), BradleyTerryClassifierCV()),
-    "VAE latents and prompt": (("latents", "text"), BradleyTerryMLP(hidden=(256,))),
+    "VAE latents and prompt": (("latents", "text"), BradleyTerryMLP(hidden=(64,), patience=3)),
 }
 _ENCODERS = ("weights", "files")
 #: Settings of a store that what enters the transformer does not depend on.
