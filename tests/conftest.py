@@ -6,9 +6,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two spinning thread pools on two cores are many times slower
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only
+
+settings.register_profile("probekit", deadline=None)  # no test fails because a machine is busy
+settings.load_profile("probekit")
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start; read when torch is loaded

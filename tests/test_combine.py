@@ -34,7 +34,7 @@ from probekit.heads import (
     specs_with_features,
 )
 
-small = settings(max_examples=25, deadline=None)
+small = settings(max_examples=25)
 
 
 # layer sets

@@ -128,7 +128,7 @@ def test_a_parquet_file_of_fixed_size_lists_and_one_layer(prefs, tmp_path):
     bits=st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=4),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_numbers_of_safetensors_are_read_exactly(tmp_path_factory, bits, dtype):
     """What torch says a number of these types is as float32 is what is read, not finite ones included."""
     from probekit.imports.feature_files import open_features

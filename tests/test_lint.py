@@ -257,7 +257,7 @@ hashes = st.lists(st.integers(0, 2**64 - 1), unique=True, max_size=12)
 
 
 @given(hashes, hashes, st.lists(st.tuples(st.integers(0, 11), st.sets(st.integers(0, 63), max_size=6)), max_size=12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_near_hashes_are_those_of_a_search_through_all(left, right, flips):
     for place, bits in flips:
         if place < len(left):

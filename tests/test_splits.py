@@ -43,7 +43,7 @@ pair_lists = st.lists(
 
 @given(pair_lists, st.booleans(), st.integers(0, 3), st.sampled_from([None, "m0", "m1"]))
 @example([(0, 0, 1, "train"), (1, 1, 0, "train")], True, 0, "m0")  # the file names splits, but no test split
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_no_group_is_cut(tmp_path_factory, drawn, official, seed, generator):
     """Images stand under several prompts: whatever splits are asked for, none shares a prompt or an image."""
     folder = tmp_path_factory.mktemp("prefs")

@@ -44,7 +44,7 @@ def test_the_planted_layer_is_found_and_chosen(tmp_path):
 
 
 def test_nothing_is_found_where_nothing_was_planted(tmp_path):
-    """Over 100 draws of labels, the interval of the chosen layer covers 50 % about as often as it claims.
+    """Over 60 draws of labels, the interval of the chosen layer covers 50 % about as often as it claims.
 
     The whole line runs each time: strengths by cross-validation, layers by validation, accuracy on test.
     """
@@ -53,14 +53,14 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path):
     judgements = pd.read_parquet(file)
     file.with_suffix(".json").unlink()  # it vouches for the labels that were written with it
     covered = 0
-    for draw in range(100):
+    for draw in range(60):
         labels = np.random.default_rng(draw).integers(0, 2, len(judgements)).astype(float)
         judgements.assign(label=labels).to_parquet(file, index=False)
         run = probekit.run_sweep(config(), stores=[path], out=tmp_path / str(draw))
         (chosen,) = probekit.load_results(run).query("chosen and split == 'test' and source == 'all'").itertuples()
         covered += chosen.low <= 0.5 <= chosen.high
-    # 95 % of 100 is 95; a binomial with that chance leaves this range six times in a thousand
-    assert 87 <= covered <= 99
+    # 95 % of 60 is 57; a binomial with that chance is below 52 three times in a thousand
+    assert covered >= 52
 
 
 def test_heads_of_both_kinds_and_seeds_are_separate_records(tmp_path):

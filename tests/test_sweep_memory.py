@@ -243,7 +243,7 @@ def test_a_dry_run_counts_fits_and_says_what_they_cost_without_writing(planted, 
     assert "mlp fits 1 to do, 0 already done" in said
     assert "at most 4 more layer sets" in said
     assert "400 rows; pairs: 100 training, 40 validation, 60 test; left out: 0 training, 0 validation, 0 test" in said
-    assert re.search(r"time about .* from one small fit timed here; MLPs as if none stopped early", said)
+    assert re.search(r"time about .* from one small fit timed here; .*; MLPs as if none stopped early", said)
     assert re.search(r"memory up to .* a process, of which .* without a fit; up to .* in all.* bound 68.7 GB", said)
     assert "resolves planted: 60 decided test pairs in 60 groups show a difference of two heads from 16 points" in said
     assert not out.exists()
