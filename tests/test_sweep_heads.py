@@ -254,5 +254,24 @@ def test_ways_of_joining_stand_in_the_report_with_their_rule(run, tmp_path):
 def test_a_preset_fills_in_what_is_not_said():
     head = config({"kind": "mlp", "preset": "dit-reward", "seeds": [0, 1], "dropout": 0.1}).heads[0]
     preset = PRESETS["dit-reward"]
-    assert (head.name, head.hidden, head.layer_sets) == ("dit-reward", [1024, 16], preset["layer_sets"])
+    assert (head.hidden, head.layer_sets) == ([1024, 16], preset["layer_sets"])
     assert (head.dropout, head.seeds, head.combine) == (0.1, [0, 1], ["concat"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({}, "dit-reward"),
+        ({"seeds": [0, 1], "layer_sets": ["singles"], "hidden": [1024, 16], "dropout": 0.05}, "dit-reward"),
+        ({"hidden": [64]}, "dit-reward-hidden-64"),
+        (
+            {"dropout": 0.1, "hidden": [64, 8], "linear_skip": True},
+            "dit-reward-hidden-64-8-linear_skip-True-dropout-0.1",
+        ),
+        ({"hidden": [64], "name": "small"}, "small"),
+    ],
+)
+def test_a_head_that_is_trained_otherwise_than_its_preset_says_so_in_its_name(beside, name):
+    once = config({"kind": "mlp", "preset": "dit-reward"} | beside)
+    assert once.heads[0].name == name
+    assert SweepConfig.checked(once.model_dump(), source="again").heads[0].name == name

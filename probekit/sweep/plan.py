@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from probekit.config import LinearHead, MLPHead, Rule, SweepConfig, Ties
+from probekit.config import OF_THE_PLAN, LinearHead, MLPHead, Rule, SweepConfig, Ties
 from probekit.errors import ConfigError
 from probekit.heads import combination_name
 from probekit.results import JOINED, SPLITS
@@ -19,7 +19,6 @@ from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, joint_fingerprint, material, open_cached
 
 FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
-OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}  # of a head: what a record has as its own value
 _T = TypeVar("_T", str, int)
 
 
