@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,12 @@ app.add_typer(playground, name="playground")
 bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
 app.add_typer(bench, name="bench")
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""What typer raises where options are wrong; it has no name of its own."""
+
 ExportFormat = Literal["parquet", "safetensors"]
+
+_SECONDS_A_LINE = 30  # of progress that goes to a file
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -206,7 +212,7 @@ def sweep(
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
     min_confidence: ConfidenceOption = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes of one thread each; fewer where --memory is short")] = 1,
+    jobs: Annotated[int, typer.Option(help="processes of one thread each; fewer where --memory is short")] = 1,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -603,7 +609,21 @@ def _facts(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """Progress bars on stderr, one for each first word of the reported text where no unit is named."""
+    """Progress bars on stderr, one for each first word of the reported text where no unit is named.
+
+    Where stderr is no terminal: a line now and then.
+    """
+    if not err_console.is_terminal:
+        last = time.monotonic()
+
+        def tell(done: int, total: int, text: str) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last >= _SECONDS_A_LINE:
+                last = now
+                err_console.print(f"{done:,}/{total:,} {unit} {text}".replace("  ", " "), markup=False, highlight=False)
+
+        yield tell
+        return
     whole: dict[str, Any] = {"no_wrap": True}  # on a narrow terminal only the text gives way
     columns = (
         TextColumn("{task.description}", table_column=Column(**whole)),
@@ -653,7 +673,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command of commands alone: its message is the help
+            error.show()
+        else:
+            err_console.print(f"error: {' '.join(error.format_message().split())}", markup=False, highlight=False)
+        sys.exit(2)
     except ProbekitError as error:
         err_console.print(f"error: {error}", markup=False, highlight=False)
         sys.exit(error.exit_code)

@@ -117,6 +117,16 @@ def test_poolings_side_by_side_have_the_layers_that_all_of_them_have(tmp_path):
     np.testing.assert_array_equal(features_of(records[0]).rows, np.concatenate(expected, axis=1))
 
 
+def test_joining_one_noise_level_is_said(store, caplog):
+    head = LINEAR | {"name": "levels", "across": ["sigma", "pooling"]}
+    assert [record.sigma for record in planned(config(head, sigmas=["0.1"]), store)] == ["0.1"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{store}, head levels: across: {what} joins nothing, since {only} is the only one; its fits are those on it "
+        "alone"
+        for what, only in (("sigma", "0.1"), ("pooling", "mean"))
+    ]
+
+
 def test_draws_that_are_not_at_all_levels_are_not_put_side_by_side(tmp_path):
     places = [("0.005", 0), ("0.005", 1), ("0.1", 0)]
     store = planted_store(tmp_path / "store", signal={}, seed=0, coordinates=places, pairs=60)

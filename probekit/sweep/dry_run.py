@@ -18,7 +18,7 @@ from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.features import scratch_bytes
 from probekit.sweep.folder import DIGESTS
 from probekit.sweep.material import Selection, material, open_cached
-from probekit.sweep.memory import Budget, Work, budget_of, bytes_of, groups_of, told
+from probekit.sweep.memory import Budget, Work, told
 from probekit.sweep.plan import Record
 from probekit.sweep.run import Prepared, prepare
 
@@ -47,7 +47,6 @@ def dry_run(
         Heading and text, for a person.
     """
     out, at_most = Path(out), list[int]()
-    bound = bytes_of(memory) if isinstance(memory, str) else memory
     with tempfile.TemporaryDirectory(prefix="probekit-") as folder:
         if (out / DIGESTS).is_file():
             shutil.copyfile(out / DIGESTS, Path(folder) / DIGESTS)
@@ -58,15 +57,14 @@ def dry_run(
             prefs=prefs,
             reading=reading,
             ties=ties,
-            memory=bound,
-            bound=Path(folder),
+            jobs=jobs,
+            memory=memory,
+            judged_in=Path(folder),
             at_most=at_most,
         )
-        done = results.done_records(out)
-        budget = budget_of(bound)
-        groups = groups_of([record for record in plan.records if record.record_id not in done], budget, jobs)
+        groups, budget = plan.groups, plan.budget
         return [
-            *_fits(plan, done, sum(at_most)),
+            *_fits(plan, plan.done, sum(at_most)),
             *_pairs(plan),
             ("time", _time(groups)),
             *_memory(groups, budget, out),

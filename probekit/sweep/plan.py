@@ -1,6 +1,7 @@
 """The plan of a sweep: a list of typed records hashed from plain values, each one fit of one head."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,6 +18,8 @@ from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
 from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, joint_fingerprint, material, open_cached
+
+logger = logging.getLogger(__name__)
 
 FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
 _T = TypeVar("_T", str, int)
@@ -238,6 +241,11 @@ def _settings(
             f"{store.path}: across: sigma: no noise draw is there at all noise levels, but {held}; allowed: one that is"
         )
         raise ConfigError(message)
+    for what, values in (("sigma", {sigma for sigma, _ in coordinates}), ("pooling", poolings)):
+        names = ", ".join(head.name for head in config.heads if what in head.across)
+        if names and len(values) == 1:
+            text = "%s, head %s: across: %s joins nothing, since %s is the only one; its fits are those on it alone"
+            logger.warning(text, store.path, names, what, *values)
     places = list(dict.fromkeys([*apart, *together]))
     chosen = list(dict.fromkeys([*((pooling,) for pooling in poolings), tuple(poolings)]))
     for place, joined, head in product(places, chosen, config.heads):
