@@ -467,15 +467,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what a feature store or a run holds."""
-    facts = _facts(path)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    if "bytes" in facts:
-        facts["bytes"] = scaled(facts["bytes"], "B")
-    _print_lines(
-        (key, json.dumps(value) if isinstance(value, dict | list) else str(value)) for key, value in facts.items()
-    )
+    from probekit.report import summary
+
+    facts, is_store = _facts(path)
+    _show(facts, (summary.store_lines if is_store else summary.run_lines)(facts), as_json=as_json)
 
 
 @bench.command("dump")
@@ -577,7 +572,7 @@ def _reading(given: dict[str, Any]) -> PreferenceOptions:
     return PreferenceOptions.checked(named, source="options")
 
 
-def _show(facts: dict[str, Any], lines: list[tuple[str, str]], *, as_json: bool) -> None:
+def _show(facts: dict[str, Any], lines: Iterable[tuple[str, str]], *, as_json: bool) -> None:
     """Print facts as JSON, or their lines of (heading, text) as a table."""
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -594,15 +589,16 @@ def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
     out_console.print(table)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> tuple[dict[str, Any], bool]:
+    """Plain facts of a store or a run, and whether it is a store."""
     if (path / "store.json").is_file() or (path / "shards").is_dir():
         from probekit.store import FeatureStore
 
-        return FeatureStore(path).summary()
+        return FeatureStore(path).summary(), True
     if (path / "config.json").is_file():
         from probekit.results import describe_run
 
-        return describe_run(path)
+        return describe_run(path), False
     message = f"{path}: is neither a feature store (no store.json) nor a run (no config.json)"
     raise ConfigError(message)
 

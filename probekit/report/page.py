@@ -39,7 +39,7 @@ from probekit.report.select import (
 )
 from probekit.report.size_figures import scaling_figure, training_figure
 from probekit.report.style import save
-from probekit.results import load_config, load_results
+from probekit.results import PLAN, check_finished, load_config, load_results
 from probekit.stats import PROTOCOLS
 
 _SVG_ID = re.compile(r'(\bid="|xlink:href="#|url\(#)')
@@ -65,6 +65,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     if out.is_dir():
         msg = f"{out}: is a folder; name the page to write, such as {out / 'report.html'}"
         raise ResultsError(msg)
+    check_finished(run)
     everything = load_results(run)
     frame = unsliced(probed(everything))
     if frame.empty:
@@ -105,7 +106,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         store_common=common,
         store_table=differing,
         config=json.dumps(
-            {key: value for key, value in config.items() if key != "stores"}, indent=2, ensure_ascii=False
+            {key: value for key, value in config.items() if key not in ("stores", PLAN)}, indent=2, ensure_ascii=False
         )
         if config
         else "",

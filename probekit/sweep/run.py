@@ -147,6 +147,9 @@ def run_sweep(
     scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
     resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(plan.selections)
     resolved |= {"stores": [store_settings(store) for store in plan.stores], MADE_FROM: plan.made_from}
+    fitted_ids = [record.record_id for record in records]
+    beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
+    resolved |= {results.PLAN: fitted_ids + beside}
     results.write_config(out, resolved)
     Scratch.clear(out)
     best: dict[str, Fitted] = {}
@@ -170,8 +173,6 @@ def run_sweep(
     for seen in plan.inputs:
         if seen.record_id not in done:
             run_input_baseline(seen, out=out)
-    fitted_ids = [record.record_id for record in records]
-    beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
     facts = store_facts(records, plan.stores, baselines=beside)
     others = results.rebuild(out, fitted_ids + beside, facts=facts)
     numbers = {
