@@ -299,7 +299,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer_sets": [{"relative": [0.42105, 0.63158, 0.76316, 1.0]}],
         "hidden": [1024, 16],
         "dropout": 0.05,
-        "max_epochs": 20,
     }
 }
 """Settings of MLP heads by name; what a configuration says beside the name wins, and is said in the head's name."""
@@ -321,7 +320,7 @@ class MLPHead(_Head):
     dropout: float = Field(0.05, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    max_epochs: int = Field(50, ge=1)
+    max_epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=1)
     patience: int = Field(5, ge=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
