@@ -1,6 +1,8 @@
 """Every head that a configuration can name is fitted, told apart, resumed and scored as the head itself would be."""
 
 import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from probekit.report.select import settings
 from probekit.results import UNPROBED, describe_run, load_blocks, load_margins
 from probekit.sweep.features import Features
 from probekit.sweep.fitting import fit
+from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import material
 from probekit.sweep.memory import places_of
 from probekit.sweep.plan import plan_records, select_stores, units
@@ -33,7 +36,8 @@ def config(*heads: dict, **given: object) -> SweepConfig:
 def planned(config: SweepConfig, *stores) -> list:
     opened = [probekit.FeatureStore(store) for store in stores]
     selections = select_stores(opened, judged=None, ties="soft")
-    return [record for selection in selections for record in plan_records(config, selection)]
+    sets = partial(layer_sets, run=Path("none"), allowed=2**30)
+    return [record for selection in selections for record in plan_records(config, selection, sets=sets)]
 
 
 def features_of(record) -> Features:

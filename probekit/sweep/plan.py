@@ -16,7 +16,6 @@ from probekit.heads import combination_name
 from probekit.results import JOINED, SPLITS
 from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
-from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, joint_fingerprint, material, open_cached
 
 logger = logging.getLogger(__name__)
@@ -190,9 +189,12 @@ def _comparable(store: FeatureStore) -> dict[str, Any]:
 
 
 def plan_records(
-    config: SweepConfig, selection: Selection, *, sets: Callable[..., list[tuple[int, ...]]] = layer_sets
+    config: SweepConfig, selection: Selection, *, sets: Callable[..., list[tuple[int, ...]]]
 ) -> Iterator[Record]:
-    """All records of one selection, in the order of the configuration; `sets` is called as `layer_sets`."""
+    """All records of one selection, in the order of the configuration.
+
+    ``sets`` gives the layer sets of a head: `probekit.sweep.layer_sets.layer_sets` but for what a sweep tells it.
+    """
     store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})

@@ -33,9 +33,9 @@ from probekit.sweep.fitting import fit, margins
 from probekit.sweep.folder import MADE_FROM, bind_file, check_folder, made_from
 from probekit.sweep.input_baselines import InputBaseline, plan_input_baselines, run_input_baseline
 from probekit.sweep.judging import check_protocol
-from probekit.sweep.layer_sets import layer_sets
+from probekit.sweep.layer_sets import Search, layer_sets
 from probekit.sweep.material import Selection, forget, material, open_cached
-from probekit.sweep.memory import Budget, Work, budget_of, bytes_of, groups_of, told
+from probekit.sweep.memory import Budget, Work, affordable, budget_of, bytes_of, groups_of, told
 from probekit.sweep.plan import (
     Record,
     check_distinct,
@@ -68,6 +68,11 @@ class Prepared:
     done: set[str]
     budget: Budget
     groups: list[tuple[int, list[Work]]]
+
+    @property
+    def beside(self) -> list[str]:
+        """Ids of the baselines."""
+        return [one.record_id for one in self.baselines] + [one.record_id for one in self.inputs]
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,7 @@ def run_sweep(
     resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(plan.selections)
     resolved |= {"stores": [store_settings(store) for store in plan.stores], MADE_FROM: plan.made_from}
     fitted_ids = [record.record_id for record in records]
-    beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
-    resolved |= {results.PLAN: fitted_ids + beside}
+    resolved |= {results.PLAN: fitted_ids + plan.beside}
     results.write_config(out, resolved)
     Scratch.clear(out)
     best: dict[str, Fitted] = {}
@@ -173,8 +177,8 @@ def run_sweep(
     for seen in plan.inputs:
         if seen.record_id not in done:
             run_input_baseline(seen, out=out)
-    facts = store_facts(records, plan.stores, baselines=beside)
-    others = results.rebuild(out, fitted_ids + beside, facts=facts)
+    facts = store_facts(records, plan.stores, baselines=plan.beside)
+    others = results.rebuild(out, fitted_ids + plan.beside, facts=facts)
     numbers = {
         spec["blocks"] for head in config.heads for spec in specs_with_features(head.layer_sets) if "blocks" in spec
     }
@@ -213,7 +217,7 @@ def prepare(
     jobs: int,
     memory: int | str | None,
     judged_in: Path | None = None,
-    at_most: list[int] | None = None,
+    searches: list[Search] | None = None,
 ) -> Prepared:
     """Check everything and list all fits; parameters as of `run_sweep`.
 
@@ -221,7 +225,7 @@ def prepare(
     ----------
     judged_in
         Where judgements of `prefs` are kept (default: in the run).
-    at_most
+    searches
         If given, nothing is written and no layer sets are searched: see `probekit.sweep.layer_sets.layer_sets`.
     """
     if jobs < 1:
@@ -251,11 +255,11 @@ def prepare(
     for selection in selections:
         for pairs in material(selection).parts:
             check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
-    sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), at_most=at_most)
+    sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), searches=searches)
     records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
     check_distinct(records)
-    baselines, inputs, done = plan_baselines(records), plan_input_baselines(records), results.done_records(out)
-    budget = budget_of(memory)
+    baselines, done, budget = plan_baselines(records), results.done_records(out), budget_of(memory)
+    inputs = affordable(plan_input_baselines(records), budget)
     groups = groups_of([record for record in records if record.record_id not in done], budget, jobs)
     return Prepared(config, opened, selections, records, baselines, inputs, known, done, budget, groups)
 
