@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,12 @@ app.add_typer(playground, name="playground")
 bench = typer.Typer(no_args_is_help=True, help="How long things take here.")
 app.add_typer(bench, name="bench")
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""What typer raises where options are wrong; it has no name of its own."""
+
 ExportFormat = Literal["parquet", "safetensors"]
+
+_SECONDS_A_LINE = 30  # of progress that goes to a file
 
 out_console = Console(soft_wrap=True)
 err_console = Console(stderr=True, soft_wrap=True)
@@ -206,7 +212,7 @@ def sweep(
     format: FormatOption = "auto",
     columns: ColumnsOption = None,
     min_confidence: ConfidenceOption = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes of one thread each; fewer where --memory is short")] = 1,
+    jobs: Annotated[int, typer.Option(help="processes of one thread each; fewer where --memory is short")] = 1,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -461,15 +467,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what a feature store or a run holds."""
-    facts = _facts(path)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    if "bytes" in facts:
-        facts["bytes"] = scaled(facts["bytes"], "B")
-    _print_lines(
-        (key, json.dumps(value) if isinstance(value, dict | list) else str(value)) for key, value in facts.items()
-    )
+    from probekit.report import summary
+
+    facts, is_store = _facts(path)
+    _show(facts, (summary.store_lines if is_store else summary.run_lines)(facts), as_json=as_json)
 
 
 @bench.command("dump")
@@ -571,7 +572,7 @@ def _reading(given: dict[str, Any]) -> PreferenceOptions:
     return PreferenceOptions.checked(named, source="options")
 
 
-def _show(facts: dict[str, Any], lines: list[tuple[str, str]], *, as_json: bool) -> None:
+def _show(facts: dict[str, Any], lines: Iterable[tuple[str, str]], *, as_json: bool) -> None:
     """Print facts as JSON, or their lines of (heading, text) as a table."""
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -588,22 +589,37 @@ def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
     out_console.print(table)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> tuple[dict[str, Any], bool]:
+    """Plain facts of a store or a run, and whether it is a store."""
     if (path / "store.json").is_file() or (path / "shards").is_dir():
         from probekit.store import FeatureStore
 
-        return FeatureStore(path).summary()
+        return FeatureStore(path).summary(), True
     if (path / "config.json").is_file():
         from probekit.results import describe_run
 
-        return describe_run(path)
+        return describe_run(path), False
     message = f"{path}: is neither a feature store (no store.json) nor a run (no config.json)"
     raise ConfigError(message)
 
 
 @contextmanager
 def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """Progress bars on stderr, one for each first word of the reported text where no unit is named."""
+    """Progress bars on stderr, one for each first word of the reported text where no unit is named.
+
+    Where stderr is no terminal: a line now and then.
+    """
+    if not err_console.is_terminal:
+        last = time.monotonic()
+
+        def tell(done: int, total: int, text: str) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last >= _SECONDS_A_LINE:
+                last = now
+                err_console.print(f"{done:,}/{total:,} {unit} {text}".replace("  ", " "), markup=False, highlight=False)
+
+        yield tell
+        return
     whole: dict[str, Any] = {"no_wrap": True}  # on a narrow terminal only the text gives way
     columns = (
         TextColumn("{task.description}", table_column=Column(**whole)),
@@ -653,7 +669,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command of commands alone: its message is the help
+            error.show()
+        else:
+            err_console.print(f"error: {' '.join(error.format_message().split())}", markup=False, highlight=False)
+        sys.exit(2)
     except ProbekitError as error:
         err_console.print(f"error: {error}", markup=False, highlight=False)
         sys.exit(error.exit_code)

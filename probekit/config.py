@@ -6,12 +6,21 @@ no aliases (they can expand without bound), no duplicate keys (the last one woul
 
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from probekit._types import canonical_sigma
 from probekit.errors import ConfigError
@@ -258,8 +267,11 @@ Several = Annotated[list[_T], BeforeValidator(lambda value: [value] if isinstanc
 """One value, or a list of them."""
 
 
+HeadName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
 class _Head(_Strict):
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: HeadName
     layer_sets: list[LayerSet] = Field(min_length=1)
     across: Several[Literal["sigma", "pooling"]] = Field(
         [], description="what one fit reads side by side, all that the sweep chooses: noise levels, poolings"
@@ -270,7 +282,7 @@ class LinearHead(_Head):
     """A linear Bradley-Terry head; its strength is chosen by grouped cross-validation inside the training split."""
 
     kind: Literal["linear"]
-    name: str = "linear"
+    name: HeadName = "linear"
     combine: Several[Rule] = Field(
         ["concat"], min_length=1, description="how the layers of a set become one score; each rule is a fit of its own"
     )
@@ -287,10 +299,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer_sets": [{"relative": [0.42105, 0.63158, 0.76316, 1.0]}],
         "hidden": [1024, 16],
         "dropout": 0.05,
-        "max_epochs": 20,
     }
 }
-"""Settings of MLP heads by name; what a configuration says beside the name wins."""
+"""Settings of MLP heads by name; what a configuration says beside the name wins, and is said in the head's name."""
+OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}
+"""Settings of a head that say which fits there are; a fit has its own value of each."""
 
 
 class MLPHead(_Head):
@@ -298,7 +311,7 @@ class MLPHead(_Head):
 
     kind: Literal["mlp"]
     preset: str | None = Field(None, description="fills in what is not given: see `PRESETS`")
-    name: str = "mlp"
+    name: HeadName = "mlp"
     combine: Several[Literal["concat", "mean"]] = Field(
         ["concat"], min_length=1, description="how the layers of a set become the input; each rule is a fit of its own"
     )
@@ -307,7 +320,7 @@ class MLPHead(_Head):
     dropout: float = Field(0.05, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    max_epochs: int = Field(50, ge=1)
+    max_epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=1)
     patience: int = Field(5, ge=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
@@ -321,16 +334,27 @@ class MLPHead(_Head):
             raise ValueError(message)
         return seeds
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _filled_in(cls, data: object) -> object:
+    def _filled_in(cls, data: Any, handler: Callable[[Any], Self]) -> Self:
+        """Fill in what a preset says; a head that is trained otherwise is not called by the preset's name alone."""
         if not isinstance(data, dict) or data.get("preset") is None:
-            return data
+            return handler(data)
         preset = data["preset"]
         if not isinstance(preset, str) or preset not in PRESETS:
             message = f"preset is {preset!r}; allowed: {', '.join(PRESETS)}"
             raise ValueError(message)
-        return PRESETS[preset] | data
+        filled = PRESETS[preset] | data
+        head = handler(filled)
+        if "name" in data:
+            return head
+        usual = handler({"kind": "mlp"} | PRESETS[preset])
+        told = [head.name]
+        for setting in cls.model_fields:
+            value = getattr(head, setting)
+            if setting not in OF_THE_PLAN and value != getattr(usual, setting):
+                told.append("-".join(map(str, [setting, *(value if isinstance(value, list) else [value])])))
+        return head.model_copy(update={"name": "-".join(told)})
 
 
 class TestSet(_Strict):
@@ -373,11 +397,11 @@ class SweepConfig(_Strict):
     test: list[TestSet] | None = Field(None, min_length=1, description="data sets to judge on, in place of --store")
     ties: Ties = Field("soft", description=TIES_HELP)
     protocol: ProtocolName = "strict"
-    sigmas: Literal["all"] | list[Sigma] = "all"
-    draws: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
+    sigmas: Literal["all"] | Annotated[list[Sigma], Field(min_length=1)] = "all"
+    draws: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         "all", description="noise draws; each is a setting of its own, never averaged"
     )
-    poolings: Literal["all"] | list[str] = "all"
+    poolings: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of groups behind each interval")
     level: float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals")
 
@@ -479,15 +503,56 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_NEEDED = {
+    "too_short": "at least {min_length} entry",
+    "string_too_short": "text",
+    "string_pattern_mismatch": "letters, digits and . _ -",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+    "greater_than_equal": "{ge:g} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le:g} or less",
+    "less_than": "less than {lt:g}",
+    "finite_number": "a finite number",
+    "path_type": "a path",
+    "list_type": "a list",
+    "string_type": "text",
+    "model_type": "settings such as {{key: value}}",
+    "model_attributes_type": "settings such as {{key: value}}",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+"""What is allowed where a value is not, by pydantic's name of the mistake."""
+
+
 def _one_line(error: ValidationError, *, source: str) -> str:
     errors = error.errors(include_url=False)
-    first = errors[0]
-    # The alternatives of one union each report the same input: they are one mistake, and all that is allowed is said.
-    same = [one for one in errors if one["input"] is first["input"]]
-    text = " or ".join(dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in same))
-    if first["type"] == "missing":
-        text = "is required"
-    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-    value = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
-    more = len(errors) - len(same)
-    return f"{source}: {key + ': ' if key else ''}{text}{value}" + (f" (and {more} more)" if more else "")
+    # The alternatives of one union each report the same value: they are one mistake, and all that is allowed is said;
+    # one that was wrong further inside is what was meant.
+    about = [one for one in errors if _keys(one)[: len(_keys(errors[0]))] == _keys(errors[0])]
+    first = max(about, key=lambda one: len(_keys(one)))
+    same = [one for one in about if one["input"] is first["input"]]
+    keys, kind = _keys(first), first["type"]
+    if kind == "value_error":
+        text = str(first["ctx"]["error"])
+    elif kind in ("missing", "union_tag_not_found"):
+        keys, text = keys + ["kind"] * (kind == "union_tag_not_found"), "is required"
+    else:
+        tagged = kind == "union_tag_invalid"
+        keys, value = keys + ["kind"] * tagged, first["ctx"]["tag"] if tagged else first["input"]
+        allowed = " or ".join(
+            dict.fromkeys(_NEEDED.get(one["type"], one["msg"]).format(**one.get("ctx", {})) for one in same)
+        )
+        text = f"is {value!r}; allowed: {allowed}"
+    more = len(errors) - len(about)
+    return f"{source}: {'.'.join(keys) + ': ' if keys else ''}{text}" + (f" (and {more} more)" if more else "")
+
+
+def _keys(error: ErrorDetails) -> list[str]:
+    """Where a mistake is in the YAML file, without the names of types that a value might have had."""
+    return [str(part) for part in error["loc"] if "[" not in str(part) and part not in ("linear", "mlp")]

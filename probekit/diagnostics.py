@@ -33,7 +33,8 @@ def fit_warnings(records: pd.DataFrame, grids: Mapping[str, Sequence[float]] | N
         *_strengths(records[records["edge_of_grid"]], grids or {}),
         counted(
             records[~records["converged"]],
-            "did not converge (every number of such a fit is marked; of an MLP, more max_epochs let it)",
+            "did not converge (every number of such a fit is marked; an MLP that was still improving at its last epoch"
+            " needs a larger max_epochs in the configuration)",
         ),
         counted(
             records[records["n_less_than_d"]],

@@ -36,6 +36,8 @@ ALL_SOURCES = "all"
 UNPROBED = ("metadata", "inputs", "external")
 """Kinds of heads that see no features: of metadata, of what enters a backbone, and scores from elsewhere."""
 JOINED = "+"  # between the layers of a set, and between noise levels or poolings that one head reads side by side
+PLAN = "plan"
+"""Key of ``config.json``: ids of all records of the sweep, baselines included."""
 EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 
@@ -333,6 +335,7 @@ def load_results(run: str | Path) -> pd.DataFrame:
     """Read the tidy frame of a run, checked against `RESULT_COLUMNS`."""
     path = Path(run) / "results.parquet"
     if not path.is_file():
+        check_finished(run)
         msg = f"{path}: no results table; a run folder is what `probekit sweep --out` writes"
         raise ResultsError(msg)
     frame = _read_table(path, RESULT_COLUMNS)
@@ -416,14 +419,37 @@ def load_config(run: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_finished(run: str | Path) -> None:
+    """Refuse a run of which some planned fits are missing, or stand in parts and not yet in the results table.
+
+    Raises
+    ------
+    ResultsError
+        If its sweep was stopped.
+    """
+    run = Path(run)
+    planned = load_config(run).get(PLAN)
+    if planned is None:  # no sweep wrote it
+        return
+    parts = {path.stem for path in (run / "parts").glob("*.parquet")}
+    held = set(load_results(run)["record_id"]) if (run / "results.parquet").is_file() else set()
+    if {key for key in held if not key.startswith(EXTERNAL)} != set(planned):
+        msg = (
+            f"{run}: not finished: {len(parts & set(planned)):,} of {len(planned):,} fits are done; the same "
+            "`probekit sweep` command finishes it"
+        )
+        raise ResultsError(msg)
+
+
 def describe_run(run: str | Path) -> dict[str, Any]:
     """Plain facts of a run for ``inspect``: what was fitted, and the test accuracy of the chosen layers.
 
     Raises
     ------
     ResultsError
-        If the run has no results yet or they are damaged.
+        If the run is not finished or its results are damaged.
     """
+    check_finished(run)
     frame = load_results(run)
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
     beside = test[test["head_kind"].isin(UNPROBED)]
@@ -447,6 +473,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
     return {
         "path": str(run),
         "records": int(frame["record_id"].nunique()),
+        "fits": frame.drop_duplicates("record_id").groupby("head", sort=False).size().to_dict(),
         **{
             f"{column}s": sorted(frame[column].unique().tolist())
             for column in ("dataset", "protocol", "sigma", "draw", "pooling", "backbone", "control", "head")

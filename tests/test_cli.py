@@ -183,6 +183,53 @@ def test_a_wrong_option_is_a_usage_error(dump, options, parts, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        (["sweep", "{file}", "--store", "{store}", "--out", "{out}", "--jobs", "0"], ["jobs is 0; allowed: 1 or more"]),
+        (["sweep", "{file}", "--store", "{store}", "--out", "{out}", "--jobs", "x"], ["--jobs"]),
+        (["sweep", "{file}", "--store", "{store}", "--out"], ["--out"]),
+        (["sweep", "--out", "{out}"], ["config"]),
+        (["sweep", "{file}", "--out", "{out}", "--job", "3"], ["--job", "--jobs"]),
+        (["sweeep"], ["sweeep"]),
+        (["playground", "pairs", "{out}", "--train", "0"], ["--train"]),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_one_line(command, parts, tmp_path):
+    store, file = planted_store(tmp_path / "store", signal={}, seed=0, pairs=40), tmp_path / "sweep.yaml"
+    file.write_text("heads: [{kind: linear, layer_sets: [all]}]\n")
+    done = probekit(*(word.format(file=file, store=store, out=tmp_path / "out") for word in command))
+    refused(done, 2, *parts)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_that_goes_to_a_file_is_a_line_now_and_then(tmp_path, monkeypatch):
+    store, file = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60), tmp_path / "sweep.yaml"
+    file.write_text("heads: [{kind: linear, layer_sets: [singles], strengths: [1]}]\nresamples: 100\n")
+    quick = probekit("sweep", file, "--store", store, "--out", tmp_path / "quick")
+    assert quick.returncode == 0
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" not in quick.stderr
+    assert "/4 fits" not in quick.stderr
+    monkeypatch.setattr("probekit.cli._SECONDS_A_LINE", 0)
+    slow = probekit("sweep", file, "--store", store, "--out", tmp_path / "slow")
+    said = [line for line in slow.stderr.splitlines() if "/4 fits store linear" in line]
+    assert [line.partition(":")[0] for line in said] == [f"{n + 1}/4 fits store linear {n}" for n in range(4)]
+
+
+def test_a_preference_file_away_from_its_images_is_one_line(pairs, store, tmp_path):
+    moved, file = tmp_path / "moved.jsonl", tmp_path / "sweep.yaml"
+    shutil.copy(pairs, moved)
+    file.write_text("heads: [{kind: linear, layer_sets: [all]}]\n")
+    command = ["sweep", file, "--store", store, "--prefs", moved, "--out", tmp_path / "run"]
+    refused(
+        probekit(*command), 2, "moved.jsonl: none of its", "image files is there, such as", str(tmp_path / "images")
+    )
+    strangers = planted_store(tmp_path / "other", signal={}, seed=0, pairs=40)
+    command[command.index(store)], command[command.index(moved)] = strangers, pairs
+    refused(probekit(*command), 1, "none of the", "pairs of data set 'preferences' has features here")
+
+
 def test_options_come_from_a_file_and_from_the_command_line(dump, pairs, tmp_path):
     path = tmp_path / "dump.yaml"
     path.write_text(

@@ -28,10 +28,10 @@ from probekit.heads import (
     find_blocks,
     layer_similarity,
     mean_features,
-    most_layer_sets,
     pair_kinds,
     resolve_layer_sets,
     specs_with_features,
+    stand_ins,
 )
 
 small = settings(max_examples=25)
@@ -68,9 +68,11 @@ def test_layer_sets_from_features_come_in_two_steps():
     assert resolve_layer_sets(specs, 2, found=found) == [(0,), (1,), (2,), (0, 2), (0, 1, 2), (0, 1)]
     with pytest.raises(ConfigError, match="'blocks': 2}: needs features"):
         resolve_layer_sets(specs, 2, found=found[:1])
-    assert most_layer_sets(specs[3], 3) == 2
-    assert most_layer_sets(specs[1], 3) == 2 + 1
-    assert most_layer_sets({"search": SubsetSearch(max_size=4, refit_top=5)}, 24) == 15
+    assert stand_ins(specs[3], range(3)) == [(0, 1), (2,)]
+    assert [len(one) for one in stand_ins(specs[1], range(3))] == [2, 2, 3]
+    large = stand_ins({"search": SubsetSearch(max_size=4, refit_top=5)}, range(24))
+    assert [len(one) for one in large] == [2] * 5 + [3] * 5 + [4] * 5
+    assert len(set(large)) == 15
 
 
 @pytest.mark.parametrize(

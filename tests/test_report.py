@@ -361,6 +361,72 @@ def test_several_settings_are_listed_and_the_first_is_drawn(tmp_path):
     )
 
 
+def test_every_cell_of_every_noise_level_is_on_the_page(tmp_path):
+    nets = with_controls((Net("only", 2, 16),), n_init=1)
+    run = tmp_path / "levels"
+    write_run(run, nets, kinds=(), sigmas=("0.005", "0.1"), heads=("linear", "mlp"), output=True, **SIZE)
+    page = build_report(run, tmp_path / "report.html")
+    text = page.read_text()
+    table = text[text.index("<h3>only</h3>") : text.index("<h3>Controls</h3>")]
+    rows = [
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    ]
+    shown = pd.DataFrame(rows[1:], columns=rows[0])
+    frame = load_results(run).query("split == 'test' and source == 'all'")
+    cells = frame[frame["control"] == "trained"]
+    assert len(shown) == len(cells) == 2 * (4 + 2)
+    assert shown["Noise level"].tolist() == ["0.005"] * 6 + ["0.1"] * 6
+    for row in cells.to_dict("records"):
+        name = "all layers" if row["n_layers"] > 1 else row["layer_set"]
+        mine = shown[(shown["Noise level"] == row["sigma"]) & (shown["Head"] == row["head"])]
+        (mine,) = mine[mine["Layers"].str.split(" ").str[0] == name.split()[0]].to_dict("records")
+        same = frame[(frame["control"] == "init:0") & (frame["sigma"] == row["sigma"])]
+        same = same[(same["head"] == row["head"]) & (same["layer_set"] == row["layer_set"])]
+        assert mine["Test accuracy"].split()[0] == f"{100 * row['accuracy']:.1f}"
+        assert mine["Random (init)"].split(",")[0] == f"{100 * same['accuracy'].item():.1f}"
+    joined = text[text.index("<h2>Combinations</h2>") : text.index("<h2>Warnings")]
+    assert joined.count("<td>all layers</td>") == 4  # two heads at two noise levels
+    points = pd.read_csv(page.parent / "report_figures" / "levels.csv")
+    for sigma in ("0.005", "0.1"):
+        drawn = points[(points["level"] == f"sigma {sigma}") & (points["layers"] == "single")]
+        single = cells[(cells["sigma"] == sigma) & (cells["layer"] <= 2)]
+        np.testing.assert_allclose(drawn["accuracy"], single["accuracy"])
+        assert drawn["chosen"].sum() == 1
+
+
+def test_kinds_without_a_depth_stand_side_by_side_and_the_legend_names_what_is_drawn(tmp_path):
+    nets = (Net("small", 2, 16), *with_controls((Net("large", 3, 32),), n_init=1))
+    run = tmp_path / "joined"
+    write_run(run, nets, kinds=KINDS, singles=False, **SIZE)
+    figure = kinds_figure(load_results(run))
+    (axes,) = figure.axes
+    assert [text.get_text().split("\n")[0] for text in axes.get_xticklabels()] == ["colour", "shape"]
+    assert len(axes.containers) == 2 * 3  # trained twice and untrained once, on each kind
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "small, all layers together, 95 % interval",
+        "large, all layers together, 95 % interval",
+        "random weights (init), 1 seed",
+    ]
+
+
+def test_the_legend_of_kinds_promises_no_control_that_the_largest_backbone_lacks(tmp_path):
+    nets = (*with_controls((Net("small", 2, 16),), n_init=1), Net("large", 3, 32))
+    run = tmp_path / "lacking"
+    write_run(run, nets, kinds=KINDS, **SIZE)
+    (legend,) = kinds_figure(load_results(run)).legends
+    assert not [text for text in legend.get_texts() if "random" in text.get_text()]
+
+
+def test_a_label_covers_no_curve_and_chance_is_named_in_every_figure(frame):
+    for figure in (depth_figure(frame), kinds_figure(frame), scaling_figure(frame), training_figure(frame)):
+        assert "chance" in [text.get_text() for axes in figure.axes for text in axes.texts]
+        for axes in figure.axes:
+            rims = [text for text in axes.texts if text.get_path_effects()]
+            curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
+            assert all(rim.get_zorder() < line.get_zorder() for rim in rims for line in curves)
+
+
 def test_a_linear_head_is_preferred_to_an_earlier_mlp(frame):
     reordered = pd.concat([frame[frame["head"] == "mlp"], frame[frame["head"] == "linear"]])
     assert settings(reordered)[0].head == "linear"

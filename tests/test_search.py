@@ -188,6 +188,32 @@ def test_fewer_pairs_than_channels(made):
     assert spearmanr(found.set_index("layers")["log_loss"][pairs], exact[pairs]).statistic >= 0.97
 
 
+@pytest.mark.parametrize("n_pairs", [800, 30])
+def test_channels_that_rounding_explains_are_not_screened(made, n_pairs):
+    """A channel that holds the label, but moves by less than three times what rounding adds to it."""
+    label, groups = made.label[:n_pairs], np.arange(n_pairs)
+
+    def telling(layer):
+        D = made(layer)[:n_pairs].copy()
+        D[:, 5] = 1e-4 * (2 * label - 1)
+        return D
+
+    def without(layer):
+        return made(layer)[:n_pairs] * (np.arange(40) != 5)
+
+    def rounding(layer):
+        return np.where(np.arange(40) == 5, 1e-4 / 2.9, 0.0)
+
+    given, options = (range(3), label, None, groups), {"Cs": (1e-2, 1.0), "cv": 3}
+    told, dropped, never = (
+        screen_subsets(telling, *given, **options),
+        screen_subsets(telling, *given, **options, quantisation=rounding),
+        screen_subsets(without, *given, **options),
+    )
+    np.testing.assert_allclose(dropped["log_loss"], never["log_loss"], atol=1e-6)
+    assert told["log_loss"].max() < 0.7 * dropped["log_loss"].min()
+
+
 def test_the_number_of_threads_is_left_alone(made):
     before = torch.get_num_threads()
     screen_subsets(made, range(2), made.label, Cs=(0.01, 0.1), cv=2)

@@ -1,6 +1,8 @@
 """Every head that a configuration can name is fitted, told apart, resumed and scored as the head itself would be."""
 
 import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from probekit.report.select import settings
 from probekit.results import UNPROBED, describe_run, load_blocks, load_margins
 from probekit.sweep.features import Features
 from probekit.sweep.fitting import fit
+from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import material
 from probekit.sweep.memory import places_of
 from probekit.sweep.plan import plan_records, select_stores, units
@@ -33,7 +36,8 @@ def config(*heads: dict, **given: object) -> SweepConfig:
 def planned(config: SweepConfig, *stores) -> list:
     opened = [probekit.FeatureStore(store) for store in stores]
     selections = select_stores(opened, judged=None, ties="soft")
-    return [record for selection in selections for record in plan_records(config, selection)]
+    sets = partial(layer_sets, run=Path("none"), allowed=2**30)
+    return [record for selection in selections for record in plan_records(config, selection, sets=sets)]
 
 
 def features_of(record) -> Features:
@@ -115,6 +119,16 @@ def test_poolings_side_by_side_have_the_layers_that_all_of_them_have(tmp_path):
     places = [("0.005", "mean"), ("0.005", "text"), ("0.1", "mean"), ("0.1", "text")]
     expected = [held.read(layer=0, sigma=sigma, pooling=pooling) for sigma, pooling in places]
     np.testing.assert_array_equal(features_of(records[0]).rows, np.concatenate(expected, axis=1))
+
+
+def test_joining_one_noise_level_is_said(store, caplog):
+    head = LINEAR | {"name": "levels", "across": ["sigma", "pooling"]}
+    assert [record.sigma for record in planned(config(head, sigmas=["0.1"]), store)] == ["0.1"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{store}, head levels: across: {what} joins nothing, since {only} is the only one; its fits are those on it "
+        "alone"
+        for what, only in (("sigma", "0.1"), ("pooling", "mean"))
+    ]
 
 
 def test_draws_that_are_not_at_all_levels_are_not_put_side_by_side(tmp_path):
@@ -254,5 +268,24 @@ def test_ways_of_joining_stand_in_the_report_with_their_rule(run, tmp_path):
 def test_a_preset_fills_in_what_is_not_said():
     head = config({"kind": "mlp", "preset": "dit-reward", "seeds": [0, 1], "dropout": 0.1}).heads[0]
     preset = PRESETS["dit-reward"]
-    assert (head.name, head.hidden, head.layer_sets) == ("dit-reward", [1024, 16], preset["layer_sets"])
+    assert (head.hidden, head.layer_sets) == ([1024, 16], preset["layer_sets"])
     assert (head.dropout, head.seeds, head.combine) == (0.1, [0, 1], ["concat"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({}, "dit-reward"),
+        ({"seeds": [0, 1], "layer_sets": ["singles"], "hidden": [1024, 16], "dropout": 0.05}, "dit-reward"),
+        ({"hidden": [64]}, "dit-reward-hidden-64"),
+        (
+            {"dropout": 0.1, "hidden": [64, 8], "linear_skip": True},
+            "dit-reward-hidden-64-8-linear_skip-True-dropout-0.1",
+        ),
+        ({"hidden": [64], "name": "small"}, "small"),
+    ],
+)
+def test_a_head_that_is_trained_otherwise_than_its_preset_says_so_in_its_name(beside, name):
+    once = config({"kind": "mlp", "preset": "dit-reward"} | beside)
+    assert once.heads[0].name == name
+    assert SweepConfig.checked(once.model_dump(), source="again").heads[0].name == name

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from probekit.errors import ConfigError, FingerprintError, HeadError, ProbekitEr
 from probekit.results import load_config, load_margins
 from probekit.sweep import layer_sets, memory
 from probekit.sweep.features import KEPT, Features, Place
+from probekit.sweep.input_baselines import InputBaseline
 from probekit.sweep.material import forget, material, open_cached
 from probekit.sweep.memory import Budget, bytes_of, groups_of
 from probekit.sweep.plan import plan_records, select_stores
@@ -38,6 +40,9 @@ def config(*heads: dict, **settings: object) -> SweepConfig:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     return planted_store(tmp_path_factory.mktemp("planted") / "store", signal={2: 1.5}, seed=0, pairs=200)
+
+
+SETS = partial(layer_sets.layer_sets, run=Path("none"), allowed=2**30)
 
 
 def selected(path):
@@ -81,7 +86,7 @@ def test_a_layer_is_read_once_where_it_may_be_kept_and_sides_are_subtracted(plan
 
 
 def test_jobs_are_reduced_until_all_processes_fit_and_this_is_said(planted):
-    records = list(plan_records(config(LINEAR, MLP), selected(planted)))
+    records = list(plan_records(config(LINEAR, MLP), selected(planted), sets=SETS))
     alone = max(work.needed for _, some in groups_of(records, Budget(2**40, 0), 1) for work in some)
     for total, jobs in ((2**40, 4), (3 * (alone + 100 * MIB) + 16 * MIB + 100 * MIB, 3), (alone + 100 * MIB, 1)):
         budget = Budget(total, 100 * MIB)
@@ -101,7 +106,7 @@ def test_fits_that_are_too_large_are_streamed_or_refused_before_anything_is_fitt
         probekit.run_sweep(config(), stores=[planted], out=tmp_path / "run", memory="905M")
     for name in ("_FIXED", "_BUFFERS"):  # what is the same for every fit would hide these small ones
         monkeypatch.setattr(memory, name, 0)
-    (linear, *_), (mlp, *_) = (list(plan_records(config(head), selection)) for head in (LINEAR, MLP))
+    (linear, *_), (mlp, *_) = (list(plan_records(config(head), selection, sets=SETS)) for head in (LINEAR, MLP))
     needs = [memory.work_of([linear], Budget(total, 0)) for total in (2**40, 400_000, 140_000)]
     assert [work.streamed for work in needs] == [False, False, True]
     assert [bool(work.head_memory) for work in needs] == [True, False, True]  # the second is matrix-free
@@ -195,6 +200,7 @@ def test_a_search_that_does_not_fit_is_one_line(planted, monkeypatch):
             sigmas=["0.005"],
             draw=0,
             poolings=["mean"],
+            run=Path("none"),
             allowed=1000,
         )
 
@@ -239,11 +245,13 @@ def test_a_dry_run_counts_fits_and_says_what_they_cost_without_writing(planted, 
     command = ["sweep", str(file), "--store", str(planted), "--out", str(out), "--jobs", "2", "--memory", "64G"]
     app([*command, "--dry-run"], standalone_mode=False)
     said = " ".join(capsys.readouterr().out.split())
-    assert "linear fits 1 to do, 0 already done" in said
+    assert "linear fits 5 to do, 0 already done" in said
     assert "mlp fits 1 to do, 0 already done" in said
-    assert "at most 4 more layer sets" in said
+    assert re.search(r"baselines \d to do, 0 already done", said)
+    assert "searched 1 search comes first, on training pairs; fits on at most 4 layer sets are counted" in said
     assert "400 rows; pairs: 100 training, 40 validation, 60 test; left out: 0 training, 0 validation, 0 test" in said
-    assert re.search(r"time about .* from one small fit timed here; .*; MLPs as if none stopped early", said)
+    assert re.search(r"time about .* \(fits .*, intervals .*, searches .*, baselines .*\), from small fits timed", said)
+    assert "MLPs as if early stopping ended them" in said
     assert re.search(r"memory up to .* a process, of which .* without a fit; up to .* in all.* bound 68.7 GB", said)
     assert "resolves planted: 60 decided test pairs in 60 groups show a difference of two heads from 16 points" in said
     assert not out.exists()
@@ -255,6 +263,51 @@ def test_a_dry_run_counts_fits_and_says_what_they_cost_without_writing(planted, 
     assert "at most" not in said.partition("resolves")[0]
     assert "none: nothing is to be done" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_counts_fits_of_searched_sets_by_rule_and_seed(planted, tmp_path):
+    searched = {"layer_sets": [{"search": {"max_size": 3, "refit_top": 2}}]}
+    rules = LINEAR | searched | {"combine": ["concat", "late-fusion"]}
+    seeds = MLP | searched | {"seeds": [0, 1, 2]}
+    said = dict(probekit.sweep.dry_run(config(rules, seeds), stores=[planted], out=tmp_path / "run"))
+    run = probekit.run_sweep(config(rules, seeds), stores=[planted], out=tmp_path / "run")
+    fits = probekit.load_results(run).drop_duplicates("record_id")["head_kind"].value_counts()
+    assert said["linear fits"] == f"{fits['linear']} to do, 0 already done" == "8 to do, 0 already done"
+    assert said["mlp fits"] == f"{fits['mlp']} to do, 0 already done" == "12 to do, 0 already done"
+
+
+@pytest.mark.parametrize("sets", [{"search": {"max_size": 2}}, {"blocks": 2}])
+def test_a_dry_run_refuses_a_search_that_does_not_fit(planted, tmp_path, monkeypatch, sets):
+    monkeypatch.setattr(memory, "resident", lambda: 0)
+    settings = config(LINEAR | {"layer_sets": [sets]})
+    monkeypatch.setattr(layer_sets, "_FIXED", 2**30)
+    text = (
+        r"layer_sets: \{'(search|blocks)': .*\}: needs about 1.0[78] GB of memory; allowed: 210 MB; give more --memory"
+    )
+    for sweep in (probekit.sweep.dry_run, probekit.run_sweep):
+        with pytest.raises(ConfigError, match=text):
+            sweep(settings, stores=[planted], out=tmp_path / "run", memory="200M")
+    assert not (tmp_path / "run").exists()
+
+
+def test_baselines_of_inputs_that_do_not_fit_are_left_out_and_said(planted, monkeypatch, caplog):
+    selection = selected(planted)
+    (first, *_) = plan_records(config(), selection, sets=SETS)
+    baseline = InputBaseline(
+        name="VAE latents and prompt",
+        seen="VAE latents and prompt",
+        selection=selection,
+        entering="",
+        **{name: getattr(first, name) for name in ("draw", "datasets", "trained_on", "data_digest", "ties")},
+        **{name: getattr(first, name) for name in ("sigma", "protocol", "resamples", "level")},
+    )
+    monkeypatch.setattr(memory, "place_of", lambda baseline: memory.places_of(first)[0])
+    rows, hidden = len(probekit.FeatureStore(planted).rows), 64
+    needed = 28 * rows * 8 + 24 * 8 * hidden + 2**26 + 4 * 100 * len(material(selection).validation.label)
+    needed += 4 * 100 * sum(len(pairs.label) for pairs in material(selection).tests.values())
+    assert memory.affordable([baseline], Budget(needed, 0)) == [baseline]
+    assert memory.affordable([baseline], Budget(needed - 1, 0)) == []
+    assert "baseline 'VAE latents and prompt' is left out: it needs about 67.3 MB" in caplog.text
 
 
 def test_the_progress_names_layer_set_accuracy_and_the_best_so_far(planted, tmp_path):

@@ -1,15 +1,14 @@
 """What is fitted: Bradley-Terry heads on frozen features, and the layer sets they are fitted on."""
 
-from probekit.config import Rule
 from probekit.heads.combine import (
     combination_name,
     concatenate,
     depth_layers,
     layer_set_name,
     mean_features,
-    most_layer_sets,
     resolve_layer_sets,
     specs_with_features,
+    stand_ins,
 )
 from probekit.heads.linear import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.heads.mix import BradleyTerryLateFusion, BradleyTerryScalarMix
@@ -33,7 +32,6 @@ __all__ = [
     "BradleyTerryMLP",
     "BradleyTerryScalarMix",
     "PairKindSummary",
-    "Rule",
     "StreamedDifferences",
     "best_subsets",
     "block_ranges",
@@ -47,10 +45,10 @@ __all__ = [
     "layer_set_name",
     "layer_similarity",
     "mean_features",
-    "most_layer_sets",
     "pair_kinds",
     "refit_subsets",
     "resolve_layer_sets",
     "screen_subsets",
     "specs_with_features",
+    "stand_ins",
 ]

@@ -1,8 +1,7 @@
 """Layer sets: which layers go into one head, and how their features become one matrix."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
-from math import comb
+from itertools import combinations, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -165,12 +164,13 @@ def specs_with_features(specs: Sequence[LayerSetSpec]) -> list[Mapping[Any, Any]
     return [spec for spec in specs if isinstance(spec, Mapping) and set(spec) <= {"blocks", "search"}]
 
 
-def most_layer_sets(spec: Mapping[Any, Any], n_layers: int) -> int:
-    """Count, before features are read, the layer sets that ``blocks`` or ``search`` will give at most."""
+def stand_ins(spec: Mapping[Any, Any], layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Give, before features are read, as many and as large layer sets as ``blocks`` or ``search`` will at most."""
     if "blocks" in spec:
-        return int(spec["blocks"])
+        return [tuple(part.tolist()) for part in np.array_split(np.array(layers), int(spec["blocks"]))]
     search: SubsetSearch = spec["search"]
-    return sum(min(search.refit_top, comb(n_layers, size)) for size in range(2, search.max_size + 1))
+    sizes = range(2, search.max_size + 1)
+    return [one for size in sizes for one in islice(combinations(layers, size), search.refit_top)]
 
 
 def depth_layers(stored: Sequence[int], n_blocks: int) -> list[int]:

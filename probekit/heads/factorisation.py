@@ -30,9 +30,20 @@ from probekit.errors import HeadError
 from probekit.heads.streaming import StreamedDifferences
 
 _BLOCK = 512  # rows that are multiplied, or converted to float64, at a time: they stay in the cache
-_SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
+SLAB = 8192  # rows whose products are summed in one precision before they are added up in float64
 _PANEL = 256  # channels whose products are not split further
 _COPIES = 4  # matrices of the size of the Gram matrix that an eigendecomposition holds at once
+
+
+def eigen_bytes(size: int) -> int:
+    """Bytes that the eigendecomposition of a (size, size) float64 matrix takes."""
+    return _COPIES * 8 * size**2
+
+
+def fit_bytes(n: int, d: int, columns: int) -> int:
+    """Bytes of a fit by factorisation of n pairs on d channels, differences aside: an upper limit of measured peaks."""
+    matrix = 36 * d**2 + 12 * SLAB * d if n >= d else 26 * n * d + 40 * n**2
+    return matrix + 44 * n * columns
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ def factorise(
     """
     n, d = rows.shape
     size = min(n, d)
-    matrix_free = _COPIES * 8 * size**2 > memory
+    matrix_free = eigen_bytes(size) > memory
     weight = weight / weight.sum()
     if n < d or matrix_free:
         moments = _squares(rows, weight)
@@ -305,7 +316,7 @@ def _gram(rows: Tensor | StreamedDifferences, weight: Tensor, dtype: torch.dtype
     d = rows.shape[1]
     total = torch.zeros(d, d, dtype=torch.float64, device=weight.device)
     even = bool((weight == weight[0]).all())
-    for part, piece in _blocks(rows, _SLAB, check=True):
+    for part, piece in _blocks(rows, SLAB, check=True):
         block = piece.to(weight.device, dtype)
         _add_upper(total, block if even else block * weight[part, None].sqrt().to(dtype))
     total = _mirrored(total)
@@ -318,9 +329,7 @@ def _kernel(rows: Tensor | StreamedDifferences, gain: Tensor) -> Tensor:
     total = torch.zeros(n, n, dtype=torch.float64, device=gain.device)
     parts: Iterable[tuple[slice, Tensor]]
     if isinstance(rows, Tensor):
-        parts = (
-            (slice(start, start + _SLAB), rows[:, start : start + _SLAB]) for start in range(0, rows.shape[1], _SLAB)
-        )
+        parts = ((slice(start, start + SLAB), rows[:, start : start + SLAB]) for start in range(0, rows.shape[1], SLAB))
     else:
         parts = ((columns, torch.from_numpy(block)) for columns, block in rows.column_parts())
     for columns, block in parts:

@@ -48,6 +48,7 @@ def screen_subsets(
     max_size: int = 2,
     Cs: Sequence[float] = STRENGTHS,
     cv: int = 5,
+    quantisation: Callable[[int], FloatArray] | None = None,
     memory: int = 2**30,
 ) -> pd.DataFrame:
     """Rank subsets of layers by the held-out log-loss that a linear head on their concatenation is expected to have.
@@ -68,6 +69,9 @@ def screen_subsets(
         Layers of the largest sets.
     Cs, cv
         Candidate strengths and folds, as there; pass the same to `refit_subsets`.
+    quantisation
+        Called with a layer number: root mean square (d_l,) of what rounding in the store adds to its differences, as
+        there (default: nothing).
     memory
         Bytes for the projected differences, of n k L float32 numbers a fold with k = max(L + 4, about 32); with less
         than all folds take, layers are asked for once more for every part. Besides, min(n, d)^2 float32 numbers a layer
@@ -91,7 +95,9 @@ def screen_subsets(
     strengths = np.sort(np.asarray(Cs, dtype=np.float64))
     layers = sorted(layers)
     with solvers.one_thread():
-        fits, label, weight, fold_of = _fit_layers(differences, layers, label, sample_weight, groups, strengths, cv)
+        fits, label, weight, fold_of = _fit_layers(
+            differences, layers, label, sample_weight, groups, strengths, cv, quantisation
+        )
         varying = list(fits)
         table: list[_Scored] = [
             ((layer,), float(fit.log_loss[:, fit.best].mean()), float(strengths[fit.best]))
@@ -156,6 +162,7 @@ def _fit_layers(
     groups: NDArray[Any] | None,
     strengths: FloatArray,
     cv: int,
+    quantisation: Callable[[int], FloatArray] | None,
 ) -> tuple[dict[int, LayerFit], FloatArray, FloatArray, IntArray]:
     """Fit every layer alone in every fold; layers in which no pair differs are left out."""
     fits: dict[int, LayerFit] = {}
@@ -165,7 +172,8 @@ def _fit_layers(
         D, label, weight = checked_targets(differences(layer), label, sample_weight)
         if not len(fold_of):
             fold_of = _folds(np.arange(len(D)) if groups is None else checked_groups(groups, len(D)), cv)
-        fit = cross_fit(D, label, weight, fold_of, strengths)
+        noise = None if quantisation is None else quantisation(layer)
+        fit = cross_fit(D, label, weight, fold_of, strengths, noise=noise)
         del D  # before the next layer is read
         if fit is not None:
             fits[layer] = fit

@@ -170,13 +170,18 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
     return rough
 
 
+def column_bytes(n: int, d: int, single: int = 8) -> int:
+    """Bytes of the state of a column on n streamed rows of d channels, in numbers of `single` bytes."""
+    return single * (_PER_PAIR * n + (2 * HISTORY + _PER_CHANNEL) * d)
+
+
 def _columns_at_a_time(problem: Problem, columns: Columns) -> int:
     """How many columns' state fits into the memory that streamed rows leave; one at least."""
     if not problem.exact.streamed:
         return len(columns.fold)
     n, r = problem.exact.rows.shape
     single = 4 if problem.fast is not None else 8
-    state = single * (_PER_PAIR * n + (2 * HISTORY + _PER_CHANNEL) * r)
+    state = column_bytes(n, r, single)
     kept = 2 * single * n * len(columns.fold)  # margins of all columns, twice while those of turns are put together
     return max(1, int(min((problem.memory - kept) / state, len(columns.fold))))
 

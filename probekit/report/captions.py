@@ -142,6 +142,16 @@ def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
     return " ".join(parts + _imported(rows))
 
 
+def levels_caption(setting: Setting) -> str:
+    """Caption of the figure over noise levels, draws and poolings."""
+    return (
+        f"The {setting.head} head on single layers at every noise level, draw and pooling of the run, each a fit of its"
+        " own; several joined by + are read side by side. Rings: the layer chosen on validation there; diamonds: all"
+        " layers together. Intervals, not drawn, stand under Every backbone; that one level beats another needs the"
+        " paired comparison of the two."
+    )
+
+
 def _imported(rows: pd.DataFrame) -> list[str]:
     """Say of imported features what their depth means, and what of the caption is not about them."""
     models = [model for model in trained_models(rows) if model.imported]

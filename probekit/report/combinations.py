@@ -7,10 +7,10 @@ import pandas as pd
 
 from probekit.report.effects import Side, Verdicts
 from probekit.report.select import Setting, joined_setting, narrow, reported_rows
-from probekit.report.tables import NONE, accuracy_text, effect_text, interval, percent, points
+from probekit.report.tables import LEVELS, NONE, accuracy_text, effect_text, interval, percent, points
 from probekit.results import load_blocks
 
-_KEYS = ["backbone", "sigma", "pooling", "head", "combination", "n_layers"]
+_KEYS = ["backbone", *LEVELS, "head", "combination", "n_layers"]
 
 
 def combinations_table(frame: pd.DataFrame, setting: Setting, verdicts: Verdicts) -> pd.DataFrame:
@@ -21,22 +21,20 @@ def combinations_table(frame: pd.DataFrame, setting: Setting, verdicts: Verdicts
     frame
         Rows of all settings.
     setting
-        That of the figures: the layer chosen there is compared with, and other settings are shown only where they join
-        noise levels or poolings.
+        That of the figures: the layer chosen there is compared with, whatever a way of joining reads.
     verdicts
         Of its data set.
     """
     same = (frame["dataset"] == setting.dataset) & (frame["protocol"] == setting.protocol)
     rows = frame[same & (frame["control"] == "trained") & (frame["slice_by"] == "all")]
-    here = narrow(rows, setting, any_head=True)
-    joined = rows[joined_setting(rows) & (rows["draw"] == setting.draw)]
-    shown = rows[rows.index.isin(here[here["combination"] != "single"].index.union(joined.index))]
+    rows = narrow(rows, setting, any_head=True, any_level=True)
+    shown = rows[(rows["combination"] != "single") | joined_setting(rows)]
     lone = reported_rows(narrow(rows, setting))
     lone = lone[lone["chosen"]].set_index("backbone")
     shown = shown.sort_values(["backbone", "n_layers"], kind="stable")
     table = []
     for _, group in shown.groupby(_KEYS, sort=False):
-        backbone, sigma, pooling, head, combination, n_layers = group[_KEYS].to_numpy(object)[0]
+        backbone, *levels, head, combination, n_layers = group[_KEYS].to_numpy(object)[0]
         validation = group[group["split"] == "validation"].groupby("layer_set", sort=False)["accuracy"].mean()
         sets = group["layer_set"].unique()
         if len(sets) > 1 and validation.notna().sum() == 0:
@@ -45,8 +43,8 @@ def combinations_table(frame: pd.DataFrame, setting: Setting, verdicts: Verdicts
         tested = reported_rows(group[group["layer_set"] == best])
         entry: dict[str, Any] = {"Backbone": backbone, "Head": head}
         entry["Layers"] = f"{n_layers} by {combination}" if n_layers > 1 else "1"
-        for name, value in (("Noise levels", sigma), ("Poolings", pooling)):
-            entry[name] = value.replace("+", " + ")
+        for name, value in zip(LEVELS.values(), levels, strict=True):
+            entry[name] = str(value).replace("+", " + ")
         entry |= {
             "Best on validation": "all layers"
             if n_layers == group["pooling_layers"].max()
@@ -64,7 +62,7 @@ def combinations_table(frame: pd.DataFrame, setting: Setting, verdicts: Verdicts
             over = effect_text(verdicts.compare(f"{backbone}: {best} - chosen layer", sides[:1], sides[1:]))
         table.append(entry | {"Over the chosen layer": over})
     found = pd.DataFrame(table)
-    alike = [name for name in ("Noise levels", "Poolings") if len(found) and found[name].nunique() == 1]
+    alike = [name for name in LEVELS.values() if len(found) and found[name].nunique() == 1]
     return found.drop(columns=alike)
 
 

@@ -18,6 +18,7 @@ from probekit.report.marks import (
     figure_legend,
     in_percent,
     levels,
+    mark_at,
     name_chosen,
     name_only,
     output_point,
@@ -65,13 +66,8 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
     models = list(points["model"].unique())
     palette = style.palette(points)
     with look():
-        if len(models) == 1:
-            figure, height = new_figure(5.4, 3.7), 2.5
-            panels = [figure.subplots()]
-        else:
-            height = 1.75
-            figure, panels = _grid(len(models) + 1, panel_height=height + 0.3)
-        _finish(figure, panels, points)
+        height = 2.5 if len(models) == 1 else 1.75
+        figure, panels = depth_panels(1 if len(models) == 1 else len(models) + 1, points)
         low, high = panels[0].get_ylim()
         text_height = _TEXT * (high - low) / height
         if len(models) > 1:
@@ -121,6 +117,9 @@ def kinds_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
     last = models[-1]
     largest = points[(points["model"] == last) & (points["weights"] == "trained")]
     kinds = list(largest.groupby("source")["accuracy"].max().sort_values(ascending=False, kind="stable").index)
+    if points[points["layers"] == "single"].empty:
+        with look():
+            return _kinds_side_by_side(points, kinds, palette, level)
     with look():
         figure, panels = _grid(len(kinds), panel_height=1.75, columns=4 if len(kinds) > 4 else len(kinds))
         drawn = points[(points["weights"] == "trained") & (points["interval"] == ONE_HEAD)]
@@ -144,9 +143,32 @@ def kinds_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
         handles.append(Line2D([], [], color=MUTED, marker="D", markersize=4, linestyle="", label="all layers together"))
         handles.extend(_output_handles(points))
         handles.append(Patch(color=palette[last], alpha=0.2, linewidth=0, label=band))
-        handles.extend(control_handles(points, colour=palette[last], of=of))
+        handles.extend(control_handles(points[points["model"] == last], colour=palette[last], of=of))
         handles.extend(unconverged_handles(points))
         figure_legend(figure, handles, columns=4 if max(map(len, models)) <= 16 else 3)
+    return figure
+
+
+def _kinds_side_by_side(points: pd.DataFrame, kinds: Sequence[str], palette: dict[str, str], level: float) -> Figure:
+    """All layers together for each kind of pair, where nothing has a depth."""
+    figure = new_figure(WIDTH, 3.1)
+    axes = figure.subplots()
+    percent_axis(axes, pd.concat([points["low"], points["high"]]))
+    step = min(0.16, 0.7 / len(palette))
+    for at, kind in enumerate(kinds):
+        for number, (model, colour) in enumerate(palette.items()):
+            mine = points[(points["source"] == kind) & (points["model"] == model)]
+            mark_at(axes, mine, colour, marker="D", place=at + step * (number - (len(palette) - 1) / 2), bars=True)
+    n_pairs = points.groupby("source")["n_pairs"].max()
+    axes.set_xticks(range(len(kinds)), [f"{kind}\n{n_pairs[kind]} pairs" for kind in kinds], fontsize=6.5)
+    axes.set_xlim(-0.5, len(kinds) - 0.5)
+    label(axes, -0.5, CHANCE, "chance", FAINT, va="top", offset=(3, -1.5), fontsize=6.5)
+    figure.supylabel("Test accuracy (%)", fontsize=8)
+    mark = {"marker": "D", "markersize": 4}
+    text = f"all layers together, {100 * level:g} % interval"
+    handles = [Line2D([], [], color=colour, label=f"{name}, {text}", **mark) for name, colour in palette.items()]  # type: ignore[arg-type]
+    handles += [*control_handles(points, marker=True), *unconverged_handles(points)]
+    figure_legend(figure, handles, columns=2)
     return figure
 
 
@@ -156,6 +178,17 @@ def _output_handles(points: pd.DataFrame) -> list[Line2D]:
         return []
     mark = {"marker": OUTPUT_MARKER, "markersize": 4.5, "linestyle": ""}
     return [Line2D([], [], color=MUTED, label="entering the output projection", **mark)]  # type: ignore[arg-type]
+
+
+def depth_panels(n: int, points: pd.DataFrame) -> tuple[Figure, list[Axes]]:
+    """Give a figure of some panels over depth, scaled to points."""
+    if n == 1:
+        figure = new_figure(5.4, 3.7)
+        panels = [figure.subplots()]
+    else:
+        figure, panels = _grid(n, panel_height=2.05)
+    _finish(figure, panels, points)
+    return figure, panels
 
 
 def _grid(n: int, *, panel_height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:

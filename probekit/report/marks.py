@@ -130,7 +130,7 @@ def _control_look(kind: str, colour: str) -> dict[str, Any]:
 def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None:
     """All layers together: diamonds beyond the last block, filled for trained and hollow for controls."""
     place = right_end(points)
-    _beyond(axes, points[points["layers"] == ALL_LAYERS], colour, marker="D", place=place, bars=line)
+    mark_at(axes, points[points["layers"] == ALL_LAYERS], colour, marker="D", place=place, bars=line)
     joined = points[(points["layers"] == ALL_LAYERS) & (points["weights"] == "trained")]
     joined = joined[joined["interval"] == ONE_HEAD]
     if line and len(joined):
@@ -143,7 +143,7 @@ def levels(axes: Axes, points: pd.DataFrame, colour: str, *, line: bool) -> None
 def output_point(axes: Axes, points: pd.DataFrame, colour: str, *, bars: bool) -> None:
     """Draw the tokens entering the output projection: crosses beyond the last block, apart from the curve of layers."""
     rows = points[points["layers"] == OUTPUT]
-    _beyond(axes, rows, colour, marker=OUTPUT_MARKER, place=1 + BESIDE, bars=bars)
+    mark_at(axes, rows, colour, marker=OUTPUT_MARKER, place=1 + BESIDE, bars=bars)
 
 
 def right_end(points: pd.DataFrame) -> float:
@@ -151,7 +151,8 @@ def right_end(points: pd.DataFrame) -> float:
     return 1 + BESIDE * (2 if (points["layers"] == OUTPUT).any() else 1)
 
 
-def _beyond(axes: Axes, points: pd.DataFrame, colour: str, *, marker: str, place: float, bars: bool) -> None:
+def mark_at(axes: Axes, points: pd.DataFrame, colour: str, *, marker: str, place: float, bars: bool) -> None:
+    """Mark trained and controls at one place of the axis: filled and hollow, their means where there are several."""
     for weights, rows in points.groupby("weights", sort=False):
         trained = weights == "trained"
         rows = rows[rows["interval"] == (ONE_HEAD if trained else SEED_RANGE)]

@@ -24,6 +24,7 @@ from probekit.report.effects import (
     training_effects,
 )
 from probekit.report.figures import depth_figure, kinds_figure
+from probekit.report.level_figures import levels_figure, levels_points
 from probekit.report.points import depth_points, kinds_points, scaling_points, training_points
 from probekit.report.select import (
     ALL_LAYERS,
@@ -39,7 +40,7 @@ from probekit.report.select import (
 )
 from probekit.report.size_figures import scaling_figure, training_figure
 from probekit.report.style import save
-from probekit.results import load_config, load_results
+from probekit.results import PLAN, check_finished, load_config, load_results
 from probekit.stats import PROTOCOLS
 
 _SVG_ID = re.compile(r'(\bid="|xlink:href="#|url\(#)')
@@ -65,6 +66,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
     if out.is_dir():
         msg = f"{out}: is a folder; name the page to write, such as {out / 'report.html'}"
         raise ResultsError(msg)
+    check_finished(run)
     everything = load_results(run)
     frame = unsliced(probed(everything))
     if frame.empty:
@@ -105,7 +107,7 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         store_common=common,
         store_table=differing,
         config=json.dumps(
-            {key: value for key, value in config.items() if key != "stores"}, indent=2, ensure_ascii=False
+            {key: value for key, value in config.items() if key not in ("stores", PLAN)}, indent=2, ensure_ascii=False
         )
         if config
         else "",
@@ -142,6 +144,14 @@ def _section(
 
     if frame["relative_depth"].notna().any() and models:
         add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
+    if models and levels_points(whole, setting=setting)["level"].nunique() > 1:
+        add(
+            "levels",
+            "Accuracy against depth at every noise level and pooling",
+            lambda _, **how: levels_figure(whole, **how),
+            lambda _, **how: levels_points(whole, **how),
+            captions.levels_caption(setting),
+        )
     if models:
         if scaling_points(frame, setting=setting)["model"].nunique() > 1:
             add(
@@ -192,7 +202,7 @@ def _section(
         "combinations": combinations.combinations_table(whole, setting, verdicts),
         "blocks": combinations.blocks_table(run, setting),
         "warnings": tables.warnings_list(
-            narrow(whole, setting, any_head=True),
+            narrow(whole, setting, any_head=True, any_level=True),
             [*itertools.chain(*effects.values()), *joins.values()],
             {head["name"]: head.get("strengths", []) for head in options.get("heads", [])},
         ),

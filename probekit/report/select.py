@@ -130,9 +130,16 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
 
 
 def narrow(
-    frame: pd.DataFrame, setting: Setting | None = None, *, any_head: bool = False, slices: bool = False
+    frame: pd.DataFrame,
+    setting: Setting | None = None,
+    *,
+    any_head: bool = False,
+    any_level: bool = False,
+    slices: bool = False,
 ) -> pd.DataFrame:
     """Keep the rows of one setting (default: the first); with `any_head`, of every head and seed in it.
+
+    With `any_level`, also those of every other noise level, draw and pooling.
 
     Slices other than the kinds that the file names are there with `slices` only, and baselines never. Imported features
     are kept whatever the noise level, draw and pooling of the setting.
@@ -141,6 +148,8 @@ def narrow(
     frame = probed(frame) if slices else unsliced(probed(frame))
     if any_head:
         del wanted["head"], wanted["seed"]
+    if any_level:
+        del wanted["sigma"], wanted["draw"], wanted["pooling"]
     for column, value in wanted.items():
         same = frame[column] == value
         frame = frame[same | frame["imported"]] if column in ("sigma", "draw", "pooling") else frame[same]

@@ -71,6 +71,7 @@ def scaling_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level
         percent_axis(panels[0][0], pd.concat([points["low"], points["high"]]), headroom=headroom)
         for axes, _ in panels[1:]:
             axes.axhline(CHANCE, color=FAINT, linewidth=0.9, zorder=1)
+        _name_chance(panels[0][0])
         of = "network" if models["imported"].any() else "transformer"
         figure.supxlabel(f"Parameters of the {of}", fontsize=8)
         figure.supylabel("Test accuracy (%)", fontsize=8)
@@ -131,6 +132,7 @@ def training_figure(frame: pd.DataFrame, *, setting: Setting | None = None, leve
                     fontsize=8,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
                 )
+        _name_chance(panels[0][0])
         figure.supxlabel(
             f"Images seen in training ({', '.join(series)})" if len(series) == 1 else "Images seen in training",
             fontsize=8,
@@ -246,6 +248,10 @@ def _name_models(axes: Axes, points: pd.DataFrame, layers: str, palette: dict[st
             ends = [known.min() + (top + 0.005) * span, y]
             axes.plot([rows["parameters"].iloc[0]] * 2, ends, color=palette[str(model)], linewidth=0.5, zorder=1)
     return float(max((box[3] for box in boxes), default=0.0)) - float(known.max() - known.min()) / span
+
+
+def _name_chance(axes: Axes) -> None:
+    label(axes, axes.get_xlim()[0], CHANCE, "chance", FAINT, va="top", offset=(3, -1.5), fontsize=6.5)
 
 
 def _dodged(x: FloatArray) -> FloatArray:

@@ -121,12 +121,12 @@ def log_axis(axes: Axes, ticks: Sequence[float], labels: Sequence[str]) -> None:
 
 
 def label(axes: Axes, x: float | int, y: float | int, text: str, colour: str, **options: Any) -> Text:
-    """Write a direct label, with a white rim so that lines may pass behind it."""
+    """Write a direct label; its white rim covers the grid and cuts no curve."""
     offset = options.pop("offset", (0, 0))
-    options = {"color": readable(colour), "fontsize": 7.5, "zorder": 6, **options}
-    note = axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", annotation_clip=False, **options)
-    note.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
-    return note
+    options = {"fontsize": 7.5, "xytext": offset, "textcoords": "offset points", "annotation_clip": False, **options}
+    rim = axes.annotate(text, (x, y), color="white", zorder=1.5, **options)
+    rim.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
+    return axes.annotate(text, (x, y), color=readable(colour), zorder=6, **options)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

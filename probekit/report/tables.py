@@ -32,6 +32,8 @@ from probekit.stats import PROTOCOLS
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 FEW_GROUPS = 50
+LEVELS = {"sigma": "Noise level", "draw": "Draw", "pooling": "Pooling"}
+"""Columns of what a head reads its layers at, and their headings."""
 _NAMED = 4
 
 
@@ -157,25 +159,37 @@ def effects_table(effects: Iterable[Effect]) -> pd.DataFrame:
 
 
 def backbone_table(frame: pd.DataFrame, backbone: str, setting: Setting) -> pd.DataFrame:
-    """Every fitted head of one trained backbone, with what its fit reported; ``mark`` says which rows to highlight."""
-    rows = narrow(frame, setting, any_head=True)
+    """Every fitted head of one trained backbone, with what its fit reported; ``mark`` says which rows to highlight.
+
+    Noise level, draw and pooling are columns where there are several; those of the setting come first.
+    """
+    rows = narrow(frame, setting, any_head=True, any_level=True)
+    several = [column for column in LEVELS if rows.loc[~rows["imported"], column].nunique() > 1]
     mine = rows[(rows["backbone"] == backbone) & (rows["control"] == "trained") & (rows["slice_by"] == "all")]
     model = next(model for model in trained_models(rows, every_length=True) if backbone in model.backbones)
     controls = control_rows(reported_rows(rows), model)
     validation = mine[mine["split"] == "validation"].set_index("record_id")["accuracy"]
     everything = set(all_layers(mine)["record_id"])
+    drawn = {column: getattr(setting, column) for column in LEVELS}
+    places = dict.fromkeys([tuple(drawn.values()), *mine[list(LEVELS)].itertuples(index=False, name=None)])
+    order = {place: number for number, place in enumerate(places)}
+    tested = reported_rows(mine)
+    tested = tested.assign(place=[order[at] for at in tested[list(LEVELS)].itertuples(index=False, name=None)])
     table = []
-    for row in reported_rows(mine).sort_values(["n_layers", "layer"], kind="stable").to_dict("records"):
+    for row in tested.sort_values(["place", "n_layers", "layer"], kind="stable").to_dict("records"):
         same = (controls["layer_set"] == row["layer_set"]) & (controls["head"] == row["head"])
         same &= controls["combination"] == row["combination"]
+        for column in LEVELS:
+            same &= controls[column] == row[column]
         same_head = controls[same & (controls["seed"] == row["seed"])]
         output = row["n_layers"] == 1 and row["layer"] > row["n_blocks"]
         every = row["record_id"] in everything
         name = "all layers" if every else set_label(row["layer_set"], row["combination"]).replace("+", " + ")
         name += " (entering the output projection)" if output else ""
-        shown = row["chosen"] and row["head"] == setting.head
+        shown = row["chosen"] and row["head"] == setting.head and not row["place"]
         entry: dict[str, Any] = {
             "mark": "chosen" if shown else "joined" if row["n_layers"] > 1 else "",
+            **{LEVELS[column]: str(row[column]).replace("+", " + ") for column in several},
             "Layers": name,
             "Head": row["head"] + (f", seed {row['seed']}" if row["seed"] else ""),
             "Test accuracy": marked(percent(row["accuracy"]), row["converged"], before="\n"),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from probekit._types import FloatArray
-from probekit.config import LinearHead
+from probekit.config import OF_THE_PLAN, LinearHead
 from probekit.heads import (
     BradleyTerryClassifierCV,
     BradleyTerryLateFusion,
@@ -20,7 +20,7 @@ from probekit.results import NO_FIT
 from probekit.store import Pairs
 from probekit.sweep.features import Features
 from probekit.sweep.material import material
-from probekit.sweep.plan import OF_THE_PLAN, Record
+from probekit.sweep.plan import Record
 
 _COLUMNS = {  # of the results, by attribute of a head
     "C_": "strength",

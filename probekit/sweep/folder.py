@@ -29,10 +29,23 @@ def check_folder(out: Path) -> None:
 
 
 def bind_file(prefs: Path | str, reading: PreferenceOptions, *, out: Path) -> Path:
-    """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same."""
+    """Judgements of another preference file, keyed by row, kept in the run so that every process reads the same.
+
+    Raises
+    ------
+    ConfigError
+        If none of its images is there: rows are found by the bytes of the images.
+    """
     loaded = load_preferences(prefs, **reading.loading())
     # A missing file costs its pairs here, as a row that the store lacks does.
-    frame = loaded.judgements(loaded.image_digests(out / DIGESTS, max_bad=1.0))
+    digests = loaded.image_digests(out / DIGESTS, max_bad=1.0)
+    if not digests.facts:
+        message = (
+            f"{prefs}: none of its {len(digests):,} image files is there, such as {min(digests)}; "
+            "allowed: a preference file that lies where its images are, as rows of a store are found by their bytes"
+        )
+        raise ConfigError(message)
+    frame = loaded.judgements(digests)
     path = out / JUDGEMENTS / f"{loaded.name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

@@ -104,12 +104,17 @@ def _entering(store: FeatureStore) -> dict[str, object]:
     return settings | encoders | {"definitions": {name: store.config["poolings"][name] for name in store.inputs}}
 
 
+def place_of(baseline: InputBaseline) -> Place:
+    """Give what a baseline reads, in the place of a layer."""
+    groups, _ = SEEN[baseline.seen]
+    (layer,) = open_cached(baseline.selection.stores[0]).layers_of(groups[0])
+    return Place(baseline.selection, (baseline.sigma,), baseline.draw, groups, layer.index)
+
+
 def run_input_baseline(baseline: InputBaseline, *, out: Path) -> None:
     """Fit one baseline and write its part."""
-    data, store = material(baseline.selection), open_cached(baseline.selection.stores[0])
-    groups, head = SEEN[baseline.seen]
-    (layer,) = store.layers_of(groups[0])
-    features = Features((Place(baseline.selection, (baseline.sigma,), baseline.draw, groups, layer.index),))
+    data, (_, head) = material(baseline.selection), SEEN[baseline.seen]
+    features = Features((place_of(baseline),))
     fitted: PairHead | None = None
     if features.vary:
         group = data.train.frame["group"].to_numpy()

@@ -7,9 +7,9 @@ amended sweep does not search again. m = rows, n = training pairs, d = channels 
 import hashlib
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from probekit.heads import (
     resolve_layer_sets,
     screen_subsets,
     specs_with_features,
+    stand_ins,
 )
-from probekit.heads.combine import depth_layers, most_layer_sets
+from probekit.heads.combine import depth_layers
+from probekit.heads.factorisation import fit_bytes
 from probekit.heads.screening import basis_width
 from probekit.results import JOINED
 from probekit.store import canonical_json
@@ -39,10 +41,32 @@ logger = logging.getLogger(__name__)
 
 ANSWERS = "layer_sets"
 """Folder of a run that holds what was found."""
-_VERSION = "1"  # raised when the same question would be answered otherwise
+_VERSION = "2"  # raised when the same question would be answered otherwise
 _USUAL = 2**30  # bytes that searches use where they may have more
 _FIXED = 2**26
 LayerSets = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that a dry run leaves out: of how many layers, pairs, channels and columns, and what it takes.
+
+    Attributes
+    ----------
+    n_layers, n, d, columns
+        Layers, training pairs, channels of the widest layer; folds x strengths, or 0 where layers are only compared.
+    needed
+        Bytes.
+    sets
+        Most layer sets that it finds.
+    """
+
+    n_layers: int
+    n: int
+    d: int
+    columns: int
+    needed: int
+    sets: int
 
 
 def layer_sets(
@@ -52,9 +76,9 @@ def layer_sets(
     sigmas: Sequence[str],
     draw: int,
     poolings: Sequence[str],
-    run: Path | None = None,
-    allowed: int = sys.maxsize,
-    at_most: list[int] | None = None,
+    run: Path,
+    allowed: int,
+    searches: list[Search] | None = None,
 ) -> LayerSets:
     """Say which layer sets the configuration of a head means here.
 
@@ -66,9 +90,9 @@ def layer_sets(
         Folder in which answers are looked up and kept.
     allowed
         Bytes that a search may take.
-    at_most
-        If given, nothing is searched or written: of sets that the run does not hold, the largest number that there may
-        be is appended.
+    searches
+        If given, nothing is searched or written: a search whose answer the run does not hold is appended, and others
+        stand in for its layer sets, as many and as large as there may be.
 
     Raises
     ------
@@ -98,26 +122,30 @@ def layer_sets(
                 asked |= {"blocks": spec["blocks"]}
             else:
                 asked |= {"search": spec["search"].max_size, "strengths": linear.strengths, "folds": linear.folds}
-            known = None if run is None else _known(run, asked)
-            if known is None and at_most is not None:
-                at_most.append(most_layer_sets(spec, len(layers)))
-                known = []
-            elif known is None:
+            known = _known(run, asked)
+            if known is None:
                 places = {layer: Place(selection, tuple(sigmas), draw, tuple(poolings), layer) for layer in layers}
-                try:
-                    if "blocks" in spec:
-                        known = _blocks(places, spec["blocks"], allowed)
-                    else:
-                        known = _searched(places, spec["search"], linear, allowed)
-                except HeadError as error:  # a layer that is the same in all rows
-                    logger.warning(
-                        "%s, %s, head %s: no layer sets of %s: %s", store.path, pooling, head.name, spec, error
-                    )
-                    known = []
+                needed, first = _of_blocks(places) if "blocks" in spec else _of_search(places, linear)
+                left = _left(spec, needed, allowed)
+                if searches is not None:
+                    known = stand_ins(spec, layers)
+                    n, columns = len(material(selection).train.label), linear.folds * len(linear.strengths)
+                    d = max(place.width for place in places.values())
+                    searches.append(Search(len(layers), n, d, columns * ("search" in spec), needed, len(known)))
                 else:
-                    if run is not None:
+                    memory = min(_USUAL, first + left)
+                    try:
+                        if "blocks" in spec:
+                            known = _blocks(places, spec["blocks"], memory)
+                        else:
+                            known = _searched(places, spec["search"], linear, memory)
+                    except HeadError as error:  # a layer that is the same in all rows
+                        text = "%s, %s, head %s: no layer sets of %s: %s"
+                        logger.warning(text, store.path, pooling, head.name, spec, error)
+                        known = []
+                    else:
                         _keep(run, asked, known)
-            if "blocks" in spec and known:
+            if "blocks" in spec and known and searches is None:
                 logger.info("%s, sigma %s, %s: blocks %s", store.path, sigma, pooling, block_ranges(known))
             found.append(known if "blocks" in spec else _first(known, spec["search"].refit_top))
         return resolve_layer_sets(head.layer_sets, n_blocks, stored=stored, found=found)
@@ -126,30 +154,35 @@ def layer_sets(
         raise ConfigError(message) from None
 
 
-def _blocks(places: Mapping[int, Place], number: int, allowed: int) -> LayerSets:
+def _of_blocks(places: Mapping[int, Place]) -> tuple[int, int]:
+    """Bytes that finding blocks needs at least, and those of them that it may be told to use."""
+    first = next(iter(places.values()))
+    m, d = len(np.unique(material(first.selection).train.rows)), first.width
+    every = sum(len(open_cached(path).rows) for path in first.selection.stores)
+    return 4 * every * d + 24 * m * d + (4 * m * m * len(places) if m < d else 4 * m * d) + _FIXED, 4 * m * d
+
+
+def _blocks(places: Mapping[int, Place], number: int, memory: int) -> LayerSets:
     first = next(iter(places.values()))
     used = np.unique(material(first.selection).train.rows)
-    m, d = len(used), first.width
-    every = sum(len(open_cached(path).rows) for path in first.selection.stores)
-    needed = 4 * every * d + 24 * m * d + (4 * m * m * len(places) if m < d else 4 * m * d) + _FIXED
-    left = _left({"blocks": number}, needed, allowed)
-    return find_blocks(
-        lambda layer: places[layer].rows()[used], list(places), number, memory=min(_USUAL, 4 * m * d + left)
-    )
+    return find_blocks(lambda layer: places[layer].rows()[used], list(places), number, memory=memory)
 
 
-def _searched(places: Mapping[int, Place], search: SubsetSearch, linear: LinearHead, allowed: int) -> LayerSets:
-    """Subsets of each size from 2 on, the most promising of each size first."""
+def _of_search(places: Mapping[int, Place], linear: LinearHead) -> tuple[int, int]:
+    """Bytes that a search needs at least, and those of them that it may be told to use."""
     first = next(iter(places.values()))
-    train = material(first.selection).train
-    n, d, layers = len(train.label), max(place.width for place in places.values()), len(places)
+    n, d, layers = len(material(first.selection).train.label), max(one.width for one in places.values()), len(places)
     width = basis_width(layers, len(linear.strengths))
-    size, columns = min(n, d), linear.folds * len(linear.strengths)
-    kept = layers * (4 * size**2 + 4 * n * linear.folds) + 32 * linear.folds * (width * layers) ** 2
-    fit = 4 * n * d + (36 * d**2 + 12 * 8192 * d if n >= d else 26 * n * d + 40 * n**2) + 44 * n * columns
+    kept = layers * (4 * min(n, d) ** 2 + 4 * n * linear.folds) + 32 * linear.folds * (width * layers) ** 2
+    fit = 4 * n * d + fit_bytes(n, d, linear.folds * len(linear.strengths))
     one_fold = 4 * n * width * layers
     join = 16 * n * d + 8 * n * layers * linear.folds + one_fold
-    left = _left({"search": search.model_dump()}, kept + max(fit, join) + _FIXED, allowed)
+    return kept + max(fit, join) + _FIXED, one_fold
+
+
+def _searched(places: Mapping[int, Place], search: SubsetSearch, linear: LinearHead, memory: int) -> LayerSets:
+    """Subsets of each size from 2 on, the most promising of each size first."""
+    train = material(next(iter(places.values())).selection).train
     screened = screen_subsets(
         lambda layer: places[layer].differences(train.rows),
         list(places),
@@ -159,16 +192,18 @@ def _searched(places: Mapping[int, Place], search: SubsetSearch, linear: LinearH
         max_size=search.max_size,
         Cs=linear.strengths,
         cv=linear.folds,
-        memory=min(_USUAL, one_fold + left),
+        quantisation=lambda layer: places[layer].noise(),
+        memory=memory,
     )
     return best_subsets(screened, len(screened))
 
 
-def _left(spec: Mapping[str, Any], needed: int, allowed: int) -> int:
+def _left(spec: Mapping[Any, Any], needed: int, allowed: int) -> int:
     """Bytes that a search may take beyond what it needs at least."""
     if needed > allowed:
+        plain = {key: value if isinstance(value, int) else value.model_dump() for key, value in spec.items()}
         message = (
-            f"layer_sets: {dict(spec)!r}: needs about {scaled(needed, 'B')} of memory; allowed: "
+            f"layer_sets: {plain!r}: needs about {scaled(needed, 'B')} of memory; allowed: "
             f"{scaled(max(0, allowed), 'B')}; give more --memory, or list layer numbers"
         )
         raise ConfigError(message)

@@ -201,10 +201,16 @@ def forget() -> None:
 def _pairs(portion: Portion, judged: Path | None) -> Pairs:
     pairs = _judged_pairs(portion.store, portion.dataset, judged)
     held = set(pairs.frame["split"])
+    if not held:
+        message = (
+            f"{portion.store}: none of the {len(pairs.excluded):,} pairs of data set {portion.dataset!r} has features "
+            "here; allowed: judgements of pictures and prompts that the store has rows of"
+        )
+        raise StoreError(message)
     if portion.split not in held:
         message = (
             f"{portion.store}: data set {portion.dataset!r} has no {portion.split} pairs with features, only "
-            f"{', '.join(sorted(held)) or 'none at all'}; a sweep needs train, validation and test pairs"
+            f"{', '.join(sorted(held))}; a sweep needs train, validation and test pairs"
         )
         raise StoreError(message)
     inside = (pairs.frame["split"] == portion.split).to_numpy()

@@ -15,6 +15,7 @@ linear head fits together. They are upper limits of measured peaks (peak residen
 Of a mean of layers, d is the channels of one.
 """
 
+import logging
 import os
 import re
 import resource
@@ -27,19 +28,24 @@ from pathlib import Path
 from probekit._types import scaled
 from probekit.config import LinearHead, MLPHead
 from probekit.errors import ConfigError
-from probekit.heads import layer_set_name
+from probekit.heads import BradleyTerryMLP, layer_set_name
+from probekit.heads.factorisation import SLAB, eigen_bytes, fit_bytes
 from probekit.heads.linear import MEMORY
+from probekit.heads.solvers import column_bytes
+from probekit.heads.streaming import BLOCK_BYTES
 from probekit.sweep.features import Place
+from probekit.sweep.input_baselines import SEEN, InputBaseline, place_of
 from probekit.sweep.material import material, open_cached
 from probekit.sweep.plan import Record, units
+
+logger = logging.getLogger(__name__)
 
 SHARE = 0.75
 """Of the machine's memory, what a sweep takes at most where nothing else is asked for."""
 _FIXED = 2**26  # of every fit: blocks in other precisions, and what the allocator does not give back
 _HELPER = 2**24  # the process that spawned processes share
-_BUFFERS = 4 * 2**24  # of fits that read from files
+_BUFFERS = 4 * BLOCK_BYTES  # of fits that read from files
 _STATE = 0.6  # of what is left, what heads are told that fits from files may take: they count arrays, not what is freed
-_COPIES = 32  # bytes of a factorisation for each entry of its matrix, as heads count them
 
 
 @dataclass(frozen=True)
@@ -182,23 +188,42 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
         return Work(unit, places, needed, MEMORY)
     k = record.head.folds * len(record.head.strengths)
     if record.combination in ("scalar-mix", "late-fusion"):
-        copies = 28 * n * d if record.combination == "scalar-mix" else 12 * n * d + 12 * 8192 * max(widths)
+        copies = 28 * n * d if record.combination == "scalar-mix" else 12 * n * d + 12 * SLAB * max(widths)
         needed = held + copies + 36 * max(widths) ** 2 + 44 * n * k
         if needed > allowed:
             raise _refused(record, needed, allowed, budget)
         return Work(unit, places, needed, MEMORY)
-    size = min(n, d)
-    gram = (36 * d**2 + 12 * 8192 * d if n >= d else 26 * n * d + 40 * n**2) + 44 * n * k
-    if _COPIES * size**2 <= MEMORY and held + gram <= allowed:
-        return Work(unit, places, held + gram, MEMORY)
+    factorised = held + fit_bytes(n, d, k)
+    if eigen_bytes(min(n, d)) <= MEMORY and factorised <= allowed:
+        return Work(unit, places, factorised, MEMORY)
     free = held + 80 * n * k + 320 * d * k
     if free <= allowed:
         return Work(unit, places, free, 0.0)
-    least = fixed + _BUFFERS + 32 * n * k + 8 * (5 * n + 28 * d) + 320 * d
+    least = fixed + _BUFFERS + 32 * n * k + column_bytes(n, d) + 320 * d
     if least > allowed or record.combination == "mean":  # files hold layers apart
         raise _refused(record, free if record.combination == "mean" else least, allowed, budget)
     # what is left bounds the factorisation and, after it, the state of the columns that are fitted together
     return Work(unit, places, allowed, _STATE * (allowed - fixed - _BUFFERS - 16 * n * k), streamed=True)
+
+
+def affordable(baselines: Sequence[InputBaseline], budget: Budget) -> list[InputBaseline]:
+    """Leave out the baselines of inputs that one process has not the memory for, and say so."""
+    found = []
+    for baseline in baselines:
+        data, place, (_, head) = material(baseline.selection), place_of(baseline), SEEN[baseline.seen]
+        n, every, d = len(data.train.label), len(data.rows), place.width
+        fixed = _FIXED + 4 * baseline.resamples * (every - n)
+        if isinstance(head, BradleyTerryMLP):
+            rows = sum(len(open_cached(path).rows) for path in baseline.selection.stores)
+            needed = 28 * rows * d + 24 * d * head.hidden[0] + fixed
+        else:
+            needed = 4 * every * d + fit_bytes(n, d, head.cv * len(head.Cs)) + fixed
+        if needed <= budget.share(1):
+            found.append(baseline)
+        else:
+            text = "baseline %r is left out: it needs about %s; allowed: %s; give more --memory"
+            logger.warning(text, baseline.name, scaled(needed, "B"), scaled(budget.share(1), "B"))
+    return found
 
 
 def groups_of(records: Sequence[Record], budget: Budget, jobs: int) -> list[tuple[int, list[Work]]]:

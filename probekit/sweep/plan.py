@@ -1,6 +1,7 @@
 """The plan of a sweep: a list of typed records hashed from plain values, each one fit of one head."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,17 +10,17 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from probekit.config import LinearHead, MLPHead, Rule, SweepConfig, Ties
+from probekit.config import OF_THE_PLAN, LinearHead, MLPHead, Rule, SweepConfig, Ties
 from probekit.errors import ConfigError
 from probekit.heads import combination_name
 from probekit.results import JOINED, SPLITS
 from probekit.store import FeatureStore, canonical_json
 from probekit.store.settings import differing
-from probekit.sweep.layer_sets import layer_sets
 from probekit.sweep.material import Portion, Selection, joint_fingerprint, material, open_cached
 
+logger = logging.getLogger(__name__)
+
 FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
-OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}  # of a head: what a record has as its own value
 _T = TypeVar("_T", str, int)
 
 
@@ -188,9 +189,12 @@ def _comparable(store: FeatureStore) -> dict[str, Any]:
 
 
 def plan_records(
-    config: SweepConfig, selection: Selection, *, sets: Callable[..., list[tuple[int, ...]]] = layer_sets
+    config: SweepConfig, selection: Selection, *, sets: Callable[..., list[tuple[int, ...]]]
 ) -> Iterator[Record]:
-    """All records of one selection, in the order of the configuration; `sets` is called as `layer_sets`."""
+    """All records of one selection, in the order of the configuration.
+
+    ``sets`` gives the layer sets of a head: `probekit.sweep.layer_sets.layer_sets` but for what a sweep tells it.
+    """
     store = open_cached(selection.stores[0])
     if store.describe.get("imported"):  # without noise or pooling of ours, so there is nothing to choose among
         config = config.model_copy(update={"sigmas": "all", "draws": "all", "poolings": "all"})
@@ -239,6 +243,11 @@ def _settings(
             f"{store.path}: across: sigma: no noise draw is there at all noise levels, but {held}; allowed: one that is"
         )
         raise ConfigError(message)
+    for what, values in (("sigma", {sigma for sigma, _ in coordinates}), ("pooling", poolings)):
+        names = ", ".join(head.name for head in config.heads if what in head.across)
+        if names and len(values) == 1:
+            text = "%s, head %s: across: %s joins nothing, since %s is the only one; its fits are those on it alone"
+            logger.warning(text, store.path, names, what, *values)
     places = list(dict.fromkeys([*apart, *together]))
     chosen = list(dict.fromkeys([*((pooling,) for pooling in poolings), tuple(poolings)]))
     for place, joined, head in product(places, chosen, config.heads):

@@ -33,9 +33,9 @@ from probekit.sweep.fitting import fit, margins
 from probekit.sweep.folder import MADE_FROM, bind_file, check_folder, made_from
 from probekit.sweep.input_baselines import InputBaseline, plan_input_baselines, run_input_baseline
 from probekit.sweep.judging import check_protocol
-from probekit.sweep.layer_sets import layer_sets
+from probekit.sweep.layer_sets import Search, layer_sets
 from probekit.sweep.material import Selection, forget, material, open_cached
-from probekit.sweep.memory import Work, budget_of, bytes_of, groups_of, told
+from probekit.sweep.memory import Budget, Work, affordable, budget_of, bytes_of, groups_of, told
 from probekit.sweep.plan import (
     Record,
     check_distinct,
@@ -53,7 +53,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sweep that was checked: what it reads, what it will fit, and from which stores the run was made."""
+    """A sweep that was checked: what it reads and fits, from which stores the run was made, and how it will be done.
+
+    ``done`` are the ids of records whose results the run holds, ``groups`` the others, by number of processes.
+    """
 
     config: SweepConfig
     stores: list[FeatureStore]
@@ -62,6 +65,14 @@ class Prepared:
     baselines: list[Baseline]
     inputs: list[InputBaseline]
     made_from: list[dict[str, Any]]
+    done: set[str]
+    budget: Budget
+    groups: list[tuple[int, list[Work]]]
+
+    @property
+    def beside(self) -> list[str]:
+        """Ids of the baselines."""
+        return [one.record_id for one in self.baselines] + [one.record_id for one in self.inputs]
 
 
 @dataclass(frozen=True)
@@ -131,13 +142,8 @@ def run_sweep(
         If a store is damaged, has no training, validation or test pairs, or its features never differ within a pair.
     """
     out = Path(out)
-    bytes_allowed = bytes_of(memory) if isinstance(memory, str) else memory
-    plan = prepare(config, stores=stores, out=out, prefs=prefs, reading=reading, ties=ties, memory=bytes_allowed)
-    records, config = plan.records, plan.config
-    done = results.done_records(out)
-    todo = [record for record in records if record.record_id not in done]
-    budget = budget_of(bytes_allowed)
-    groups = groups_of(todo, budget, jobs)
+    plan = prepare(config, stores=stores, out=out, prefs=prefs, reading=reading, ties=ties, jobs=jobs, memory=memory)
+    records, config, done, budget, groups = plan.records, plan.config, plan.done, plan.budget, plan.groups
     check_space(
         out / "differences", scratch_bytes([work.places for _, some in groups for work in some if work.streamed])
     )
@@ -146,15 +152,18 @@ def run_sweep(
     scorers = {key: value for key, value in results.load_config(out).items() if key == "scorers"}
     resolved = scorers | {"sweep": config.model_dump(mode="json")} | told_of_sets(plan.selections)
     resolved |= {"stores": [store_settings(store) for store in plan.stores], MADE_FROM: plan.made_from}
+    fitted_ids = [record.record_id for record in records]
+    resolved |= {results.PLAN: fitted_ids + plan.beside}
     results.write_config(out, resolved)
     Scratch.clear(out)
     best: dict[str, Fitted] = {}
     blind = 0
     with Scratch(out, chunk=max(2**26, budget.share(1) // 4)) as scratch:
-        for count, (record, fitted) in enumerate(_fits(groups, out, scratch), start=1):
+        before = sum(record.record_id in done for record in records)
+        for count, (record, fitted) in enumerate(_fits(groups, out, scratch), start=before + 1):
             blind += fitted.blind
             if progress is not None:
-                progress(len(records) - len(todo) + count, len(records), _text(record, fitted, best))
+                progress(count, len(records), _text(record, fitted, best))
     KEPT.trim(0)
     if blind and blind == len(records):
         message = (
@@ -168,10 +177,8 @@ def run_sweep(
     for seen in plan.inputs:
         if seen.record_id not in done:
             run_input_baseline(seen, out=out)
-    fitted_ids = [record.record_id for record in records]
-    beside = [one.record_id for one in plan.baselines] + [one.record_id for one in plan.inputs]
-    facts = store_facts(records, plan.stores, baselines=beside)
-    others = results.rebuild(out, fitted_ids + beside, facts=facts)
+    facts = store_facts(records, plan.stores, baselines=plan.beside)
+    others = results.rebuild(out, fitted_ids + plan.beside, facts=facts)
     numbers = {
         spec["blocks"] for head in config.heads for spec in specs_with_features(head.layer_sets) if "blocks" in spec
     }
@@ -207,19 +214,24 @@ def prepare(
     prefs: Path | str | None,
     reading: PreferenceOptions | None,
     ties: str | None,
-    memory: int | None,
-    bound: Path | None = None,
-    at_most: list[int] | None = None,
+    jobs: int,
+    memory: int | str | None,
+    judged_in: Path | None = None,
+    searches: list[Search] | None = None,
 ) -> Prepared:
     """Check everything and list all fits; parameters as of `run_sweep`.
 
     Parameters
     ----------
-    bound
+    judged_in
         Where judgements of `prefs` are kept (default: in the run).
-    at_most
+    searches
         If given, nothing is written and no layer sets are searched: see `probekit.sweep.layer_sets.layer_sets`.
     """
+    if jobs < 1:
+        message = f"jobs is {jobs}; allowed: 1 or more processes"
+        raise ConfigError(message)
+    memory = bytes_of(memory) if isinstance(memory, str) else memory
     config = _checked(config, ties)
     reading = reading or PreferenceOptions()
     if prefs is None and reading != PreferenceOptions():
@@ -236,17 +248,20 @@ def prepare(
     KEPT.trim(0)
     opened = [open_cached(Path(path).absolute()) for path in stores]
     made_from(out, ((store, control_of(store)) for store in opened))  # before files are read
-    judged = None if prefs is None else bind_file(prefs, reading, out=bound or out)
+    judged = None if prefs is None else bind_file(prefs, reading, out=judged_in or out)
     selections = [*(select_mixtures(config) if mixed else select_stores(opened, judged=judged, ties=config.ties))]
     opened = [open_cached(path) for path in dict.fromkeys(path for chosen in selections for path in chosen.stores)]
     known = made_from(out, ((store, control_of(store)) for store in opened))
     for selection in selections:
         for pairs in material(selection).parts:
             check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
-    sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), at_most=at_most)
+    sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), searches=searches)
     records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
     check_distinct(records)
-    return Prepared(config, opened, selections, records, plan_baselines(records), plan_input_baselines(records), known)
+    baselines, done, budget = plan_baselines(records), results.done_records(out), budget_of(memory)
+    inputs = affordable(plan_input_baselines(records), budget)
+    groups = groups_of([record for record in records if record.record_id not in done], budget, jobs)
+    return Prepared(config, opened, selections, records, baselines, inputs, known, done, budget, groups)
 
 
 def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> list[Fitted]:
