@@ -28,6 +28,7 @@ from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.blocks import compare_blocks
 from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.families import judge_families
 from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
 from probekit.sweep.fitting import fit, margins
 from probekit.sweep.folder import MADE_FROM, bind_file, check_folder, made_from
@@ -177,6 +178,7 @@ def run_sweep(
     }
     results.write_blocks(out, compare_blocks(out, numbers, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
+    results.write_families(out, *judge_families(out, resamples=config.resamples, level=config.level))
     fitted_heads = results.load_results(out).query("head_kind in ('linear', 'mlp')").drop_duplicates("record_id")
     grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
     for warning in fit_warnings(fitted_heads, grids):
