@@ -40,6 +40,7 @@ from probekit.sweep.memory import Work, budget_of, bytes_of, groups_of, told
 from probekit.sweep.plan import (
     Record,
     check_distinct,
+    check_primary,
     control_of,
     plan_records,
     select_mixtures,
@@ -248,6 +249,7 @@ def prepare(
     sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), at_most=at_most)
     records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
     check_distinct(records)
+    check_primary(config, records)
     return Prepared(config, opened, selections, records, plan_baselines(records), plan_input_baselines(records), known)
 
 
