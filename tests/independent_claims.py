@@ -88,9 +88,10 @@ def contrast(terms, groups, n_boot=2000):
             freedoms.append(s - 1)
             centre = np.eye(s) - 1 / s
             seen += sign**2 * np.trace(centre @ covariance[own, own]) / ((s - 1) * s)
-    rest = max(weight @ covariance @ weight - seen, 0)
-    freedom = sum(parts) ** 2 / sum(part**2 / f for part, f in zip(parts, freedoms, strict=True))
-    reach = sqrt(t_quantile(freedom) ** 2 * sum(parts) + Z**2 * rest)
+    rest = max(weight @ covariance @ weight - min(seen, sum(parts)), 0)
+    uncertain = sum(part**2 / f for part, f in zip(parts, freedoms, strict=True))
+    t = t_quantile(sum(parts) ** 2 / uncertain) if uncertain > 0 else Z
+    reach = sqrt(t**2 * sum(parts) + Z**2 * rest)
     estimate = weight @ accuracy
     return estimate, estimate - reach, estimate + reach
 
@@ -123,6 +124,7 @@ def slope(values, parameters, groups):
     off_line = np.eye(k) - x @ projection
     per_unit = (projection @ projection.T)[1, 1]
     networks = (off_line @ a) @ (off_line @ a) / (k - 2) * per_unit
-    rest = max((projection @ c @ projection.T)[1, 1] - np.trace(off_line @ c) / (k - 2) * per_unit, 0)
+    seen = np.trace(off_line @ c) / (k - 2) * per_unit
+    rest = max((projection @ c @ projection.T)[1, 1] - min(seen, networks), 0)
     reach = sqrt(t_quantile(k - 2) ** 2 * networks + Z**2 * rest)
     return estimate, estimate - reach, estimate + reach
