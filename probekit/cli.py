@@ -284,6 +284,20 @@ def report(
 
 
 @app.command()
+def claims(
+    *,
+    run: Annotated[Path, typer.Argument(help="folder of a sweep", show_default=False, callback=_existing)],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Take each claim about layers, size and training to supported, contradicted or undetermined; prints Markdown."""
+    from probekit.report.claims import make_claims
+    from probekit.report.claims_text import facts, markdown
+
+    found = make_claims(run)
+    typer.echo(json.dumps(facts(found), indent=2) if as_json else markdown(found))
+
+
+@app.command()
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="folder for pairs, stores, run and report")] = Path("probekit-demo"),

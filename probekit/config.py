@@ -389,6 +389,15 @@ ProtocolName = Literal[
 """Named definitions of accuracy: see `probekit.stats.protocols`."""
 
 
+class Primary(_Strict):
+    """The one endpoint that was named beforehand; everything else that a report shows is exploratory."""
+
+    backbone: str | None = Field(None, description="name of a backbone (default: the largest trained one)")
+    head: str | None = Field(None, description="name of a head (default: the first that reads single layers)")
+    layers: Literal["chosen", "all"] = Field("chosen", description="the layer chosen on validation, or all together")
+    dataset: str | None = Field(None, description="test pairs (default: those of the first data set)")
+
+
 class SweepConfig(_Strict):
     """Settings of ``probekit sweep``: which heads are fitted on which layers of the stores."""
 
@@ -397,6 +406,7 @@ class SweepConfig(_Strict):
     test: list[TestSet] | None = Field(None, min_length=1, description="data sets to judge on, in place of --store")
     ties: Ties = Field("soft", description=TIES_HELP)
     protocol: ProtocolName = "strict"
+    primary: Primary = Field(default_factory=Primary, description="the endpoint that a report is about")
     sigmas: Literal["all"] | Annotated[list[Sigma], Field(min_length=1)] = "all"
     draws: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         "all", description="noise draws; each is a setting of its own, never averaged"
@@ -411,6 +421,14 @@ class SweepConfig(_Strict):
             message = (
                 f"{'test' if self.test is None else 'train'}: is required where the other of train and test is given"
             )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _known_head(self) -> Self:
+        names = [head.name for head in self.heads]
+        if self.primary.head not in (None, *names):
+            message = f"primary: head is {self.primary.head!r}; allowed: {', '.join(names)}"
             raise ValueError(message)
         return self
 

@@ -8,6 +8,8 @@ A run folder holds::
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
     blocks.parquet                 blocks of similar layers where a head asked for them, and pairs within and across
+    families.parquet               single layers judged together: band, plateau, comparisons, best of many, null
+    trajectories.parquet           at which layers each test pair is right
 
 A record is one fitted head in one setting, or a baseline that sees no features (`UNPROBED`). Its part is written
 after its margins, both through a temporary file that is renamed, so a record is done exactly when its part exists;
@@ -31,7 +33,7 @@ from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 from probekit.stats import Expectations
 
-RESULTS_VERSION = "1.4"
+RESULTS_VERSION = "1.5"
 ALL_SOURCES = "all"
 UNPROBED = ("metadata", "inputs", "external")
 """Kinds of heads that see no features: of metadata, of what enters a backbone, and scores from elsewhere."""
@@ -137,6 +139,8 @@ MARGIN_COLUMNS: dict[str, str] = {
     "split": "str",
     "source": "str",
     "prompt_id": "str",  # ranking, or hash of the prompt: what a mean over prompts counts alike
+    "row_a": "int64",  # place of each side's row (prompt and picture) in what the record was fitted on: pairs of one
+    "row_b": "int64",  # ranking share rows
     "label": "float64",  # P(A preferred), 0.5 = tie
     "margin": "float64",  # s(A) - s(B)
     "correct": "float64",  # by the protocol of the record: 1 right, 0 wrong, 0.5 half a point, none if not scored
@@ -184,6 +188,79 @@ BLOCK_COLUMNS: dict[str, str] = {
     "difference": "float64",  # of the means, across minus within
     "low": "float64",
     "high": "float64",
+}
+
+#: Single layers of one backbone, head and setting (`CHOICE_KEYS`, without the output point) judged together on the same
+#: test pairs: one row for each layer. Definitions and sources: `probekit.stats`. Shares from 0 to 1.
+FAMILY_COLUMNS: dict[str, str] = {
+    "record_id": "str",
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "trained_on": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "seed": "int64",
+    "layer": "int64",
+    "relative_depth": "float64",
+    "chosen": "bool",  # on validation
+    "tried": "int64",  # layers of the family, which every correction here is for
+    "n_pairs": "int64",  # that all layers judged
+    "n_groups": "int64",
+    "effective_groups": "float64",
+    "accuracy": "float64",
+    "band_low": "float64",  # limits that hold for all layers of the family together
+    "band_high": "float64",
+    "in_plateau": "bool",  # not shown to be worse than any other layer
+    "plateau_p": "float64",  # of "this layer is one of the best"
+    "behind": "float64",  # upper limit of the distance to the best layer, whichever that is
+    "within_point": "bool",  # that limit is at most one point: equivalence, not only indistinguishable
+    "difference": "float64",  # to the chosen layer; none without one, and on its own row
+    "difference_low": "float64",  # limits that hold for all these differences together
+    "difference_high": "float64",
+    "p": "float64",  # of the difference alone
+    "p_adjusted": "float64",  # Romano and Wolf's step-down over the layers of the family
+    "detectable": "float64",  # difference that would be found in 80 % of samples, after correction
+    "best": "bool",  # highest on test: exploratory
+    "frequency": "float64",  # share of resamples in which the layer is the highest
+    "best_naive": "float64",  # of the family: accuracy of the highest layer on the pairs that chose it,
+    "best_corrected": "float64",  # and of choosing the highest, judged on pairs that did not choose it
+    "best_low": "float64",
+    "best_high": "float64",
+    "permutation_p": "float64",  # of "labels have nothing to do with the margins": ranks permuted within prompts
+    "permutation_adjusted": "float64",  # where the best of all layers was looked for
+    "brier": "float64",  # calibration, where some labels are shares of votes (none otherwise)
+    "log_loss": "float64",
+    "ece": "float64",
+    "ece_low": "float64",
+    "ece_high": "float64",
+    "ece_by_chance": "float64",  # what a perfectly calibrated head stays below in 95 % of samples
+}
+
+#: At which layers each decided test pair is right, for every family of `FAMILY_COLUMNS`.
+TRAJECTORY_COLUMNS: dict[str, str] = {
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "seed": "int64",
+    "pair_id": "str",
+    "source": "str",
+    "label": "float64",
+    "layers": "str",  # of the path: "0+1+2+3"
+    "path": "str",  # a digit for each of them: 1 right, 0 wrong; h half a point, by protocols that give one
+    "flips": "int64",  # changes from one layer to the next
+    "last_flip": "Int64",  # layer from which on nothing changes; none where nothing ever does
+    "right_share": "float64",  # mean over layers
+    "right_at_chosen": "float64",  # none where no layer is chosen
+    "right_at_last": "float64",
 }
 
 #: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
@@ -383,6 +460,22 @@ def write_blocks(run: str | Path, rows: pd.DataFrame) -> None:
 def load_blocks(run: str | Path) -> pd.DataFrame:
     """Read blocks of layers and what pairs within and across them read; empty where no head asked for blocks."""
     return _read_or_none(Path(run) / "blocks.parquet", BLOCK_COLUMNS)
+
+
+def write_families(run: str | Path, families: pd.DataFrame, trajectories: pd.DataFrame) -> None:
+    """Write layers judged together (`FAMILY_COLUMNS`) and the paths of pairs (`TRAJECTORY_COLUMNS`)."""
+    _write_or_remove(Path(run) / "families.parquet", families, FAMILY_COLUMNS)
+    _write_or_remove(Path(run) / "trajectories.parquet", trajectories, TRAJECTORY_COLUMNS)
+
+
+def load_families(run: str | Path) -> pd.DataFrame:
+    """Read what holds for the layers of each backbone together; empty where no head reads two single layers."""
+    return _read_or_none(Path(run) / "families.parquet", FAMILY_COLUMNS)
+
+
+def load_trajectories(run: str | Path) -> pd.DataFrame:
+    """Read at which layers each test pair is right; empty where no head reads two single layers."""
+    return _read_or_none(Path(run) / "trajectories.parquet", TRAJECTORY_COLUMNS)
 
 
 def _write_or_remove(path: Path, rows: pd.DataFrame, columns: Mapping[str, str]) -> None:
@@ -597,8 +690,9 @@ def _read_arrow(path: Path, columns: Mapping[str, str]) -> pa.Table:
         raise ResultsError(msg)
     if missing := [name for name in columns if name not in table.column_names]:
         old = f" (written in results format {version}, this is {RESULTS_VERSION})" if version != RESULTS_VERSION else ""
-        what = "folder" if path.parent.name == "parts" else "file"
-        msg = f"{path}: column {missing[0]!r} is missing{old}; delete the {what} and run the same sweep again"
+        kept = {"parts": "the folder", "margins": "the folder parts beside its own"}
+        what = kept.get(path.parent.name, "the file")
+        msg = f"{path}: column {missing[0]!r} is missing{old}; delete {what} and run the same sweep again"
         raise ResultsError(msg)
     return table.select(list(columns))
 

@@ -150,4 +150,4 @@ def slope(correct, log_size, groups):
     over_backbones = (off_line @ a) @ (off_line @ a) / (len(a) - 2) * (projection @ projection.T)[1, 1]
     over_pairs = (projection @ c @ projection.T)[1, 1]
     counted = np.trace(off_line @ c) / (len(a) - 2) * (projection @ projection.T)[1, 1]
-    return (projection @ a)[1], np.sqrt(over_backbones + max(0, over_pairs - counted))
+    return (projection @ a)[1], np.sqrt(over_backbones + max(0, over_pairs - min(counted, over_backbones)))

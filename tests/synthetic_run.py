@@ -191,6 +191,8 @@ def _write_record(
     margins = pairs.assign(
         margin=sign * np.abs(rng.normal(1.0, 0.3, len(pairs))),
         prompt_id=pairs["group"],
+        row_a=2 * np.arange(len(pairs)),
+        row_b=2 * np.arange(len(pairs)) + 1,
         correct=np.where(tie, np.nan, right.astype(float)),
     )
     linear = head != "mlp"

@@ -102,16 +102,22 @@ def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str
     return f"{text}.{seeds_text(*effects)}"
 
 
-def depth_caption(frame: pd.DataFrame, setting: Setting) -> str:
-    """Caption of the depth figure."""
+def depth_caption(frame: pd.DataFrame, setting: Setting, families: pd.DataFrame) -> str:
+    """Caption of the depth figure; `families` may be empty."""
     rows = reported_rows(frame)
+    drawn = [name for model in trained_models(rows) for name in model.backbones]
+    bands = plateau_sentences(families[families["backbone"].isin(drawn)])
     elsewhere = [name for name in rows["trained_on"].unique() if name != setting.dataset]
     trained_on = f", fitted on {', '.join(elsewhere)}" if elsewhere else ""
     parts = [
         f"Test accuracy on {setting.dataset}{trained_on} ({setting.protocol} protocol, {setting.head} head, noise level"
         f" {setting.sigma}, noise draw {setting.draw}, pooling {setting.pooling}) of single layers.",
-        "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
+        "Bands: limits that hold for all layers of a backbone together (group bootstrap, largest |t|); they cover the"
+        " fitted heads and the pairs drawn, not retraining."
+        if bands
+        else "Bands: group-bootstrap intervals, each layer on its own; they cover the fitted head and the pairs drawn,"
         " not retraining.",
+        *bands,
         "Ring: the layer that was best on validation; the highest test point may be another one and is no result."
         if rows["chosen"].any()
         else "No layer is chosen, for want of validation rows or of several layers.",
@@ -150,6 +156,27 @@ def levels_caption(setting: Setting) -> str:
         " layers together. Intervals, not drawn, stand under Every backbone; that one level beats another needs the"
         " paired comparison of the two."
     )
+
+
+def plateau_sentences(families: pd.DataFrame) -> list[str]:
+    """Say which layers of the trained backbones may be the best, and which are proven to be as good for practice."""
+    trained = families[families["control"] == "trained"]
+    if trained.empty:
+        return []
+    inside = _by_backbone(trained[trained["in_plateau"]])
+    close = _by_backbone(trained[trained["within_point"]])
+    return [
+        f"Squares: layers that may be the best, as no other is shown to be better ({inside}); that is not to say that"
+        " they are equal.",
+        f"Proven to lie within one point of the best layer: {close}."
+        if close
+        else "Of no layer it is proven that it lies within one point of the best.",
+    ]
+
+
+def _by_backbone(rows: pd.DataFrame) -> str:
+    layers = rows.groupby("backbone", sort=False)["layer"].agg(lambda some: ", ".join(map(str, some)))
+    return "; ".join(f"{backbone}: {some}" for backbone, some in layers.items())
 
 
 def _imported(rows: pd.DataFrame) -> list[str]:
@@ -227,7 +254,7 @@ def kinds_caption(frame: pd.DataFrame, setting: Setting) -> str:
     return " ".join(parts)
 
 
-def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
+def limits(frame: pd.DataFrame, whole: pd.DataFrame, *, banded: bool) -> list[str]:
     """List what the page does not show.
 
     Parameters
@@ -236,6 +263,8 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
         Rows of the setting that is drawn.
     whole
         Rows of all settings.
+    banded
+        Whether bands hold for all layers together.
     """
     rows = reported_rows(frame)
     whole = whole[whole["dataset"].isin(frame["dataset"])]
@@ -249,9 +278,11 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
         " refitting on other training pairs.",
         "A probe finds what a head of this kind can read. A low accuracy does not show that the information is absent,"
         " and a high one not that the backbone uses it.",
-        "Bands are drawn layer by layer. That one layer beats another needs the paired comparison of the two;"
-        " overlapping bands decide nothing.",
-        "Each interval holds on its own at its level; nothing is corrected for the number of comparisons on this page.",
+        ("Bands hold for all layers of one backbone together. " if banded else "Bands are drawn layer by layer. ")
+        + "That one layer beats another needs the paired comparison of the two; overlapping bands decide nothing.",
+        "Corrected for their number are the claims (over backbones), what is said of layers (over the layers of a"
+        " backbone) and the highest accuracy (over all that were tried). Every other interval holds on its own at its"
+        " level; those of everything but the primary endpoint are exploratory.",
         "The chosen layer is the best on validation. Layers close to it may be as good, and with few validation pairs"
         " the choice is noisy.",
     ]
@@ -270,7 +301,10 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame) -> list[str]:
     else:
         items.append("There are no random-weights controls in this run: no accuracy here can be credited to training.")
     if n_models > 1:
-        items.append(f"{n_models} models are a contrast between these checkpoints; a slope for others would need more.")
+        items.append(
+            f"Differences between the {n_models} models are about these checkpoints; what may be said of others, by a"
+            " slope with its few degrees of freedom, stands among the claims."
+        )
     if imported:
         items.append(
             f"Imported features ({', '.join(imported)}) are taken as they were given: nothing here checks how they were"

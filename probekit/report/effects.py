@@ -1,19 +1,19 @@
 """Effects as paired differences on the stored margins: both sides of a comparison judged the same pairs.
 
 Every effect is a difference of accuracies averaged over the seeds of each side. Its interval covers the pairs that
-might have been drawn, by the group bootstrap of `probekit.stats.paired_difference` with the fitted heads held fixed,
-and the seeds that might have been drawn, of every side that has several. Of a side with one seed the variance over
-seeds is unknown and in no interval.
+might have been drawn, with the fitted heads held fixed, and the seeds that might have been drawn, of every side that
+has several (`probekit.stats.network_contrast`). Of a side with one seed the variance over seeds is unknown and in no
+interval.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
+from numpy.typing import NDArray
 
 from probekit._types import FloatArray
 from probekit.errors import ResultsError
@@ -34,8 +34,7 @@ from probekit.report.select import (
     training_series,
 )
 from probekit.results import CONTROLS, load_margins
-from probekit.stats import PROTOCOLS, paired_difference, prompt_weights
-from probekit.stats.comparisons import POWER
+from probekit.stats import PROTOCOLS, Contrast, network_contrast, prompt_weights
 
 if TYPE_CHECKING:
     Share = pd.Series[float]
@@ -85,6 +84,8 @@ class Effect:
         Test pairs that some sides judged and others did not.
     converged
         Whether all fits on all sides did.
+    contrast
+        All that is known of it.
     """
 
     what: str
@@ -96,6 +97,7 @@ class Effect:
     seeds: tuple[tuple[str, int], ...] = ()
     dropped: int = 0
     converged: bool = True
+    contrast: Contrast | None = None
 
 
 @dataclass(frozen=True)
@@ -128,22 +130,21 @@ class Verdicts:
         self._groups: dict[str, str] = {}
         self._prompts: dict[str, str] = {}
 
-    def compare(self, what: str, gains: Sequence[Side], losses: Sequence[Side]) -> Effect:
+    def compare(self, what: str, gains: Sequence[Side], losses: Sequence[Side], *, fixed: bool = False) -> Effect:
         """Accuracies of `gains` minus those of `losses`, as many of either: one for a difference, two for one of two.
 
-        With seeds on a side, the standard error is that over pairs (half the paired interval over its normal quantile)
-        and that over seeds in one, ``SE^2 = SE_pairs^2 + sum SD_i^2 / k_i`` over the sides i with k_i > 1 seeds of
-        standard deviation SD_i, and the interval is the estimate -+ t SE on Welch and Satterthwaite's degrees of
-        freedom ``SE^4 / sum (SD_i^2 / k_i)^2 / (k_i - 1)``, to which the pairs' part adds nothing (infinite degrees).
-        Two sides that hold the same seeds, each fitted in two ways, are one term, the differences within seeds. Heads
-        of other seeds err on other pairs too, which SD_i contains and SE_pairs contains again, so that the interval is
-        rather too wide than too narrow.
+        Networks of a side with several are a sample, and so are the pairs: limits and error are those of
+        `probekit.stats.network_contrast`. Two sides that hold the same networks, each fitted in two ways, are one term,
+        the differences within networks.
 
-        References
+        Parameters
         ----------
-        F. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2
-        (1946). B. Welch, "The generalization of Student's problem when several different population variances are
-        involved", Biometrika 34 (1947). Infinite degrees of freedom of a part: JCGM 100:2008 (GUM), G.4.
+        what
+            The difference in words.
+        gains, losses
+            Sides; without losses, the accuracy of the gains.
+        fixed
+            Whether to hold the networks of all sides fixed, so that only the pairs are a sample.
         """
         sides = (*gains, *losses)
         judged = self._judged(sides)
@@ -151,52 +152,41 @@ class Verdicts:
         if right.empty:
             msg = f"{what}: the sides have no test pair in common; sweep them with the same judgements"
             raise ResultsError(msg)
-        # a - b - (c - d) = 2 ((a + d) / 2 - (b + c) / 2), whose two sides are shares of right answers again
-        gain, loss = (
-            np.mean([right[list(side.keys)].mean(axis=1) for side in some], axis=0) for some in (gains, losses)
-        )
-        groups = right.index.map(self._groups).to_numpy(dtype=object)
-        weights = None
-        if self._by_prompt:
-            prompts = right.index.map(self._prompts).to_numpy(dtype=object)
-            weights = prompt_weights(right.iloc[:, 0].to_numpy(), prompts)
-        found = paired_difference(gain, loss, groups, weights=weights, n_boot=self._resamples, level=self._level)
-        factor = float(len(gains))
-        effect = Effect(
+        values = [_networks(right, side) for side in sides]
+        terms: list[tuple[float, FloatArray]]
+        if [side.seeds for side in gains] == [side.seeds for side in losses]:
+            above, below = values[: len(gains)], values[len(gains) :]
+            terms = [(1.0, one - other) for one, other in zip(above, below, strict=True)]
+        else:
+            terms = [(1.0 if place < len(gains) else -1.0, value) for place, value in enumerate(values)]
+        if fixed:
+            terms = [(weight, value.mean(axis=0, keepdims=True)) for weight, value in terms]
+        groups, weights_of_pairs = self.groups_and_weights(right)
+        found = network_contrast(terms, groups, weights=weights_of_pairs, n_boot=self._resamples, level=self._level)
+        return Effect(
             what=what,
             converged=all(side.converged for side in sides),
-            estimate=factor * found.estimate,
-            low=factor * found.low,
-            high=factor * found.high,
-            detectable=factor * found.detectable,
-            n_pairs=len(right),
+            estimate=found.estimate,
+            low=found.low,
+            high=found.high,
+            detectable=found.detectable,
+            n_pairs=found.n_pairs,
             seeds=tuple({side.name: len(set(side.seeds)) for side in sides}.items()),
             dropped=len(judged) - len(right),
+            contrast=found,
         )
-        means = pd.Series(np.average(right, axis=0, weights=weights), index=right.columns)
-        values = [means[list(side.keys)].groupby(list(side.seeds), sort=False).mean() for side in sides]
-        if [side.seeds for side in gains] == [side.seeds for side in losses]:
-            values = [above - below for above, below in zip(values[: len(gains)], values[len(gains) :], strict=True)]
-        return self._with_seeds(effect, [value.to_numpy(dtype=np.float64) for value in values])
 
-    def _with_seeds(self, effect: Effect, values: Sequence[FloatArray]) -> Effect:
-        """Widen an interval over pairs by the variance of means over seeds; ``values`` holds those of every side."""
-        several = [value for value in values if len(value) > 1]
-        if not several:
-            return effect
-        parts = np.array([value.var(ddof=1) / len(value) for value in several])
-        freedoms = np.array([len(value) - 1 for value in several])
-        tail = (1 + self._level) / 2
-        pairs = (effect.high - effect.low) / (2 * float(ndtri(tail)))
-        variance = float(pairs**2 + parts.sum())
-        among_seeds = float((parts**2 / freedoms).sum())
-        freedom = variance**2 / among_seeds if among_seeds > 0 else np.inf
-        se, t = float(np.sqrt(variance)), float(stdtrit(freedom, tail))
-        return replace(
-            effect,
-            low=effect.estimate - t * se,
-            high=effect.estimate + t * se,
-            detectable=(t + float(stdtrit(freedom, POWER))) * se,
+    def right(self, keys: Sequence[str]) -> pd.DataFrame:
+        """Right (1) or wrong (0) of records (columns) on the test pairs that all of them judged (rows)."""
+        return self._judged([Side("", tuple(keys), tuple(keys))]).dropna()
+
+    def groups_and_weights(self, right: pd.DataFrame) -> tuple[NDArray[Any], FloatArray | None]:
+        """Group and, by protocols that are a mean over prompts, weight of each pair (row)."""
+        groups = right.index.map(self._groups).to_numpy(dtype=object)
+        if not self._by_prompt:
+            return groups, None
+        return groups, prompt_weights(
+            right.iloc[:, 0].to_numpy(), right.index.map(self._prompts).to_numpy(dtype=object)
         )
 
     def _judged(self, sides: Sequence[Side]) -> pd.DataFrame:
@@ -214,13 +204,20 @@ class Verdicts:
         return pd.concat([self._correct[key] for key in keys], axis=1, keys=keys)
 
 
-def _trained(rows: pd.DataFrame, model: Model) -> Side:
+def _networks(right: pd.DataFrame, side: Side) -> FloatArray:
+    """Right or wrong (S, n) of the networks of a side, the mean over the records of each."""
+    means = right[list(side.keys)].T.groupby(list(side.seeds), sort=False).mean()
+    return means.to_numpy(dtype=np.float64)
+
+
+def trained_side(rows: pd.DataFrame, model: Model) -> Side:
+    """Return the training seeds of a model, of which the rows hold one record each."""
     mine = trained_rows(rows, model)
     fine = bool(mine["converged"].all())
     return Side(f"trained {model.name}", tuple(mine["record_id"]), tuple(mine["backbone"]), fine)
 
 
-def _control(rows: pd.DataFrame, model: Model, kind: str) -> Side:
+def control_side(rows: pd.DataFrame, model: Model, kind: str) -> Side:
     """Return a kind of controls of a model; those made of one training seed count as that training seed.
 
     A network with empty prompts is the trained network itself, told nothing.
@@ -238,12 +235,12 @@ def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
     for model in trained_models(rows):
         for layers in (CHOSEN, ALL_LAYERS):
             part = layer_rows(rows, layers)
-            trained, controls = _trained(part, model), control_rows(part, model)
+            trained, controls = trained_side(part, model), control_rows(part, model)
             for kind in control_kinds(controls) if trained.keys else []:
                 seeds = of_kind(controls, kind)
                 sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
                 what = f"{model.label}: {'real prompts' if kind in PROMPTS else 'trained'} - {CONTROLS[kind]}"
-                effect = verdicts.compare(what, [trained], [_control(part, model, kind)])
+                effect = verdicts.compare(what, [trained], [control_side(part, model, kind)])
                 mean, fine = float(seeds["accuracy"].mean()), bool(seeds["converged"].all())
                 margins.append(Margin(model.label, kind, layers, len(seeds), mean, sd, effect, fine))
     return margins
@@ -254,7 +251,7 @@ def joining_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, Effect
     rows = reported_rows(frame)
     effects = {}
     for model in trained_models(rows):
-        joined, chosen = (_trained(layer_rows(rows, layers), model) for layers in (ALL_LAYERS, CHOSEN))
+        joined, chosen = (trained_side(layer_rows(rows, layers), model) for layers in (ALL_LAYERS, CHOSEN))
         if joined.keys and chosen.keys and joined.keys != chosen.keys:  # one imported layer is both
             effects[model.label] = verdicts.compare(f"{model.label}: all layers - chosen layer", [joined], [chosen])
     return effects
@@ -274,12 +271,12 @@ def size_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Effe
     found: dict[str, list[Effect]] = {}
     for layers in (CHOSEN, ALL_LAYERS):
         part = layer_rows(rows, layers)
-        above, below = _trained(part, large), _trained(part, small)
+        above, below = trained_side(part, large), trained_side(part, small)
         if not (above.keys and below.keys):
             continue
         found[layers] = [verdicts.compare(f"{title}, trained", [above], [below])]
         for kind in control_kinds(part, RANDOM):
-            wide, narrow = _control(part, large, kind), _control(part, small, kind)
+            wide, narrow = control_side(part, large, kind), control_side(part, small, kind)
             if wide.keys and narrow.keys:
                 what = f"difference of the two: what random weights ({kind}) leave"
                 found[layers].append(verdicts.compare(f"{title}, random weights ({kind})", [wide], [narrow]))
@@ -295,7 +292,7 @@ def import_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[Ef
         for model in (model for model in trained_models(rows) if model.imported):
             for layers in (CHOSEN, ALL_LAYERS):
                 part = layer_rows(rows, layers)
-                ours, theirs = _trained(part, large), _trained(part, model)
+                ours, theirs = trained_side(part, large), trained_side(part, model)
                 if ours.keys and theirs.keys:
                     what = f"{large.label} - {model.label} (imported)"
                     found.setdefault(layers, []).append(verdicts.compare(what, [ours], [theirs]))
@@ -310,7 +307,7 @@ def training_effects(frame: pd.DataFrame, verdicts: Verdicts) -> dict[str, list[
         short, long = series[0], series[-1]
         for layers in (CHOSEN, ALL_LAYERS):
             part = layer_rows(rows, layers)
-            after, before = _trained(part, long), _trained(part, short)
+            after, before = trained_side(part, long), trained_side(part, short)
             if after.keys and before.keys:
                 what = f"{long.label}: {_images(long)} - {_images(short)} training images"
                 found.setdefault(layers, []).append(verdicts.compare(what, [after], [before]))

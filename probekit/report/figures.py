@@ -22,6 +22,8 @@ from probekit.report.marks import (
     name_chosen,
     name_only,
     output_point,
+    plateau_handles,
+    plateau_marks,
     random_curves,
     right_end,
     short_name,
@@ -45,7 +47,13 @@ from probekit.report.style import (
 _TEXT = 0.14  # height of a line of text, inches
 
 
-def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: float = 0.95) -> Figure:
+def depth_figure(
+    frame: pd.DataFrame,
+    *,
+    setting: Setting | None = None,
+    level: float = 0.95,
+    families: pd.DataFrame | None = None,
+) -> Figure:
     """Test accuracy against relative depth.
 
     Parameters
@@ -56,13 +64,20 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
         Which data set, noise level, pooling and head to draw; default: the first of the run.
     level
         Of the intervals in the frame, for the legend.
+    families
+        Of `probekit.results.load_families`: then bands hold for all layers of a backbone together, and the layers that
+        may be the best are marked.
 
     Returns
     -------
     matplotlib.figure.Figure
         One panel for each model (others thin behind), and one with all models where there are several.
     """
-    points = in_percent(depth_points(frame, setting=setting), "depth")
+    points = in_percent(depth_points(frame, setting=setting, families=families), "depth")
+    banded = families is not None and bool(points["band_low"].notna().any())
+    if banded:
+        together = {end: 100 * points[f"band_{end}"] for end in ("low", "high")}
+        points = points.assign(**{end: limit.fillna(points[end]) for end, limit in together.items()})
     models = list(points["model"].unique())
     palette = style.palette(points)
     with look():
@@ -82,15 +97,18 @@ def depth_figure(frame: pd.DataFrame, *, setting: Setting | None = None, level: 
             curve(axes, mine, colour, width=1.7, band=True, marker=True)
             levels(axes, mine, colour, line=True)
             output_point(axes, mine, colour, bars=True)
+            if banded:
+                plateau_marks(axes, mine, colour)
             name_chosen(axes, mine, colour, text_height=text_height)
             name_only(axes, mine, colour)
-        text = f"trained, {100 * level:g} % interval"
+        text = f"trained, {100 * level:g} % {'band over all layers' if banded else 'interval'}"
         ring = {"marker": "o", "markerfacecolor": "white", "markersize": 6, "linestyle": ""}
         dashed = {"linestyle": (0, (2.5, 1.5)), "marker": "D", "markersize": 3.5}
         handles = [
             Line2D([], [], color=MUTED, linewidth=1.7, marker="o", markersize=3, label=text),
             Line2D([], [], color=MUTED, label="chosen on validation", **ring),  # type: ignore[arg-type]
             Line2D([], [], color=MUTED, label="all layers together", **dashed),  # type: ignore[arg-type]
+            *plateau_handles() * banded,
             *_output_handles(points),
             *control_handles(points),
             *unconverged_handles(points),

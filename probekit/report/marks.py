@@ -102,6 +102,23 @@ def curve(
             )
 
 
+_PLATEAU = {"marker": "s", "markersize": 3.6, "linestyle": "", "markeredgewidth": 0}
+
+
+def plateau_marks(axes: Axes, points: pd.DataFrame, colour: str) -> None:
+    """Squares at the foot of the panel under the layers that may be the best, a row for each training seed."""
+    inside = points[points["in_plateau"] & (points["weights"] == "trained")]
+    for row, (_, mine) in enumerate(inside.groupby("backbone", sort=False)):
+        height = np.full(len(mine), 0.025 + 0.04 * row)
+        where = {"transform": axes.get_xaxis_transform(), "zorder": 5, "clip_on": False}
+        axes.plot(mine["relative_depth"], height, color=colour, **_PLATEAU, **where)  # type: ignore[arg-type]
+
+
+def plateau_handles() -> list[Line2D]:
+    """Legend entry of these squares."""
+    return [Line2D([], [], color=MUTED, label="may be the best layer", **_PLATEAU)]  # type: ignore[arg-type]
+
+
 def random_curves(axes: Axes, points: pd.DataFrame, colour: str, *, seeds: bool) -> None:
     """Draw controls: the mean over seeds in the dashes of its kind, single seeds thin; other prompts in grey."""
     single = points[(points["layers"] == "single") & (points["weights"] != "trained")]

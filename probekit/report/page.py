@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +15,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probekit.errors import ResultsError
-from probekit.report import beside, captions, combinations, tables
+from probekit.report import beside, captions, claims_text, combinations, depth, tables, transfer
+from probekit.report.claims import Claims, make_claims, shown_settings
 from probekit.report.effects import (
     Verdicts,
     control_margins,
@@ -33,14 +35,13 @@ from probekit.report.select import (
     narrow,
     probed,
     reported_rows,
-    settings,
     trained_models,
     training_series,
     unsliced,
 )
 from probekit.report.size_figures import scaling_figure, training_figure
 from probekit.report.style import save
-from probekit.results import PLAN, check_finished, load_config, load_results
+from probekit.results import PLAN, check_finished, load_config, load_families, load_results, load_trajectories
 from probekit.stats import PROTOCOLS
 
 _SVG_ID = re.compile(r'(\bid="|xlink:href="#|url\(#)')
@@ -74,12 +75,13 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         raise ResultsError(msg)
     config = load_config(run)
     folder = out.with_name(f"{out.stem}_figures")
-    found = settings(frame)
+    claims = make_claims(run)
+    found = shown_settings(frame, claims.endpoint)
     sweep = config.get("sweep")
     options = sweep if isinstance(sweep, dict) else {}
     level = float(options.get("level", 0.95))
     sections = [
-        _section(run, everything, setting, folder, options, "" if len(found) == 1 else f"-{i}")
+        _section(run, everything, setting, folder, options, "" if len(found) == 1 else f"-{i}", claims)
         | {
             "scorers": tables.scorers_table(everything, setting),
             "expected": tables.expected_text(narrow(frame, setting)),
@@ -101,6 +103,8 @@ def build_report(run: str | Path, out: str | Path) -> Path:
         level=level,
         sections=sections,
         others=tables.other_settings_table(frame),
+        transfer=transfer.transfer_table(frame, found),
+        definitions=claims_text.definitions(level),
         versions=", ".join(sorted(frame["probekit_version"].unique())),
         n_records=frame["record_id"].nunique(),
         fingerprints=_fingerprints(frame),
@@ -119,7 +123,13 @@ def build_report(run: str | Path, out: str | Path) -> Path:
 
 
 def _section(
-    run: Path, rows: pd.DataFrame, setting: Setting, folder: Path, options: dict[str, Any], suffix: str
+    run: Path,
+    rows: pd.DataFrame,
+    setting: Setting,
+    folder: Path,
+    options: dict[str, Any],
+    suffix: str,
+    claims: Claims,
 ) -> dict[str, Any]:
     """Everything the page says about one data set; `rows` are all of the run, `options` those of the sweep."""
     whole = unsliced(probed(rows))
@@ -131,6 +141,8 @@ def _section(
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     others = import_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
+    families, paths = (depth.of_setting(load(run), setting) for load in (load_families, load_trajectories))
+    judged, primary = claims.of(setting.dataset), setting == claims.endpoint.setting
     figures = []
 
     def add(
@@ -143,7 +155,13 @@ def _section(
         figures.append({"title": title, "svg": inline_svg(svg, stem.name, title), "caption": caption, "links": links})
 
     if frame["relative_depth"].notna().any() and models:
-        add("depth", "Accuracy against depth", depth_figure, depth_points, captions.depth_caption(frame, setting))
+        add(
+            "depth",
+            "Accuracy against depth",
+            partial(depth_figure, families=families),
+            partial(depth_points, families=families),
+            captions.depth_caption(frame, setting, families),
+        )
     if models and levels_points(whole, setting=setting)["level"].nunique() > 1:
         add(
             "levels",
@@ -186,9 +204,15 @@ def _section(
         "setting": setting,
         "trained_on": ", ".join(frame["trained_on"].unique()),
         "found": [
+            *[claims_text.primary_sentence(claims)] * primary,
+            claims_text.exploratory_sentence(claims.cells[setting.dataset], primary=primary),
             *captions.found(frame, margins, joins, sizes, lengths, others),
             *beside.found_beside(rows, setting, baselines, gains),
         ],
+        "claims": claims_text.summary(judged),
+        "claims_table": claims_text.claims_table(judged),
+        "layers": depth.layers_table(families, level),
+        "paths": depth.paths_table(paths, models[-1].backbones[-1] if models else ""),
         "baselines": baselines,
         "slices": beside.slices_table(rows, setting),
         "beyond": beside.beyond_table(gains),
@@ -208,7 +232,7 @@ def _section(
         ),
         "counts": tables.counts_table(frame),
         "protocol": PROTOCOLS[setting.protocol].rule,
-        "limits": captions.limits(frame, whole),
+        "limits": captions.limits(frame, whole, banded=len(families) > 0),
     }
 
 

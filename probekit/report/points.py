@@ -50,6 +50,7 @@ _DEPTH = [
     "chosen",
     "n_seeds",
 ]
+_BAND = ["band_low", "band_high", "in_plateau"]
 _KINDS = ["source", *_DEPTH, "n_pairs"]
 _SCALING = [
     "model",
@@ -85,15 +86,27 @@ _NEEDED += ["accuracy", "low", "high", "relative_depth", "n_blocks", "width", "b
 _NEEDED += ["pooling_layers", "family_tested", "imported", "converged"]
 
 
-def depth_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
+def depth_points(
+    frame: pd.DataFrame, *, setting: Setting | None = None, families: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Test accuracy of every single layer, the output point and all layers together, for each model and its controls.
 
     Imported features of one layer have no relative depth.
 
     The output point stands at relative depth 1 like the last layer, of which it is a function; ``layers`` tells them
     apart.
+
+    With `families` (`probekit.results.load_families`): also the limits that hold for all layers of a backbone together,
+    and which layers may be the best.
     """
-    return _table(_depth_rows(reported_rows(narrow(frame, setting))[_NEEDED]), _DEPTH)
+    rows = reported_rows(narrow(frame, setting))
+    if families is None:
+        return _table(_depth_rows(rows[_NEEDED]), _DEPTH)
+    joined = rows[[*_NEEDED, "record_id", "dataset"]].merge(
+        families[["record_id", "dataset", *_BAND]], on=["record_id", "dataset"], how="left"
+    )
+    joined["in_plateau"] = joined["in_plateau"].eq(True)  # noqa: FBT003
+    return _table(_depth_rows(joined), [*_DEPTH, *_BAND])
 
 
 def kinds_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
@@ -165,7 +178,8 @@ def _size_rows(rows: pd.DataFrame, model: Model) -> Iterator[dict[str, Any]]:
 
 def _one(row: dict[Hashable, Any], model: Model, weights: str, layers: str) -> dict[str, Any]:
     name = row["backbone"] if weights == "trained" else f"{row['backbone']} {row['control']}"
-    keep = ("source", "layer", "relative_depth", "accuracy", "low", "high", "converged", "chosen")
+    keep = ["source", "layer", "relative_depth", "accuracy", "low", "high", "converged", "chosen"]
+    keep += [name for name in _BAND if name in row]
     return {"model": model.label, "backbone": name, "weights": weights, "layers": layers, "interval": ONE_HEAD} | {
         "parameters": model.parameters,
         "imported": model.imported,
@@ -194,6 +208,7 @@ def _mean(seeds: pd.DataFrame, model: Model, weights: str, layers: str) -> dict[
         "high": seeds["accuracy"].max(),
         "converged": bool(seeds["converged"].all()),
         "chosen": False,
+        "in_plateau": False,
     }
 
 
@@ -202,6 +217,7 @@ def _table(rows: Iterable[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
     dtypes = {
         "imported": "bool",
         "converged": "bool",
+        "in_plateau": "bool",
         "layer": "Int64",
         "training_images": "Int64",
         "parameters": "Int64",

@@ -10,8 +10,9 @@ networks (training seeds, control seeds); A_i is their mean accuracy. Networks a
 SD_i^2, the variance of the S_i accuracies on the same pairs, also contains what pairs do to each network by itself.
 With P the covariance of all accuracies over resampled pairs (cluster linearisation) and w the weight of each network
 (c_i / S_i), pairs make w'Pw, of which sum_i c_i^2 tr(M_i P_i) / ((S_i - 1) S_i) is already in the first term (M_i takes
-off the mean of side i, P_i is its part of P): only the rest is added, and nothing if it is negative. Of a side with one
-network the variance over networks is unknown and in no interval.
+off the mean of side i, P_i is its part of P): only the rest is added, and nothing if it is negative. No more is taken
+off than the first term holds: networks that agree by chance never make the error smaller than that over pairs. Of a
+side with one network the variance over networks is unknown and in no interval.
 
 Networks are few and their variance is known badly, that of pairs is known well. Limits add their reaches in squares,
 
@@ -163,7 +164,13 @@ def network_contrast(
     among = np.array(parts)
     uncertain = float((among**2 / np.array(freedoms)).sum())
     freedom = float(among.sum()) ** 2 / uncertain if uncertain > 0 else float("inf")
-    found = _limits(pairs.estimate, float(among.sum()), freedom, max(pairs.spread**2 - seen, 0.0), level=level)
+    found = _limits(
+        pairs.estimate,
+        float(among.sum()),
+        freedom,
+        max(pairs.spread**2 - min(seen, float(among.sum())), 0.0),
+        level=level,
+    )
     return Contrast(
         *found[:4],
         float(np.sqrt(among.sum())),
@@ -222,7 +229,8 @@ def size_slope(
     s_squared = float(residual @ residual) / (k - 2)
     backbones = s_squared / spread
     by_pairs = float(c @ covariance @ c)
-    hidden = max(by_pairs - float(np.trace(off_line @ covariance)) / ((k - 2) * spread), 0.0)
+    seen = float(np.trace(off_line @ covariance)) / ((k - 2) * spread)
+    hidden = max(by_pairs - min(seen, backbones), 0.0)
     found = _limits(float(c @ accuracy), backbones, float(k - 2), hidden, level=level)
     return Contrast(
         *found[:4],

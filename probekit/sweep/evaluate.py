@@ -105,7 +105,8 @@ def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcom
     """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, frame) under the protocol."""
     outcome = judged(margins, pairs.label, pairs.frame)
     kept = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
-    return kept.assign(split=split, label=pairs.label, margin=margins, correct=outcome.correct)
+    rows = {"row_a": pairs.rows[:, 0], "row_b": pairs.rows[:, 1]}
+    return kept.assign(split=split, **rows, label=pairs.label, margin=margins, correct=outcome.correct)
 
 
 def sliced(pairs: Pairs, *, split: str) -> Slices:

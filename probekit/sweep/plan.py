@@ -320,6 +320,17 @@ def check_distinct(records: list[Record]) -> None:
             raise ConfigError(message)
 
 
+def check_primary(config: SweepConfig, records: Sequence[Record]) -> None:
+    """Refuse a primary endpoint that no fit of the sweep will be."""
+    trained = dict.fromkeys(record.backbone for record in records if record.control == "trained")
+    datasets = dict.fromkeys(name for record in records for name in record.datasets)
+    for key, known in (("backbone", trained), ("dataset", datasets)):
+        named = getattr(config.primary, key)
+        if named is not None and named not in known:
+            message = f"primary: {key} is {named!r}; allowed: {', '.join(known) or 'none, as no backbone is trained'}"
+            raise ConfigError(message)
+
+
 def told_of_sets(selections: Sequence[Selection]) -> dict[str, dict[str, str]]:
     """Say of each data set how it was split (``splits``) and which pairs of its file are not in it (``left_out``).
 

@@ -28,6 +28,7 @@ from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.blocks import compare_blocks
 from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.families import judge_families
 from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
 from probekit.sweep.fitting import fit, margins
 from probekit.sweep.folder import MADE_FROM, bind_file, check_folder, made_from
@@ -39,6 +40,7 @@ from probekit.sweep.memory import Budget, Work, affordable, budget_of, bytes_of,
 from probekit.sweep.plan import (
     Record,
     check_distinct,
+    check_primary,
     control_of,
     plan_records,
     select_mixtures,
@@ -184,6 +186,7 @@ def run_sweep(
     }
     results.write_blocks(out, compare_blocks(out, numbers, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
+    results.write_families(out, *judge_families(out, resamples=config.resamples, level=config.level))
     fitted_heads = results.load_results(out).query("head_kind in ('linear', 'mlp')").drop_duplicates("record_id")
     grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
     for warning in fit_warnings(fitted_heads, grids):
@@ -258,6 +261,7 @@ def prepare(
     sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), searches=searches)
     records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
     check_distinct(records)
+    check_primary(config, records)
     baselines, done, budget = plan_baselines(records), results.done_records(out), budget_of(memory)
     inputs = affordable(plan_input_baselines(records), budget)
     groups = groups_of([record for record in records if record.record_id not in done], budget, jobs)

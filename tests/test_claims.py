@@ -1,0 +1,343 @@
+"""What a run may claim: planted truths come out, what it cannot speak to is said, and a second computation agrees."""
+
+import json
+from dataclasses import replace
+
+import independent_claims as again
+import independent_statistics as basic
+import numpy as np
+import pandas as pd
+import pytest
+from planted_store import planted_store
+from synthetic_run import Net, with_controls, write_run
+from typer.testing import CliRunner
+
+import probekit
+from probekit.cli import app
+from probekit.config import SweepConfig
+from probekit.errors import ConfigError, ResultsError
+from probekit.report import build_report, depth_points
+from probekit.report.claims import make_claims
+from probekit.report.contrasts import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE, TRAINED
+from probekit.report.depth import paths_table
+from probekit.report.transfer import transfer_points, transfer_table
+from probekit.results import load_families, load_margins, load_trajectories, write_config, write_families
+from probekit.stats import permutation_test
+from probekit.sweep.families import _images, judge_families
+
+HEAD = {"kind": "linear", "layer_sets": ["singles", "all"], "strengths": [0.1], "folds": 2}
+N_BOOT = 400
+NETS = (
+    Net("2x16-seed0", 2, 16),
+    Net("2x16-seed1", 2, 16),
+    Net("2x32", 2, 32),
+    Net("3x32", 3, 32),
+)
+
+
+def swept(folder, signal, *, sets=("singles",), pairs=900):
+    """A sweep of one planted backbone and of a random control, which knows next to nothing, on the same pairs."""
+    told = {"trained": signal, "init:0": {0: 0.02}}
+    stores = [
+        planted_store(
+            folder / str(place),
+            signal=strength,
+            seed=4,
+            of=1,
+            pairs=pairs,
+            control=None if control == "trained" else control,
+        )
+        for place, (control, strength) in enumerate(told.items())
+    ]
+    config = SweepConfig.checked({"heads": [HEAD | {"layer_sets": list(sets)}], "resamples": N_BOOT}, source="test")
+    return probekit.run_sweep(config, stores=stores, out=folder / "run")
+
+
+def verdicts(run):
+    """Verdict of the main row of each claim, and all rows."""
+    rows = make_claims(run).rows
+    return {row.claim: row for row in reversed(rows)}, rows
+
+
+def plateau(run):
+    families = load_families(run).query("control == 'trained'")
+    return list(families[families["in_plateau"]]["layer"])
+
+
+def test_a_planted_layer_is_found(tmp_path):
+    run = swept(tmp_path, {2: 2.0}, sets=("singles", "all"))
+    found, rows = verdicts(run)
+    assert plateau(run) == [2]
+    assert found[MIDDLE].verdict == found[DECLINE].verdict == found[TRAINED].verdict == "supported"
+    assert found[MIDDLE].reason.endswith("may be the best: layer 2")
+    assert all(row.verdict != "supported" for row in rows if row.claim in (COMBINING, LARGER))
+    assert "one known size: no two sizes to compare" in found[LARGER].reason
+    families = load_families(run).query("control == 'trained'").set_index("layer")
+    assert (families.loc[[0, 1, 3], "p_adjusted"] < 0.05).all()
+    assert families.loc[2, "permutation_p"] < 0.01 < families["permutation_adjusted"].drop(2).min()
+    assert families["best"].tolist() == [False, False, True, False]
+
+
+def test_a_planted_plateau_of_three_is_found(tmp_path):
+    run = swept(tmp_path, {1: 1.2, 2: 1.2, 3: 1.2})
+    found, _ = verdicts(run)
+    assert plateau(run) == [1, 2, 3]
+    assert found[MIDDLE].verdict == "undetermined"
+    assert found[DECLINE].verdict != "supported"
+    assert found[TRAINED].verdict == "supported"
+
+
+def test_a_planted_absence_is_not_found(tmp_path):
+    run = swept(tmp_path, {})
+    _, rows = verdicts(run)
+    assert not [row for row in rows if row.verdict == "supported"]
+    assert (load_families(run)["permutation_adjusted"] > 0.05).all()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("claims") / "family"
+    write_run(folder, with_controls(NETS, n_init=2), kinds=("colour", "shape"), n_test=360, n_validation=120)
+    write_config(folder, {"sweep": {"resamples": N_BOOT, "level": 0.95}})
+    write_families(folder, *judge_families(folder, resamples=N_BOOT, level=0.95))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(run):
+    shown = CliRunner().invoke(app, ["claims", str(run), "--json"])
+    assert shown.exit_code == 0, shown.output
+    return json.loads(shown.output)
+
+
+def test_a_second_computation_gives_headline_band_and_claims(run, told):
+    """By numpy and pandas alone, from the stored margins, layers chosen anew."""
+    second, groups = again.Run(run), again.Run(run).groups
+    key = second.chosen("3x32")
+    expected = basic.interval(second.test(key), groups)
+    assert told["primary"]["backbones"] == ["3x32"]
+    assert told["primary"]["accuracy"] == pytest.approx(expected[0])
+    families = load_families(run).query("backbone == '3x32' and control == 'trained'").sort_values("layer")
+    layers = second.layers("3x32")
+    columns = families[["accuracy", "band_low", "band_high"]].to_numpy().T
+    np.testing.assert_allclose(basic.band(layers, groups, N_BOOT), columns, atol=1e-9)
+    p, behind = basic.plateau(layers, groups, N_BOOT)
+    np.testing.assert_allclose(behind, families["behind"], atol=1e-9)
+    # of so few pairs some resamples are tied with what was observed, up to rounding
+    np.testing.assert_allclose(p, families["plateau_p"], atol=0.01)
+    assert list(p > 0.05) == list(families["in_plateau"])
+    chosen = (families["chosen"] == 1).to_numpy()
+    adjusted = basic.romano_wolf(layers[~chosen], layers[chosen][0], groups, N_BOOT)
+    np.testing.assert_allclose(adjusted, families["p_adjusted"][~chosen], atol=0.01)
+
+    seeds = {"3x32": ["3x32"], "2x16 (2 seeds)": ["2x16-seed0", "2x16-seed1"], "2x32": ["2x32"]}
+    home = {"3x32": "3x32", "2x16 (2 seeds)": "2x16-seed0", "2x32": "2x32"}  # whose random weights they are
+
+    def chosen_of(label, kind):
+        if kind == "trained":
+            return np.stack([second.test(second.chosen(name)) for name in seeds[label]])
+        return np.stack([second.test(second.chosen(home[label], f"init:{seed}")) for seed in (0, 1)])
+
+    def part(label, wanted):
+        return np.stack([second.test(second.best(name, "trained", wanted)) for name in seeds[label]])
+
+    def agrees(claim, subject, quantity, expected, about=""):
+        (row,) = [
+            row
+            for row in told["claims"]
+            if (row["claim"], row["subject"], row["quantity"]) == (claim, subject, quantity) and about in row["about"]
+        ]
+        assert (row["estimate"], row["low"], row["high"]) == pytest.approx(expected, abs=1e-6)
+
+    for label in seeds:
+        blocks = int(label[0])
+        trained, random = chosen_of(label, "trained"), chosen_of(label, "init")
+        expected = again.contrast([(1, trained), (-1, random)], groups, N_BOOT)
+        agrees(TRAINED, label, "trained minus random weights (init)", expected)
+        late = part(label, lambda row, n=blocks: row["n_layers"] == 1 and row["layer"] / n >= 0.5)
+        early = part(label, lambda row, n=blocks: row["n_layers"] == 1 and row["layer"] / n < 0.5)
+        agrees(MIDDLE, label, "second half minus first half", again.contrast([(1, late - early)], groups, N_BOOT))
+        before = part(label, lambda row, n=blocks: row["n_layers"] == 1 and row["layer"] < n)
+        last = part(label, lambda row, n=blocks: row["n_layers"] == 1 and row["layer"] == n)
+        agrees(
+            DECLINE, label, "before the last minus the last layer", again.contrast([(1, before - last)], groups, N_BOOT)
+        )
+        joined = part(label, lambda row: row["n_layers"] > 1)
+        agrees(
+            COMBINING,
+            label,
+            "several layers minus the chosen one",
+            again.contrast([(1, joined - trained)], groups, N_BOOT),
+        )
+    large, small = "3x32", "2x16 (2 seeds)"
+    subject, about = f"{large} against {small}", "these checkpoints"
+    means = [chosen_of(label, "trained").mean(axis=0, keepdims=True) for label in (large, small)]
+    expected = again.contrast([(1, means[0]), (-1, means[1])], groups, N_BOOT)
+    agrees(LARGER, subject, "largest minus smallest", expected, about)
+    ends = [(1, chosen_of(large, "trained")), (-1, chosen_of(small, "trained"))]
+    agrees(LARGER, subject, "largest minus smallest", again.contrast(ends, groups, N_BOOT), "other trainings")
+    ends += [(1, chosen_of(small, "init")), (-1, chosen_of(large, "init"))]
+    quantity = "margin over random weights (init): largest minus smallest"
+    agrees(LARGER, subject, quantity, again.contrast(ends, groups, N_BOOT), "other random networks")
+    sizes = [second.rows[second.rows["backbone"] == seeds[label][0]]["backbone_parameters"].iloc[0] for label in seeds]
+    values = [chosen_of(label, "trained").mean(axis=0) for label in seeds]
+    quantity = "slope of the accuracy per doubling of the parameters"
+    agrees(LARGER, "3 backbones", quantity, again.slope(values, sizes, groups))
+    values = [value - chosen_of(label, "init").mean(axis=0) for value, label in zip(values, seeds, strict=True)]
+    quantity = "slope of the margin over random weights (init) per doubling of the parameters"
+    agrees(LARGER, "3 backbones", quantity, again.slope(values, sizes, groups))
+
+
+def test_every_claim_is_told_in_markdown_and_in_the_report(run, told, tmp_path):
+    shown = CliRunner().invoke(app, ["claims", str(run)]).output
+    page = build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    for row in told["claims"]:
+        assert f"| {row['claim']} | {row['subject']} |" in shown
+        assert f"<td>{row['claim']}</td><td>{row['subject']}</td>" in page
+        assert row["verdict"] in ("supported", "contradicted", "undetermined")
+        if row["estimate"] is None:
+            assert row["verdict"] == "undetermined"
+            assert row["reason"]
+    assert "Primary endpoint (by default, as the configuration names none): 3x32" in page
+    tried = told["exploratory"]["demo"]["tried"]
+    assert f"{tried} test accuracies were computed" in page
+    assert "What may be concluded" in page
+    assert "may be the best" in page
+    points = pd.read_csv(tmp_path / "report_figures" / "depth.csv")
+    trained = points[(points["weights"] == "trained") & (points["layers"] == "single")]
+    assert (trained["band_low"] < trained["low"] + 1e-9).all()
+    families = load_families(run).set_index(["backbone", "layer"])
+    drawn = trained[trained["in_plateau"]].set_index(["backbone", "layer"]).index
+    assert families.query("control == 'trained'").loc[drawn, "in_plateau"].all()
+
+
+def test_depth_points_without_families_have_no_band(run):
+    assert "band_low" not in depth_points(probekit.load_results(run))
+
+
+def test_verdicts_survive_the_correction_for_several_backbones(told):
+    for row in told["claims"]:
+        if row["verdict"] != "undetermined":
+            assert row["p_adjusted"] <= 0.05
+            assert row["low"] > 0 or row["high"] < 0
+        if row["p"] is not None:
+            assert row["p_adjusted"] >= row["p"]
+
+
+@pytest.mark.parametrize(
+    ("nets", "claim", "reason"),
+    [
+        ((Net("a", 2, 16),), TRAINED, "no random weights of this shape in the run"),
+        ((Net("a", 2, 16),), LARGER, "1 backbone of one known size: no two sizes to compare"),
+        ((Net("a", 2, 16),), INPUTS, "no baseline of pixels, latents or prompts in the run"),
+        ((Net("a", 2, 16), Net("b", 3, 32)), LARGER, "2 backbones: a slope for new ones needs three"),
+        ((Net("a", 2, 16), Net("b", 3, 32)), LARGER, "no random weights of both shapes in the run"),
+    ],
+)
+def test_what_a_run_cannot_speak_to_is_undetermined(tmp_path, nets, claim, reason):
+    write_run(tmp_path / "run", nets, kinds=(), n_test=90, n_validation=60)
+    rows = [row for row in make_claims(tmp_path / "run").rows if row.claim == claim and reason in row.reason]
+    assert len(rows) == 1
+    assert rows[0].verdict == "undetermined"
+    assert np.isnan(rows[0].estimate)
+
+
+def test_no_validation_pairs_no_single_layers_no_trained_backbone(tmp_path):
+    few = {"kinds": (), "n_test": 90}
+    write_run(tmp_path / "a", NETS[:1], validation=False, **few)
+    assert {row.reason for row in make_claims(tmp_path / "a").rows if row.claim == MIDDLE} == {"no validation pairs"}
+    write_run(tmp_path / "b", NETS[:1], singles=False, **few)
+    assert all(row.verdict == "undetermined" for row in make_claims(tmp_path / "b").rows)
+    write_run(tmp_path / "c", (Net("a", 2, 16, None, "init:0"),), **few)
+    found = make_claims(tmp_path / "c")
+    assert found.primary is None
+    shown = CliRunner().invoke(app, ["claims", str(tmp_path / "c")])
+    assert "The run holds no such head." in shown.output
+
+
+def test_the_primary_endpoint_is_the_one_that_is_named(run, tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, NETS, kinds=(), heads=("linear", "mlp"), n_test=90, n_validation=60)
+    frame = probekit.load_results(folder)
+    write_config(folder, {"sweep": {"primary": {"backbone": "2x32", "head": "mlp", "layers": "all"}}})
+    found = make_claims(folder)
+    row = frame.query("backbone == '2x32' and head == 'mlp' and split == 'test' and slice_by == 'all'").iloc[0]
+    assert (found.primary.estimate, found.primary.low) == (row["accuracy"], row["low"])
+    page = build_report(folder, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "Primary endpoint (as the configuration names it): 2x32, all layers, on demo, head mlp" in page
+    for wrong in ({"backbone": "x"}, {"head": "x"}, {"dataset": "x"}):
+        write_config(folder, {"sweep": {"primary": wrong}})
+        with pytest.raises(ResultsError, match=r"primary: .* is 'x'; the run holds"):
+            make_claims(folder)
+
+
+def test_a_primary_endpoint_that_will_not_be_fitted_is_refused(tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60)
+    for wrong, allowed in (({"backbone": "x"}, "planted-0"), ({"dataset": "x"}, "planted")):
+        config = SweepConfig.checked({"heads": [HEAD], "primary": wrong}, source="test")
+        with pytest.raises(ConfigError, match=rf"primary: .* is 'x'; allowed: {allowed}"):
+            probekit.run_sweep(config, stores=[store], out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"primary: head is 'x'; allowed: linear"):
+        SweepConfig.checked({"heads": [HEAD], "primary": {"head": "x"}}, source="test")
+
+
+def test_paths_are_the_right_answers_of_the_margins(run):
+    paths = load_trajectories(run).query("backbone == '3x32' and control == 'trained'").set_index("pair_id")
+    frame = probekit.load_results(run).query("backbone == '3x32' and control == 'trained' and n_layers == 1")
+    records = frame.drop_duplicates("record_id").sort_values("layer")
+    margins = load_margins(run, records["record_id"])
+    margins = margins[(margins["split"] == "test") & (margins["label"] != 0.5)]
+    right = margins.assign(right=(margins["margin"] > 0) == (margins["label"] > 0.5))
+    right = right.pivot(index="pair_id", columns="record_id", values="right")[records["record_id"]].astype(int)
+    assert list(paths["path"].loc[right.index]) == ["".join(map(str, row)) for row in right.to_numpy()]
+    first = paths[paths["path"] == "0110"].iloc[0]
+    assert (first["flips"], first["last_flip"], first["right_share"]) == (2, 3, 0.5)
+    assert paths[paths["path"] == "1111"]["last_flip"].isna().all()
+    assert set(paths["layers"]) == {"0+1+2+3"}
+    table = paths_table(load_trajectories(run), "3x32").set_index("Of")
+    always = 100 * (right.sum(axis=1) == 4).mean()
+    assert table.loc["3x32", "Always right"] == f"{always:.1f}"
+    assert "3x32: colour" in table.index
+
+
+def test_pairs_of_a_group_with_several_prompts_flip_as_one():
+    """A row does not tell which images several prompts share; pairs of one prompt keep their ranking."""
+    pairs = pd.DataFrame(
+        {
+            "group": ["a", "a", "a", "b", "c", "c"],
+            "prompt_id": ["x", "x", "x", "y", "z", "w"],
+            "row_a": [0, 0, 1, 3, 5, 7],
+            "row_b": [1, 2, 2, 4, 6, 8],
+        }
+    )
+    labels = np.array([1.0, 1, 1, 1, 1, 1])
+    found = permutation_test(np.ones((1, 6)), labels, *_images(pairs), pairs["prompt_id"].to_numpy(), n_draws=50)
+    assert (found.rankings, found.lone, found.joint) == (1, 1, 1)
+
+
+def test_soft_labels_have_a_calibration_and_hard_ones_none(run, tmp_path):
+    assert load_families(run)["ece"].isna().all()
+    store = planted_store(tmp_path / "store", signal={2: 2.0}, seed=0)
+    (file,) = (store / "judgements").glob("*.parquet")
+    file.with_suffix(".json").unlink()
+    judgements = pd.read_parquet(file)
+    judgements.assign(label=0.1 + 0.8 * judgements["label"]).to_parquet(file, index=False)
+    config = SweepConfig.checked({"heads": [HEAD], "resamples": 200}, source="test")
+    families = load_families(probekit.run_sweep(config, stores=[store], out=tmp_path / "run")).set_index("layer")
+    assert families.loc[2, "brier"] < families.loc[0, "brier"]
+    assert (families["ece_low"] <= families["ece"]).all()
+
+
+def test_transfer_sets_what_heads_were_fitted_on_against_what_they_meet(run):
+    frame = probekit.load_results(run)
+    other = frame.assign(dataset="other", accuracy=frame["accuracy"] - 0.1)
+    both = pd.concat([frame, other], ignore_index=True).assign(trained_on="demo")
+    found = transfer_points(both)
+    assert set(found["source"]) == {"all", "colour", "shape"}
+    whole = found[(found["source"] == "all") & (found["backbone"] == "3x32")].set_index("dataset")["accuracy"]
+    assert whole["demo"] - whole["other"] == pytest.approx(0.1)
+    claims = make_claims(run)
+    setting = claims.endpoint.setting
+    assert transfer_table(frame.assign(trained_on="demo"), [setting]).empty
+    table = transfer_table(both, [setting, replace(setting, dataset="other")])
+    assert list(table.columns) == ["Backbone", "Head", "Fitted on", "demo", "other"]
