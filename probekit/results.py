@@ -7,6 +7,7 @@ A run folder holds::
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
+    controls.parquet               what refits and altered features say, where a head asked for them
     blocks.parquet                 blocks of similar layers where a head asked for them, and pairs within and across
 
 A record is one fitted head in one setting, or a baseline that sees no features (`UNPROBED`). Its part is written
@@ -31,7 +32,7 @@ from probekit._types import RESOLVED_RATIO
 from probekit.errors import ResultsError
 from probekit.stats import Expectations
 
-RESULTS_VERSION = "1.4"
+RESULTS_VERSION = "1.5"
 ALL_SOURCES = "all"
 UNPROBED = ("metadata", "inputs", "external")
 """Kinds of heads that see no features: of metadata, of what enters a backbone, and scores from elsewhere."""
@@ -63,6 +64,8 @@ RESULT_COLUMNS: dict[str, str] = {
     "head": "str",
     "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
+    "altered": "str",  # "", or what of the training pairs or features was altered for this fit: see `ALTERED`
+    "n_train": "int64",  # training pairs of the fit
     "accuracy": "float64",  # as the protocol defines it, 0 to 1; none where no training pair differed
     "low": "float64",
     "high": "float64",
@@ -120,6 +123,14 @@ CONTROLS = {
     "shuffled": "random weights (shuffled)",
     "empty-prompts": "empty prompts",
     "shuffled-prompts": "shuffled prompts",
+}
+
+#: What a refit or control of a head alters. A value of the column is one of these, perhaps with a parameter behind a
+#: colon; ``seed`` counts the draws.
+ALTERED = {
+    "permuted": "training labels permuted",
+    "half": "a random half of the training groups",
+    "share": "part of the training groups",
 }
 
 #: By what pairs are told apart, in `slice_by`: kinds of the file; the two generators (frequent ones, "other",
@@ -184,6 +195,43 @@ BLOCK_COLUMNS: dict[str, str] = {
     "high": "float64",
 }
 
+#: What refits and altered features say, one row for each fit as it is and value of ``altered``. "half" is about the
+#: fit as it is: ``se_train`` and the limits say how it varies with the training pairs as well, and ``difference``
+#: what it has over the chosen layer, with the same two in its limits. Of several draws the accuracy is their mean, and
+#: the limits cover other draws.
+CONTROL_COLUMNS: dict[str, str] = {
+    "record_id": "str",  # of the fit as it is
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "trained_on": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "layer_set": "str",
+    "combination": "str",
+    "layer": "Int64",
+    "n_layers": "int64",
+    "chosen": "bool",
+    "altered": "str",
+    "n_fits": "int64",
+    "n_train": "int64",
+    "converged": "bool",
+    "train_accuracy": "float64",
+    "accuracy": "float64",
+    "low": "float64",
+    "high": "float64",
+    "se_test": "float64",
+    "se_train": "float64",
+    "se": "float64",
+    "against": "str",  # what a difference is taken from; empty without one
+    "difference": "float64",
+    "difference_low": "float64",
+    "difference_high": "float64",
+}
+
 #: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
 NO_FEATURES: dict[str, Any] = {
     "sigma": "",
@@ -194,6 +242,7 @@ NO_FEATURES: dict[str, Any] = {
     "n_layers": 0,
     "combination": "",
     "seed": 0,
+    "altered": "",
     "backbone_parameters": None,
     "width": 0,
     "n_blocks": 0,
@@ -216,7 +265,7 @@ NO_FIT: dict[str, Any] = {
 }
 
 #: What a layer is chosen within: everything of a record but its layer set.
-CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
+CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed", "altered"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -340,6 +389,11 @@ def load_results(run: str | Path) -> pd.DataFrame:
     return frame
 
 
+def as_they_are(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of fits on training pairs and features as they are: neither refits nor altered features."""
+    return frame[frame["altered"] == ""]
+
+
 def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd.DataFrame:
     """Read the margins of some records (default: of every record in the results table).
 
@@ -370,6 +424,16 @@ def write_beyond(run: str | Path, rows: pd.DataFrame) -> None:
 def load_beyond(run: str | Path) -> pd.DataFrame:
     """Read what chosen layers add to the generators' names; empty where the run has no generator baseline."""
     return _read_or_none(Path(run) / "beyond_generator.parquet", BEYOND_COLUMNS)
+
+
+def write_controls(run: str | Path, rows: pd.DataFrame) -> None:
+    """Write what refits and altered features say (`CONTROL_COLUMNS`); without rows the table goes."""
+    _write_or_remove(Path(run) / "controls.parquet", rows, CONTROL_COLUMNS)
+
+
+def load_controls(run: str | Path) -> pd.DataFrame:
+    """Read what refits and altered features say; empty where no head asked for them."""
+    return _read_or_none(Path(run) / "controls.parquet", CONTROL_COLUMNS)
 
 
 def write_blocks(run: str | Path, rows: pd.DataFrame) -> None:
@@ -424,7 +488,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
     ResultsError
         If the run has no results yet or they are damaged.
     """
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
     beside = test[test["head_kind"].isin(UNPROBED)]
     frame, test = (rows[~rows["head_kind"].isin(UNPROBED)] for rows in (frame, test))
@@ -469,7 +533,7 @@ def knowing_nothing(rows: pd.DataFrame) -> str:
 
 def knowing_nothing_lines(run: str | Path) -> list[tuple[str, str]]:
     """Say this of the test pairs of each data set of a run, by the protocol of its heads, as (heading, text)."""
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
     return [
         (f"knowing nothing, {dataset}", f"{text}; by {protocol} on {rows['n_pairs'].max():,} test pairs")

@@ -13,7 +13,9 @@ from probekit import results
 from probekit._types import duration, scaled
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig
 from probekit.heads import BradleyTerryClassifierCV
+from probekit.results import ALTERED
 from probekit.stats import say_planned
+from probekit.sweep.altered import SAME_STRENGTH
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.features import scratch_bytes
 from probekit.sweep.folder import DIGESTS
@@ -76,9 +78,10 @@ def dry_run(
 
 
 def _fits(plan: Prepared, done: set[str], at_most: int) -> Iterator[tuple[str, str]]:
-    heads = Counter((record.head.kind, record.record_id in done) for record in plan.records)
-    for kind in dict.fromkeys(record.head.kind for record in plan.records):
-        yield f"{kind} fits", f"{heads[kind, False]:,} to do, {heads[kind, True]:,} already done"
+    kinds = [ALTERED.get(record.kind, f"{record.head.kind} fits") for record in plan.records]
+    heads = Counter((kind, record.record_id in done) for kind, record in zip(kinds, plan.records, strict=True))
+    for kind in dict.fromkeys(kinds):
+        yield kind, f"{heads[kind, False]:,} to do, {heads[kind, True]:,} already done"
     if at_most:
         yield "searched", f"at most {at_most:,} more layer sets, which are searched on training pairs first"
 
@@ -117,14 +120,15 @@ def _time(groups: Sequence[tuple[int, Sequence[Work]]]) -> str:
     if not groups:
         return "none: nothing is to be done"
     first = groups[0][1][0]
-    unit, judge, read = _unit(), _judging(first.record), _reading(first)
+    unit, read = _unit(), _reading(first)
+    judge = {whole: _judging(first.record, whole=whole) for whole in (False, True)}
     fits = judges = reads = 0.0
     for count, members in groups:
         for work in members:
             n, widths = len(material(work.record.selection).train.label), [place.width for place in work.places]
             d = sum(widths)
-            fits += unit * len(work.unit) * _cost(work.record, n, widths) / count
-            judges += judge * len(work.unit) / count
+            fits += unit * sum(_cost(record, n, widths) for record in work.unit) / count
+            judges += sum(judge[bool(record.altered)] for record in work.unit) / count
             reads += read * d * sum(len(open_cached(path).rows) for path in work.record.selection.stores) / count
     slow = any(one.streamed or not one.head_memory for _, members in groups for one in members)
     mlps = any(not isinstance(one.record.head, LinearHead) for _, members in groups for one in members)
@@ -137,9 +141,11 @@ def _time(groups: Sequence[tuple[int, Sequence[Work]]]) -> str:
 
 
 def _cost(record: Record, n: int, widths: list[int]) -> float:
-    """Multiplications of a fit of n pairs on layers of some widths."""
+    """Multiplications of a fit of n pairs on layers of some widths; of a refit, beside the fit that it repeats."""
     one_width = record.combination in ("mean", "scalar-mix")
     fitted = widths if record.combination == "late-fusion" else [widths[0] if one_width else sum(widths)]
+    if record.kind in SAME_STRENGTH:
+        return sum(4.0 * _PASSES * n * min(n, d) for d in fitted)
     if isinstance(record.head, LinearHead):
         return sum(_linear_cost(n, d, record.head.folds * len(record.head.strengths)) for d in fitted)
     (d,) = fitted
@@ -162,13 +168,13 @@ def _unit() -> float:
     return (time.perf_counter() - began) / _linear_cost(len(D), D.shape[1], head.cv * len(head.Cs))
 
 
-def _judging(record: Record) -> float:
+def _judging(record: Record, *, whole: bool) -> float:
     """Seconds that margins of one record take to be judged."""
     data = material(record.selection)
     margins = data.by_part(np.random.default_rng(0).normal(size=len(data.rows)))
     facts = record_facts(record, open_cached(record.store)) | results.NO_FIT
     began = time.perf_counter()
-    judged_rows(record, data, margins, facts)
+    judged_rows(record, data, margins, facts, whole=whole)
     return time.perf_counter() - began
 
 

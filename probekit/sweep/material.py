@@ -209,7 +209,7 @@ def _pairs(portion: Portion, judged: Path | None) -> Pairs:
         raise StoreError(message)
     inside = (pairs.frame["split"] == portion.split).to_numpy()
     excluded = pairs.excluded[pairs.excluded["split"] == portion.split]
-    return _kept(replace(pairs, excluded=excluded), inside)
+    return kept(replace(pairs, excluded=excluded), inside)
 
 
 def _shifted(pairs: Pairs, offset: int, portion: Portion) -> Pairs:
@@ -254,11 +254,12 @@ def _apart(
             connected += len(lost)
         if role == "validation":
             pairs = replace(pairs, excluded=pd.concat([pairs.excluded, lost], ignore_index=True))
-        apart.append((role, portion, _kept(pairs, keep[mine])))
+        apart.append((role, portion, kept(pairs, keep[mine])))
     return apart, connected
 
 
-def _kept(pairs: Pairs, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pairs:
+def kept(pairs: Pairs, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pairs:
+    """Keep some of n pairs."""
     frame = pairs.frame[keep].reset_index(drop=True)
     return replace(pairs, rows=pairs.rows[keep], label=pairs.label[keep], frame=frame)
 
@@ -277,5 +278,5 @@ def _joined(parts: list[Pairs]) -> Pairs:
 def _with_ties(train: Pairs, ties: Ties) -> Pairs:
     """Apply the rule for tied training pairs; see ``TIES_HELP``."""
     if ties == "drop":
-        return _kept(train, train.label != 0.5)
+        return kept(train, train.label != 0.5)
     return train if ties == "soft" else replace(train, label=(np.sign(train.label - 0.5) + 1) / 2)
