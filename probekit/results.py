@@ -131,6 +131,7 @@ ALTERED = {
     "permuted": "training labels permuted",
     "half": "a random half of the training groups",
     "share": "part of the training groups",
+    "nested": "outer folds of a nested cross-validation",  # test rows are of the outer fold, none of the test split
 }
 
 #: By what pairs are told apart, in `slice_by`: kinds of the file; the two generators (frequent ones, "other",
@@ -198,9 +199,10 @@ BLOCK_COLUMNS: dict[str, str] = {
 #: What refits and altered features say, one row for each fit as it is and value of ``altered``. "half" is about the
 #: fit as it is: ``se_train`` and the limits say how it varies with the training pairs as well, and ``difference``
 #: what it has over the chosen layer, with the same two in its limits. Of several draws the accuracy is their mean, and
-#: the limits cover other draws.
+#: the limits cover other draws. "nested" is about choosing a layer, and belongs to no fit: ``selected`` says how often
+#: each layer was chosen.
 CONTROL_COLUMNS: dict[str, str] = {
-    "record_id": "str",  # of the fit as it is
+    "record_id": "str",  # of the fit as it is; empty where the row belongs to none
     "backbone": "str",
     "control": "str",
     "dataset": "str",
@@ -226,6 +228,7 @@ CONTROL_COLUMNS: dict[str, str] = {
     "se_test": "float64",
     "se_train": "float64",
     "se": "float64",
+    "selected": "str",  # layers that the folds chose and how often, such as "3: 4, 2: 1"
     "against": "str",  # what a difference is taken from; empty without one
     "difference": "float64",
     "difference_low": "float64",

@@ -10,7 +10,7 @@ from probekit.config import SweepConfig
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.report import build_report
-from probekit.results import load_controls
+from probekit.results import load_controls, load_margins
 from probekit.stats import permuted_labels
 from probekit.sweep import dry_run
 from probekit.sweep.altered import altered
@@ -158,3 +158,48 @@ def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
     points = pd.read_csv(tmp_path / "report_figures" / "efficiency.csv")
     assert points["n_train"].tolist() == [20, 100, 200]
     assert (pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layer"] == [1, 2]).all()
+
+
+@pytest.mark.parametrize(("signal", "found"), [({2: 1.5}, True), ({}, False)])
+def test_nested_folds_measure_the_choice_of_a_layer(signal, found, tmp_path):
+    store = planted_store(tmp_path / "store", signal=signal, seed=2)
+    asked = config({"nested": 4}, layer_sets=["singles", "all"])
+    run = probekit.run_sweep(asked, stores=[store], out=tmp_path / "run")
+    frame = heads_of(run)
+    folds = frame[frame["altered"] == "nested:4"]
+    assert len(folds) == 4 * 4  # single layers alone: it is a layer that is chosen
+    (row,) = load_controls(run).to_dict("records")
+    chosen = folds[folds["chosen"]]
+    assert sorted(chosen["seed"]) == [0, 1, 2, 3]
+    counts = {int(part.split(":")[0]): int(part.split(":")[1]) for part in row["selected"].split(", ")}
+    assert counts == chosen["layer"].value_counts().to_dict()
+    margins = load_margins(run, chosen["record_id"])
+    held = margins[margins["split"] == "test"]
+    whole = load_margins(run, [frame.loc[frame["altered"] == "", "record_id"].iloc[0]])
+    assert not set(held["pair_id"]) & set(whole.loc[whole["split"] == "test", "pair_id"])
+    assert held["pair_id"].is_unique
+    assert len(held) == 280  # all training and validation pairs, each once
+    for _, fold in margins.groupby("record_id"):
+        groups = [set(fold.loc[fold["split"] == split, "group"]) for split in ("validation", "test")]
+        assert not groups[0] & groups[1]
+    assert row["accuracy"] == pytest.approx(held["correct"].mean())
+    assert (row["low"] > 0.6) if found else (row["low"] < 0.5 < row["high"])
+    assert not found or row["selected"] == "2: 4"
+    told = build_report(run, tmp_path / "report.html").read_text()
+    assert "chosen in each fold" in told
+
+
+@pytest.mark.parametrize("ties", ["soft", "half", "drop"])
+def test_outer_folds_judge_labels_as_they_are(ties, tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.0}, seed=3, pairs=200, ties=0.3)
+    plan = prepare(
+        config({"nested": 2}), stores=[store], out=tmp_path / "run", prefs=None, reading=None, ties=ties, memory=None
+    )
+    held = probekit.FeatureStore(store).pairs()
+    labels = dict(zip(held.frame["pair_id"], held.label, strict=True))
+    for record in plan.records:
+        if record.kind == "nested":
+            (test,) = altered(record).data.tests.values()
+            assert all(labels[pair] == label for pair, label in zip(test.frame["pair_id"], test.label, strict=True))
+            assert ties == "drop" or 0.5 in test.label
+            assert (0.5 in altered(record).data.train.label) == (ties != "drop")

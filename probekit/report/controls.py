@@ -34,7 +34,7 @@ def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.Data
     most = rows.groupby(["backbone", "control"])["n_layers"].transform("max")
     shown = rows[rows["chosen"] | ((rows["n_layers"] == most) & (most > 1))]
     asis = whole[["record_id", "accuracy", "low", "high", "n_train", "train_accuracy"]]
-    return shown.merge(asis, on="record_id", suffixes=("", "_as_it_is"))
+    return shown.merge(asis, on="record_id", how="left", suffixes=("", "_as_it_is"))
 
 
 def altered_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -65,6 +65,8 @@ def altered_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _layers(row: dict[Any, Any]) -> str:
+    if row["selected"]:
+        return f"chosen in each fold, times\n{row['selected']}"
     return f"{row['layer_set']} (chosen)" if row["chosen"] else f"{row['n_layers']} together"
 
 

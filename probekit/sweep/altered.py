@@ -6,6 +6,12 @@ names of groups alone, so that all layers, stores and heads see the same ones.
     permuted      the labels of the training pairs, as `probekit.stats.permuted_labels` draws them
     half          another half of the training groups for each seed
     share:0.2     that share of the training groups, part of every larger share
+    nested:5      training and validation pairs outside of an outer fold, whose number is the seed; "validation" rows
+                  are of these pairs, each judged by the inner fit that held it out, "test" rows of the fold
+
+The layer that is best on "validation" within a fold is thus chosen without the fold (`probekit.results.mark_chosen`),
+which makes the accuracy over all folds that of the choice. The test split plays no part in it. With ``ties: drop`` tied
+training pairs are in no fold.
 
 The first two keep the strength of the fit that they repeat: a permuted fit would choose the strongest penalty, which
 memorises least, and with the strength of a half more than the pairs would change. So they share its factorisation. The
@@ -17,13 +23,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from probekit._types import IntArray
-from probekit.config import LinearHead
+from probekit.config import LinearHead, Ties
 from probekit.errors import ConfigError
+from probekit.heads.linear import _folds
 from probekit.stats import permuted_labels
-from probekit.sweep.material import Material, Selection, kept, material, open_cached
+from probekit.sweep.material import Material, Selection, joined, kept, material, open_cached, with_ties
 from probekit.sweep.plan import Record
 
 SAME_STRENGTH = ("permuted", "half")
@@ -67,6 +75,11 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
         for share in sorted(set(controls.shares)):
             _check_groups(record, share, record.head.folds)
             yield replace(record, altered=f"share:{share:g}")
+        if controls.nested and record.combination == "single":
+            _check_folds(record, controls.nested)
+            yield from (
+                replace(record, altered=f"nested:{controls.nested}", seed=fold) for fold in range(controls.nested)
+            )
 
 
 def of_the_same_strength(record: Record) -> list[Record]:
@@ -95,7 +108,25 @@ def altered(record: Record) -> Altered:
             inside = _rank(groups, 0) < _groups_of(groups, float(record.altered.partition(":")[2]))
         others = everything[len(inside) :]
         return Altered(replace(data, train=kept(data.train, inside)), np.concatenate([np.flatnonzero(inside), others]))
+    if record.kind == "nested":
+        return _outer_fold(data, record.selection.ties, int(record.altered.partition(":")[2]), record.seed)
     return Altered(data, everything)
+
+
+def _outer_fold(data: Material, ties: Ties, folds: int, fold: int) -> Altered:
+    pool = joined([data.train, data.validation])
+    if "judged" in pool.frame:
+        pool = replace(pool, label=pool.frame["judged"].fillna(pd.Series(pool.label)).to_numpy(np.float64))
+    outside = _folds(pool.frame["group"].to_numpy(), folds) != fold
+    fitted = outside & (pool.label != 0.5) if ties == "drop" else outside
+    train = with_ties(kept(pool, fitted), ties)
+    dataset = pool.frame["dataset"].to_numpy()
+    tested = {name: ~outside & (dataset == name) for name in pool.frame.loc[~outside, "dataset"].unique()}
+    tests = {name: replace(kept(pool, inside), excluded=pool.excluded.iloc[:0]) for name, inside in tested.items()}
+    weight = None if data.validation_weight is None else train.frame["portion_weight"].to_numpy(np.float64)
+    places = [np.flatnonzero(inside) for inside in (fitted, fitted, *tested.values())]
+    within = replace(data, train=train, validation=replace(train), tests=tests, validation_weight=weight)
+    return Altered(within, np.concatenate(places))
 
 
 def _rank(groups: NDArray[np.object_], *seed: int) -> IntArray:
@@ -115,6 +146,18 @@ def _check_groups(record: Record, share: float, folds: int) -> None:
         message = (
             f"head {record.head.name!r}: controls: shares: {share:g} of the training groups of {record.trained_on} are "
             f"{held}; allowed: as many as folds ({folds}), so {folds / len(np.unique(groups)):.2g} or more"
+        )
+        raise ConfigError(message)
+
+
+def _check_folds(record: Record, folds: int) -> None:
+    data = material(record.selection)
+    groups = joined([data.train, data.validation]).frame["group"].nunique()
+    least = max(folds, -(-record.head.folds * folds // (folds - 1))) if isinstance(record.head, LinearHead) else folds
+    if groups < least:
+        message = (
+            f"head {record.head.name!r}: controls: nested: {folds} outer folds of {groups} groups of training and "
+            f"validation pairs of {record.trained_on}; allowed: with {least} groups or more"
         )
         raise ConfigError(message)
 

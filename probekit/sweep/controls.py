@@ -23,7 +23,10 @@ FIT_KEYS = [
     *("backbone", "control", "dataset", "trained_on", "protocol", "sigma", "draw", "pooling"),
     *("head", "layer_set", "combination"),
 ]
-_EMPTY = {column: np.nan for column, dtype in CONTROL_COLUMNS.items() if dtype == "float64"} | {"against": ""}
+_EMPTY = {column: np.nan for column, dtype in CONTROL_COLUMNS.items() if dtype == "float64"} | {
+    "against": "",
+    "selected": "",
+}
 
 
 class _Judged:
@@ -71,13 +74,36 @@ def compare_controls(run: Path, *, resamples: int, level: float) -> pd.DataFrame
     asked = test[test["altered"] != ""].drop_duplicates(FIT_KEYS)[FIT_KEYS]
     test = test.merge(asked, on=FIT_KEYS)
     rows: list[dict[str, Any]] = []
+    outer = test["altered"].str.startswith("nested:")
+    nested, test = test[outer & test["chosen"]], test[~outer]
     setting = [key for key in FIT_KEYS if key not in ("layer_set", "combination")]
     for _, same in test.groupby(setting, sort=False):
         judged = _Judged(run, str(same["dataset"].iloc[0]), str(same["protocol"].iloc[0]))
         chosen = same[same["chosen"] & (same["altered"] == "")]
         for _, fits in same.groupby(["layer_set", "combination"], sort=False):
             rows += _rows(fits, chosen, same, judged, resamples, level)
+    for _, folds in nested.groupby([*setting, "altered"], sort=False):
+        rows.append(_choice(run, folds, resamples, level))
     return pd.DataFrame(rows)
+
+
+def _choice(run: Path, folds: pd.DataFrame, resamples: int, level: float) -> dict[str, Any]:
+    """Accuracy over the outer folds of what was chosen without each of them, the fits held fixed."""
+    first = folds.iloc[0]
+    pairs = load_margins(run, folds["record_id"])
+    pairs = pairs[(pairs["split"] == "test") & (pairs["dataset"] == first["dataset"])]
+    correct = pairs["correct"].to_numpy(np.float64)
+    by_prompt = "prompts" in PROTOCOLS[first["protocol"]].needs
+    weights = prompt_weights(correct, pairs["prompt_id"].to_numpy()) if by_prompt else None
+    found = accuracy_interval(correct, pairs["group"].to_numpy(), weights=weights, n_boot=resamples, level=level)
+    row = {key: first[key] for key in FIT_KEYS} | _EMPTY | {"record_id": "", "layer_set": "", "layer": None}
+    row |= {"n_layers": 1, "chosen": True, "altered": first["altered"], "n_fits": len(folds)}
+    row |= {"n_train": int(folds["n_train"].mean()), "converged": bool(folds["converged"].all())}
+    row |= {"train_accuracy": folds["train_accuracy"].mean(), "accuracy": found.estimate, "low": found.low}
+    row |= {"high": found.high, "se_test": found.se}
+    times = folds["layer_set"].value_counts(sort=False)
+    times = times.sort_values(ascending=False, kind="stable")
+    return row | {"selected": ", ".join(f"{layer}: {count}" for layer, count in times.items())}
 
 
 def _rows(

@@ -163,7 +163,7 @@ def material(selection: Selection) -> Material:
             message = f"{portion.store}: data set {portion.dataset!r} has no {portion.split} pairs with features"
             raise StoreError(message)
     by_role = {role: [pairs for part, _, pairs in parts if part == role] for role in SPLITS}
-    train, validation = (_joined(by_role[role]) for role in ("train", "validation"))
+    train, validation = (joined(by_role[role]) for role in ("train", "validation"))
     for role, pairs in (("train", train), ("validation", validation)):
         if not len(pairs.label):
             message = (
@@ -177,7 +177,7 @@ def material(selection: Selection) -> Material:
         raise StoreError(message)
     weights = {portion.weight for portion in selection.train}
     return Material(
-        train=_with_ties(train, selection.ties),
+        train=with_ties(train, selection.ties),
         validation=validation,
         tests=dict(zip((portion.title for portion in selection.test), by_role["test"], strict=True)),
         validation_weight=validation.frame["portion_weight"].to_numpy(np.float64) if len(weights) > 1 else None,
@@ -264,7 +264,8 @@ def kept(pairs: Pairs, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pair
     return replace(pairs, rows=pairs.rows[keep], label=pairs.label[keep], frame=frame)
 
 
-def _joined(parts: list[Pairs]) -> Pairs:
+def joined(parts: list[Pairs]) -> Pairs:
+    """Put pairs of several data sets or splits behind each other."""
     if len(parts) == 1:
         return parts[0]
     return Pairs(
@@ -275,8 +276,10 @@ def _joined(parts: list[Pairs]) -> Pairs:
     )
 
 
-def _with_ties(train: Pairs, ties: Ties) -> Pairs:
-    """Apply the rule for tied training pairs; see ``TIES_HELP``."""
+def with_ties(train: Pairs, ties: Ties) -> Pairs:
+    """Apply the rule for tied training pairs (see ``TIES_HELP``); the frame keeps labels that change, as ``judged``."""
     if ties == "drop":
         return kept(train, train.label != 0.5)
-    return train if ties == "soft" else replace(train, label=(np.sign(train.label - 0.5) + 1) / 2)
+    if ties == "soft":
+        return train
+    return replace(train, label=(np.sign(train.label - 0.5) + 1) / 2, frame=train.frame.assign(judged=train.label))

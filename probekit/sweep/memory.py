@@ -10,7 +10,7 @@ linear head fits together. They are upper limits of measured peaks (peak residen
     scalar mix             4 N d + 28 n d + 36 w^2 + 44 n k            w = channels of one layer
     late fusion            4 N d + 12 n d + 36 w^2 + 12 * 8192 w + 44 n k
     MLP                    4 m d + 24 m d + 24 d * (first hidden width) * (seeds fitted together)
-    refits, besides        44 n for each of the same strength, 4 n d for others
+    refits, besides        44 n for each of the same strength, 4 N d for others
     judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 
 Of a mean of layers, d is the channels of one.
@@ -186,7 +186,7 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
     if any(one.kind in SAME_STRENGTH for one in unit):
         k += len(of_the_same_strength(record))
     apart = [one for one in unit if one.altered and one.kind not in SAME_STRENGTH]
-    held += 4 * n * d if apart else 0
+    held += 4 * every * d if apart else 0
     if record.combination in ("scalar-mix", "late-fusion"):
         copies = 28 * n * d if record.combination == "scalar-mix" else 12 * n * d + 12 * 8192 * max(widths)
         needed = held + copies + 36 * max(widths) ** 2 + 44 * n * k

@@ -21,7 +21,7 @@ from probekit._workers import run_in_processes
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError, HeadError, StoreError
-from probekit.heads import layer_set_name, specs_with_features
+from probekit.heads import BradleyTerryClassifierCV, layer_set_name, specs_with_features
 from probekit.heads.base import PairHead
 from probekit.store import FeatureStore
 from probekit.store.files import check_space
@@ -273,9 +273,13 @@ def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> list[Fitte
 def _judged(record: Record, head: PairHead | None, facts: dict[str, Any], values: FloatArray, out: Path) -> Fitted:
     """Judge a head by its margins (n,) of all pairs of the selection, and write its part."""
     on = altered(record)
+    values = values[on.places]
+    if record.kind == "nested" and isinstance(head, BradleyTerryClassifierCV):
+        n = len(on.data.train.label)
+        values[n : 2 * n] = head.cv_margins_
     facts = record_facts(record, open_cached(record.store)) | facts
     rows, kept = judged_rows(
-        record, on.data, on.data.by_part(values[on.places]), facts, blind=head is None, whole=bool(record.altered)
+        record, on.data, on.data.by_part(values), facts, blind=head is None, whole=bool(record.altered)
     )
     results.write_part(out, record.record_id, rows, kept)
     whole = rows[rows["slice_by"] == "all"]
