@@ -278,6 +278,23 @@ class _Head(_Strict):
     )
 
 
+class Controls(_Strict):
+    """Refits of a head on altered training pairs and fits on altered features: rows of the same results table."""
+
+    permuted: int | None = Field(
+        None, ge=20, description="refits on permuted training labels: 50 % on test pairs unless something leaks"
+    )
+    halves: int | None = Field(
+        None, ge=2, description="refits on random halves of the training groups: how much training pairs matter"
+    )
+    shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [], description="shares of the training groups, each a part of the next: accuracy against training pairs"
+    )
+    nested: int | None = Field(
+        None, ge=2, description="outer folds of a nested cross-validation over training and validation pairs"
+    )
+
+
 class LinearHead(_Head):
     """A linear Bradley-Terry head; its strength is chosen by grouped cross-validation inside the training split."""
 
@@ -290,6 +307,15 @@ class LinearHead(_Head):
         list(STRENGTHS), min_length=1, description="candidates for scikit-learn's C"
     )
     folds: int = Field(5, ge=2)
+    controls: Controls = Field(Controls(), description="refits and altered features, for each of its fits")
+
+    @model_validator(mode="after")
+    def _rules_without_controls(self) -> Self:
+        others = [rule for rule in self.combine if rule not in ("concat", "mean")]
+        if others and self.controls != Controls():
+            message = f"controls: combine has {others[0]!r}; allowed: concat and mean (others in a head of their own)"
+            raise ValueError(message)
+        return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -302,7 +328,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 """Settings of MLP heads by name; what a configuration says beside the name wins, and is said in the head's name."""
-OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset"}
+OF_THE_PLAN = {"layer_sets", "seeds", "combine", "across", "preset", "controls"}
 """Settings of a head that say which fits there are; a fit has its own value of each."""
 
 

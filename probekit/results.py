@@ -7,6 +7,7 @@ A run folder holds::
     margins/<record_id>.parquet    margin s(A) - s(B) of every validation and test pair of that record
     results.parquet                the parts of the current plan, joined, with ``chosen`` filled in
     beyond_generator.parquet       what chosen layers add to the generators' names, where the data name them
+    controls.parquet               what refits and altered features say, where a head asked for them
     blocks.parquet                 blocks of similar layers where a head asked for them, and pairs within and across
     families.parquet               single layers judged together: band, plateau, comparisons, best of many, null
     trajectories.parquet           at which layers each test pair is right
@@ -67,6 +68,8 @@ RESULT_COLUMNS: dict[str, str] = {
     "head": "str",
     "head_kind": "str",  # "linear", "mlp", or one of `UNPROBED`, whose columns of features are empty
     "seed": "int64",
+    "altered": "str",  # "", or what of the training pairs or features was altered for this fit: see `ALTERED`
+    "n_train": "int64",  # training pairs of the fit
     "accuracy": "float64",  # as the protocol defines it, 0 to 1; none where no training pair differed
     "low": "float64",
     "high": "float64",
@@ -124,6 +127,15 @@ CONTROLS = {
     "shuffled": "random weights (shuffled)",
     "empty-prompts": "empty prompts",
     "shuffled-prompts": "shuffled prompts",
+}
+
+#: What a refit or control of a head alters. A value of the column is one of these, perhaps with a parameter behind a
+#: colon; ``seed`` counts the draws.
+ALTERED = {
+    "permuted": "training labels permuted",
+    "half": "a random half of the training groups",
+    "share": "part of the training groups",
+    "nested": "outer folds of a nested cross-validation",  # test rows are of the outer fold, none of the test split
 }
 
 #: By what pairs are told apart, in `slice_by`: kinds of the file; the two generators (frequent ones, "other",
@@ -263,6 +275,45 @@ TRAJECTORY_COLUMNS: dict[str, str] = {
     "right_at_last": "float64",
 }
 
+#: What refits and altered features say, one row for each fit as it is and value of ``altered``. "half" is about the
+#: fit as it is: ``se_train`` and the limits say how it varies with the training pairs as well, and ``difference``
+#: what it has over the chosen layer, with the same two in its limits. Of several draws the accuracy is their mean, and
+#: the limits cover other draws. "nested" is about choosing a layer, and belongs to no fit: ``selected`` says how often
+#: each layer was chosen.
+CONTROL_COLUMNS: dict[str, str] = {
+    "record_id": "str",  # of the fit as it is; empty where the row belongs to none
+    "backbone": "str",
+    "control": "str",
+    "dataset": "str",
+    "trained_on": "str",
+    "protocol": "str",
+    "sigma": "str",
+    "draw": "int64",
+    "pooling": "str",
+    "head": "str",
+    "layer_set": "str",
+    "combination": "str",
+    "layer": "Int64",
+    "n_layers": "int64",
+    "chosen": "bool",
+    "altered": "str",
+    "n_fits": "int64",
+    "n_train": "int64",
+    "converged": "bool",
+    "train_accuracy": "float64",
+    "accuracy": "float64",
+    "low": "float64",
+    "high": "float64",
+    "se_test": "float64",
+    "se_train": "float64",
+    "se": "float64",
+    "selected": "str",  # layers that the folds chose and how often, such as "3: 4, 2: 1"
+    "against": "str",  # what a difference is taken from; empty without one
+    "difference": "float64",
+    "difference_low": "float64",
+    "difference_high": "float64",
+}
+
 #: Columns of records that see no features, whose kinds of heads are `UNPROBED`.
 NO_FEATURES: dict[str, Any] = {
     "sigma": "",
@@ -273,6 +324,7 @@ NO_FEATURES: dict[str, Any] = {
     "n_layers": 0,
     "combination": "",
     "seed": 0,
+    "altered": "",
     "backbone_parameters": None,
     "width": 0,
     "n_blocks": 0,
@@ -295,7 +347,7 @@ NO_FIT: dict[str, Any] = {
 }
 
 #: What a layer is chosen within: everything of a record but its layer set.
-CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
+CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed", "altered"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -420,6 +472,11 @@ def load_results(run: str | Path) -> pd.DataFrame:
     return frame
 
 
+def as_they_are(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of fits on training pairs and features as they are: neither refits nor altered features."""
+    return frame[frame["altered"] == ""]
+
+
 def load_margins(run: str | Path, record_ids: Iterable[str] | None = None) -> pd.DataFrame:
     """Read the margins of some records (default: of every record in the results table).
 
@@ -450,6 +507,16 @@ def write_beyond(run: str | Path, rows: pd.DataFrame) -> None:
 def load_beyond(run: str | Path) -> pd.DataFrame:
     """Read what chosen layers add to the generators' names; empty where the run has no generator baseline."""
     return _read_or_none(Path(run) / "beyond_generator.parquet", BEYOND_COLUMNS)
+
+
+def write_controls(run: str | Path, rows: pd.DataFrame) -> None:
+    """Write what refits and altered features say (`CONTROL_COLUMNS`); without rows the table goes."""
+    _write_or_remove(Path(run) / "controls.parquet", rows, CONTROL_COLUMNS)
+
+
+def load_controls(run: str | Path) -> pd.DataFrame:
+    """Read what refits and altered features say; empty where no head asked for them."""
+    return _read_or_none(Path(run) / "controls.parquet", CONTROL_COLUMNS)
 
 
 def write_blocks(run: str | Path, rows: pd.DataFrame) -> None:
@@ -543,7 +610,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         If the run is not finished or its results are damaged.
     """
     check_finished(run)
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
     beside = test[test["head_kind"].isin(UNPROBED)]
     frame, test = (rows[~rows["head_kind"].isin(UNPROBED)] for rows in (frame, test))
@@ -589,7 +656,7 @@ def knowing_nothing(rows: pd.DataFrame) -> str:
 
 def knowing_nothing_lines(run: str | Path) -> list[tuple[str, str]]:
     """Say this of the test pairs of each data set of a run, by the protocol of its heads, as (heading, text)."""
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
     return [
         (f"knowing nothing, {dataset}", f"{text}; by {protocol} on {rows['n_pairs'].max():,} test pairs")

@@ -214,6 +214,8 @@ def _write_record(
         "head": head,
         "head_kind": "linear" if linear else "mlp",
         "seed": 0,
+        "altered": "",
+        "n_train": 1000,
         "left_out": 2,
         "predicted_ties": 0,
         "strength": strength,

@@ -81,12 +81,12 @@ class _LinearHead(PairHead):
         )
         return problem, columns
 
-    def _keep(self, problem: Problem, solution: solvers.Solution) -> None:
-        """Store a one-column solution in the units of X."""
-        self.coef_ = problem.coefficients(solution.w[0]).cpu().numpy()
-        self.n_iter_ = int(solution.n_iter[0])
-        self.converged_ = bool(solution.converged[0])
-        self.gradient_norm_ = float(solution.gradient_norm[0])
+    def _keep(self, problem: Problem, solution: solvers.Solution, column: int = 0) -> None:
+        """Store a column of a solution in the units of X."""
+        self.coef_ = problem.coefficients(solution.w[column]).cpu().numpy()
+        self.n_iter_ = int(solution.n_iter[column])
+        self.converged_ = bool(solution.converged[column])
+        self.gradient_norm_ = float(solution.gradient_norm[column])
         self.n_features_in_ = len(self.coef_)
         self.n_dropped_ = int((problem.scale == 0).sum())
         self.n_parameters_ = self.n_features_in_ - self.n_dropped_
@@ -221,6 +221,10 @@ class BradleyTerryClassifierCV(_LinearHead):
     cv_accuracy_, cv_log_loss_ : ndarray of shape (n_repeats * cv, Cs)
         Held-out accuracy (ties in the labels left out; NaN where a fold has nothing else) and log-loss, weighted by
         pair weights.
+    cv_margins_ : ndarray of shape (n,)
+        Margin of each pair at the chosen strength, by the fit of the first split into folds that held it out.
+    refits_ : list of BradleyTerryClassifier
+        Further fits at the chosen strength, where `fit_differences` was asked for them.
     coef_, n_iter_, converged_, gradient_norm_, n_dropped_, n_features_in_, n_parameters_, n_less_than_d_, matrix_free_
         Of the refit, as in `BradleyTerryClassifier`; ``converged_`` also needs every fit inside the folds to have
         converged.
@@ -230,6 +234,8 @@ class BradleyTerryClassifierCV(_LinearHead):
     edge_of_grid_: bool
     cv_accuracy_: FloatArray
     cv_log_loss_: FloatArray
+    cv_margins_: FloatArray
+    refits_: list[BradleyTerryClassifier]
 
     def __init__(
         self,
@@ -286,10 +292,14 @@ class BradleyTerryClassifierCV(_LinearHead):
         label: FloatArray,
         sample_weight: FloatArray | None = None,
         groups: NDArray[Any] | None = None,
+        *,
+        refits: tuple[FloatArray, FloatArray] | None = None,
     ) -> Self:
         """Fit on differences D (n, d), first minus second, in memory or in files.
 
-        Without ``groups`` every pair is its own group.
+        Without ``groups`` every pair is its own group. ``refits`` are labels and weights, (R, n) each, of further fits
+        on the same pairs (a weight of 0 leaves a pair out) at the strength that is chosen for the labels given. They
+        share the channel scale and the factorisation of the fit itself, so that R of them cost less than its folds.
         """
         strengths = np.asarray(self.Cs, dtype=np.float64)
         for strength in strengths:
@@ -324,8 +334,28 @@ class BradleyTerryClassifierCV(_LinearHead):
             start = inner.w[best :: len(strengths)].mean(dim=0, keepdim=True)
             refit = solvers.solve(problem, everything, tol=self.tol, max_iter=self.max_iter, start=start)
             self._keep(problem, refit)
+            out = held_out[: self.cv].argmax(axis=0)  # the fold that each pair is held out of
+            self.cv_margins_ = margins[out, best, np.arange(len(label))].astype(np.float64)
+            self.refits_ = [] if refits is None else self._refitted(problem, *refits)
         self.converged_ = self.converged_ and bool(inner.converged.all())
         return self
+
+    def _refitted(self, problem: Problem, labels: FloatArray, weights: FloatArray) -> list[BradleyTerryClassifier]:
+        n = problem.exact.rows.shape[0]
+        checked = [checked_labels(n, label, weight) for label, weight in zip(labels, weights, strict=True)]
+        device = torch.device(self.device)
+        columns = solvers.Columns(
+            torch.from_numpy(np.stack([label for label, _ in checked])).to(device),
+            torch.from_numpy(np.stack([weight for _, weight in checked])).to(device),
+            torch.arange(len(checked), device=device),
+            torch.full((len(checked),), self.C_, dtype=torch.float64, device=device),
+        )
+        solution = solvers.solve(problem, columns, tol=self.tol, max_iter=self.max_iter)
+        settings = {name: value for name, value in self.get_params().items() if name not in ("Cs", "cv", "n_repeats")}
+        heads = [BradleyTerryClassifier(C=self.C_, **settings) for _ in checked]
+        for column, head in enumerate(heads):
+            head._keep(problem, solution, column)
+        return heads
 
 
 def _checked(

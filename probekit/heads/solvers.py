@@ -76,7 +76,7 @@ class Columns:
     Attributes
     ----------
     label
-        y (n,) float64 in [0, 1].
+        y (n,) float64 in [0, 1], or (folds, n) where the fits differ in them.
     weight
         (folds, n) float64: weight of each pair in each fold's fits, zero outside it.
     fold
@@ -196,12 +196,14 @@ def _descend(
     total = columns.weight.sum(1, keepdim=True)
     by_fold = (columns.weight / total).to(dtype)
     label = columns.label.to(dtype)
+    apart = label.dim() == 2
     lam = (1 / (columns.strength[:, None] * total[columns.fold])).to(dtype)
     if start is None:
         w = stein_start(data.gradient(by_fold * (label - 0.5)), spectrum, columns.fold, lam)
     else:
         w = start.to(dtype)
     weight = by_fold[columns.fold]
+    label = label[columns.fold] if apart else label[None]
     at = _evaluate(data, w, label, weight, lam)
 
     count = len(w)
@@ -232,6 +234,7 @@ def _descend(
                 break
             at = _Point(at.margins[stays], at.gradient[stays], at.moments[stays])
             active, w, weight, lam = active[stays], w[stays], weight[stays], lam[stays]
+            label = label[stays] if apart else label
             hessian, direction, slope = hessian.of(stays), direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         uphill = slope >= 0
@@ -261,7 +264,7 @@ def _evaluate(data: Differences, w: Tensor, label: Tensor, weight: Tensor, lam: 
     def residual(margins: Tensor, pairs: slice) -> Tensor:
         chance = margins.sigmoid()
         moments.add_(_moments(margins, chance, weight[:, pairs]))
-        return (chance - label[pairs]).mul_(weight[:, pairs])
+        return (chance - label[:, pairs]).mul_(weight[:, pairs])
 
     margins, gradient = data.margins_and_gradient(w, residual)
     return _Point(margins, gradient + lam * w, moments)
@@ -311,11 +314,13 @@ def _one_pass_step(
     for column in again.tolist():  # one at a time, to save memory
         one = slice(column, column + 1)
         ahead = after.margins[one] - at.margins[one]
-        found = _line_search(w[one], direction[one], at.margins[one], ahead, slope[one], label, weight[one], lam[one])
+        wanted = label[one] if len(label) > 1 else label
+        found = _line_search(w[one], direction[one], at.margins[one], ahead, slope[one], wanted, weight[one], lam[one])
         t[one] = found[0]
     step = t * direction
     if len(again):
-        right = _evaluate(data, (w + step)[again], label, weight[again], lam[again])
+        wanted = label[again] if len(label) > 1 else label
+        right = _evaluate(data, (w + step)[again], wanted, weight[again], lam[again])
         after.margins[again], after.gradient[again] = right.margins, right.gradient
         after.moments[again] = right.moments
     return step, after

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from probekit.errors import ResultsError
 from probekit.report import beside, captions, claims_text, combinations, depth, tables, transfer
 from probekit.report.claims import Claims, make_claims, shown_settings
+from probekit.report.controls import altered_table, control_figures, control_rows_of
 from probekit.report.effects import (
     Verdicts,
     control_margins,
@@ -189,6 +190,9 @@ def _section(
             )
         if len(kinds_points(frame, setting=setting)["source"].unique()) > 1:
             add("kinds", "Kinds of pairs", kinds_figure, kinds_points, captions.kinds_caption(frame, setting))
+    altered = control_rows_of(run, setting, reported_rows(frame))
+    for name, title, figure, points, caption in control_figures(altered, level=level):
+        add(name, title, lambda *_, drawn=figure, **__: drawn, lambda *_, told=points, **__: told, caption)
     everything = trained_models(frame, every_length=True)
     effects = {
         layers: [
@@ -223,6 +227,7 @@ def _section(
             (name, tables.backbone_table(whole, name, setting)) for model in everything for name in model.backbones
         ],
         "controls": tables.controls_table(frame),
+        "altered": altered_table(altered),
         "combinations": combinations.combinations_table(whole, setting, verdicts),
         "blocks": combinations.blocks_table(run, setting),
         "warnings": tables.warnings_list(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from probekit._types import RESOLVED_RATIO
-from probekit.results import ALL_SOURCES, JOINED, UNPROBED
+from probekit.results import ALL_SOURCES, JOINED, UNPROBED, as_they_are
 
 if TYPE_CHECKING:
     Mask = pd.Series[bool]
@@ -83,8 +83,8 @@ class Model:
 
 
 def probed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of heads on features: baselines of metadata and scores from elsewhere have tables of their own."""
-    return frame[~frame["head_kind"].isin(UNPROBED)]
+    """Keep the rows of heads on features as they are: baselines, scores and altered fits have tables of their own."""
+    return as_they_are(frame[~frame["head_kind"].isin(UNPROBED)])
 
 
 def unsliced(frame: pd.DataFrame) -> pd.DataFrame:

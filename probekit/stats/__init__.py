@@ -17,7 +17,7 @@ from probekit.stats.intervals import (
     macro_interval,
     simultaneous_band,
 )
-from probekit.stats.permutation import PermutationTest, permutation_test
+from probekit.stats.permutation import PermutationTest, permutation_test, permuted_labels
 from probekit.stats.probabilities import Calibration, Score, calibration
 from probekit.stats.protocols import (
     PROTOCOLS,
@@ -63,6 +63,7 @@ __all__ = [
     "paired_family",
     "pairs_needed",
     "permutation_test",
+    "permuted_labels",
     "planned_difference",
     "plateau_set",
     "prompt_weights",

@@ -135,6 +135,18 @@ def permutation_test(
     )
 
 
+def permuted_labels(
+    labels: FloatArray, images_a: NDArray[Any], images_b: NDArray[Any], prompts: NDArray[Any], *, seed: int
+) -> NDArray[np.float64]:
+    """Draw labels (n,) anew as if they had nothing to do with the pictures: to fit on, where a test asks margins.
+
+    Ranks move within a prompt, and ties and shares of votes with them; parameters as in `permutation_test`.
+    """
+    wanted = np.asarray(labels, dtype=np.float64) - 0.5
+    pool = _Pool(np.asarray(images_a), np.asarray(images_b), np.asarray(prompts), wanted)
+    return np.asarray(next(pool.draws(1, seed))[0] + 0.5)
+
+
 class _Pool:
     """Pairs sorted by how their labels may be drawn anew."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.heads import BradleyTerryClassifier
-from probekit.results import UNPROBED, load_margins, load_results
+from probekit.results import UNPROBED, as_they_are, load_margins, load_results
 from probekit.stats import paired_difference, right_with_a_coin
 from probekit.sweep.baselines import GENERATOR
 
@@ -32,7 +32,7 @@ def beyond_generator(run: Path, *, resamples: int, level: float) -> pd.DataFrame
     DataFrame
         ``BEYOND_COLUMNS`` of `probekit.results`: one row for each chosen layer and data set that names generators.
     """
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
     prior = test[(test["head_kind"] == "metadata") & (test["backbone"] == GENERATOR)]
     chosen = test[test["chosen"] & ~test["head_kind"].isin(UNPROBED)]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from probekit.errors import StoreError
 from probekit.heads import block_ranges, compare_pair_kinds, pair_kinds
-from probekit.results import CHOICE_KEYS, load_margins, load_results
+from probekit.results import CHOICE_KEYS, as_they_are, load_margins, load_results
 from probekit.stats import paired_difference
 from probekit.store.files import read_small
 from probekit.store.format import unseal
@@ -40,7 +40,7 @@ def compare_blocks(run: Path, numbers: Collection[int], *, resamples: int, level
     DataFrame
         ``BLOCK_COLUMNS`` of `probekit.results`: one row for each setting in which blocks were found.
     """
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     test = frame[(frame["split"] == "test") & (frame["slice_by"] == "all")]
     rows = [
         _row(run, part, blocks, resamples=resamples, level=level)

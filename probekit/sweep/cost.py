@@ -15,6 +15,7 @@ from probekit import results
 from probekit._types import duration
 from probekit.config import LinearHead
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
+from probekit.sweep.altered import SAME_STRENGTH
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.layer_sets import Search
 from probekit.sweep.material import material, open_cached
@@ -38,8 +39,8 @@ class Costs:
         (a, b) of a linear head.
     step
         (a, b) of a step of an MLP.
-    judge, write, join
-        Of a record: its margins judged, its part written, its part joined into the results table.
+    judge, judge_whole, write, join
+        Of a record: its margins judged, with slices or without, its part written, its part joined into the results.
     read
         Of a number in a store.
     """
@@ -47,6 +48,7 @@ class Costs:
     linear: tuple[float, float]
     step: tuple[float, float]
     judge: float
+    judge_whole: float
     write: float
     join: float
     read: float
@@ -61,19 +63,30 @@ class Costs:
         steps = a_pass * min(max_epochs, max(_EPOCHS, math.ceil(_STEPS / a_pass)))
         return steps * (self.step[0] + self.step[1] * seeds * batch * _weights(d, hidden))
 
+    def judge_seconds(self, record: Record) -> float:
+        """Time to judge the margins of a record: those of refits have no slices."""
+        return self.judge_whole if record.altered else self.judge
+
+    def record_seconds(self, record: Record) -> float:
+        """Time of what is done with a fit: judged, written, joined."""
+        return self.judge_seconds(record) + self.write + self.join
+
     def work_seconds(self, work: Work) -> float:
         """Time of a unit of fits with all that is done of each."""
         record, widths = work.record, [place.width for place in work.places]
         n, head = len(material(record.selection).train.label), record.head
         rows = sum(len(open_cached(path).rows) for path in record.selection.stores)
-        after = len(work.unit) * (self.judge + self.write + self.join) + self.read * rows * sum(widths)
+        after = sum(self.record_seconds(one) for one in work.unit) + self.read * rows * sum(widths)
         d = widths[0] if record.combination == "mean" else sum(widths)
         if isinstance(head, LinearHead):
             columns = head.folds * len(head.strengths)
+            fits = max(
+                1, sum(one.kind not in SAME_STRENGTH for one in work.unit)
+            )  # those come with the one they repeat
             if record.combination not in ("scalar-mix", "late-fusion"):
-                return after + self.linear_seconds(n, d, columns)
+                return after + fits * self.linear_seconds(n, d, columns)
             apart = sum(self.linear_seconds(n, width, columns) for width in widths)
-            return after + apart * (_MIX if record.combination == "scalar-mix" else 1)
+            return after + fits * apart * (_MIX if record.combination == "scalar-mix" else 1)
         skip = self.linear_seconds(n, d, 40) if head.linear_skip else 0.0
         given = {"seeds": len(work.unit), "batch": head.batch_size, "max_epochs": head.max_epochs}
         return after + skip + self.mlp_seconds(n, d, head.hidden, **given)
@@ -94,7 +107,9 @@ def said_time(plan: Prepared, searches: Sequence[Search], folder: Path, jobs: in
     record = work[0].record if work else plan.records[0]
     costs = _measured(record, folder)
     fits = sum(costs.work_seconds(one) / count for count, members in plan.groups for one in members)
-    judged = sum(len(one.unit) * costs.judge / count for count, members in plan.groups for one in members)
+    judged = sum(
+        costs.judge_seconds(record) / count for count, members in plan.groups for one in members for record in one.unit
+    )
     searched = sum(costs.search_seconds(one) for one in searches)
     n = len(material(record.selection).train.label)
     each = costs.judge + costs.write + costs.join + costs.linear_seconds(n, 64, 40)
@@ -144,6 +159,7 @@ def _measured(record: Record, folder: Path) -> Costs:
         linear=_line(linear(500, 16), linear(4000, 128)),
         step=_line(step(16, 8), step(512, 256)),
         judge=_seconds(lambda: judged_rows(record, data, margins, facts)),
+        judge_whole=_seconds(lambda: judged_rows(record, data, margins, facts, whole=True)),
         write=_seconds(lambda: results.write_part(folder, name, rows, kept)),
         join=_seconds(lambda: results.rebuild(folder, [name])),
         read=_reading(record),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from probekit._types import scaled
 from probekit.config import PreferenceOptions, SweepConfig
+from probekit.results import ALTERED
 from probekit.stats import say_planned
 from probekit.sweep.cost import said_time
 from probekit.sweep.features import scratch_bytes
@@ -66,9 +67,10 @@ def dry_run(
 
 
 def _fits(plan: Prepared, searches: Sequence[Search]) -> Iterator[tuple[str, str]]:
-    heads = Counter((record.head.kind, record.record_id in plan.done) for record in plan.records)
-    for kind in dict.fromkeys(record.head.kind for record in plan.records):
-        yield f"{kind} fits", f"{heads[kind, False]:,} to do, {heads[kind, True]:,} already done"
+    kinds = [ALTERED.get(record.kind, f"{record.head.kind} fits") for record in plan.records]
+    heads = Counter((kind, record.record_id in plan.done) for kind, record in zip(kinds, plan.records, strict=True))
+    for kind in dict.fromkeys(kinds):
+        yield kind, f"{heads[kind, False]:,} to do, {heads[kind, True]:,} already done"
     baselines = [key in plan.done for key in plan.beside]
     yield "baselines", f"{baselines.count(False):,} to do, {baselines.count(True):,} already done"
     if searches:

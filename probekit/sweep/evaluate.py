@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def record_facts(record: Record, store: FeatureStore) -> dict[str, Any]:
         "head": record.head.name,
         "head_kind": record.head.kind,
         "seed": record.seed,
+        "altered": record.altered,
         "backbone_parameters": facts["n_parameters"],
         "width": facts["width"],
         "n_blocks": facts["n_blocks"],
@@ -62,6 +64,7 @@ def judged_rows(
     facts: dict[str, Any],
     *,
     blind: bool = False,
+    whole: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and margins of one record on validation and every test set, as `probekit.results.write_part` takes them.
 
@@ -77,6 +80,8 @@ def judged_rows(
         Columns that all rows share.
     blind
         Whether there is no head.
+    whole
+        As in `accuracies`.
     """
     chosen_on = margins(data.validation)
     threshold = tuned_threshold(record.protocol, chosen_on, data.validation.label)
@@ -85,11 +90,12 @@ def judged_rows(
     tests = {dataset: margins(pairs) for dataset, pairs in data.tests.items()}
     facts |= {
         "train_accuracy": np.nan if blind else trained.accuracy,
+        "n_train": len(data.train.label),
         "train_left_out": len(data.train.excluded),
         "train_ties": data.train_ties,
         "train_connected": data.train_connected,
     }
-    options: dict[str, Any] = {"blind": blind, "threshold": threshold}
+    options: dict[str, Any] = {"blind": blind, "threshold": threshold, "whole": whole}
     weight = data.validation_weight
     validation = [*accuracies(record, data.validation, chosen_on, split="validation", weight=weight, **options)]
     rows = []
@@ -129,6 +135,7 @@ def accuracies(
     weight: FloatArray | None = None,
     blind: bool = False,
     threshold: float | None = None,
+    whole: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Accuracy over all pairs of a split, then per slice; intervals by the group bootstrap; none without a head.
 
@@ -146,6 +153,8 @@ def accuracies(
         Whether there is no head, since no training pair differed.
     threshold
         Of a protocol that has one.
+    whole
+        Whether kinds, other slices and the mean over kinds are left out, and a quarter of the resamples is enough.
     """
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
@@ -155,7 +164,8 @@ def accuracies(
     if "a_listed_first" in pairs.frame:
         asked["a_listed_first"] = pairs.frame["a_listed_first"].to_numpy()
     left_out = {"all": len(excluded)}
-    for slicing, source, inside in sliced(pairs, split=split):
+    rows = sliced(pairs, split=split)
+    for slicing, source, inside in islice(rows, 1) if whole else rows:
         here, labels = asked[inside], pairs.label[inside]
         outcome = judge(record.protocol, margins[inside], labels, here, threshold=threshold)
         decided = ~np.isnan(outcome.correct) & (not blind)
@@ -172,8 +182,8 @@ def accuracies(
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
         row |= measures(record.protocol, outcome, labels, here, threshold=threshold, blind=blind)
         if decided.any():
-            whole = slicing in ("all", "source")
-            n_boot = record.resamples if whole else max(100, record.resamples // SLICE_RESAMPLES)
+            full = slicing in ("all", "source") and not whole
+            n_boot = record.resamples if full else max(100, record.resamples // SLICE_RESAMPLES)
             options: dict[str, Any] = {"n_boot": n_boot, "level": record.level}
             correct, clusters = outcome.correct[decided], groups[inside][decided]
             options["weights"] = outcome.weight[decided] * (1.0 if weight is None else weight[inside][decided])
@@ -186,7 +196,7 @@ def accuracies(
                 "n_groups": interval.n_groups,
                 "effective_groups": interval.effective_groups,
             }
-            if slicing == "all":
+            if slicing == "all" and not whole:
                 macro = macro_interval(correct, clusters, sources[decided], **options)
                 row |= {"macro_accuracy": macro.estimate, "macro_low": macro.low, "macro_high": macro.high}
         yield row

@@ -280,7 +280,9 @@ def _facts(record_id: str, name: str, dataset: str, rules: Judged, *, head: str)
         "data_digest": "",
         "probekit_version": version("dit-probekit"),
     }
-    untrained = {"train_accuracy": np.nan} | dict.fromkeys(("train_left_out", "train_ties", "train_connected"), 0)
+    untrained = {"train_accuracy": np.nan} | dict.fromkeys(
+        ("n_train", "train_left_out", "train_ties", "train_connected"), 0
+    )
     return results.NO_FEATURES | results.NO_FIT | untrained | who
 
 

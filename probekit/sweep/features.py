@@ -188,8 +188,8 @@ class Features:
         return (mean_features if self.averaged else concatenate)([place.rows() for place in self.places])
 
     @cached_property
-    def _all(self) -> FloatArray:
-        """Differences (n, d) of all pairs."""
+    def of_all_pairs(self) -> FloatArray:
+        """Differences (n, d) of all pairs, in memory."""
         KEPT.trim(self.keep)
         if len(self.places) == 1:
             return KEPT.differences(self.places[0], keep=self.keep)
@@ -211,7 +211,7 @@ class Features:
         """Differences of the training pairs (n, d), in memory or in files."""
         if self.scratch is not None:
             return self.scratch.differences(self.places)
-        train: FloatArray = self._all[: len(material(self.selection).train.label)]
+        train: FloatArray = self.of_all_pairs[: len(material(self.selection).train.label)]
         return train
 
     @property
@@ -219,12 +219,12 @@ class Features:
         """Whether any training pair differs."""
         if self.scratch is not None:
             return self.scratch.vary(self.places)
-        return any(block.any() for _, block in _blocks(self._all[: len(material(self.selection).train.label)]))
+        return any(block.any() for _, block in _blocks(self.of_all_pairs[: len(material(self.selection).train.label)]))
 
     def margins(self, coef: FloatArray) -> FloatArray:
         """Margins s(first) - s(second) (n,) of all pairs for s(x) = x.coef, coef (d,) float64."""
         if self.scratch is None:
-            return np.concatenate([block @ coef for _, block in _blocks(self._all)])
+            return np.concatenate([block @ coef for _, block in _blocks(self.of_all_pairs)])
         parts = zip(self.places, _columns(self.widths), strict=True)
         scores: FloatArray = np.sum([place.scores(coef[columns]) for place, columns in parts], axis=0)
         rows = material(self.selection).rows

@@ -1,9 +1,10 @@
 """The fits of records: which head with which settings on which features, and what is kept of it beside its margins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.base import clone
 
 from probekit._types import FloatArray
 from probekit.config import OF_THE_PLAN, LinearHead
@@ -18,6 +19,7 @@ from probekit.heads.base import PairHead
 from probekit.heads.linear import MEMORY
 from probekit.results import NO_FIT
 from probekit.store import Pairs
+from probekit.sweep.altered import SAME_STRENGTH, altered, of_the_same_strength
 from probekit.sweep.features import Features
 from probekit.sweep.material import material
 from probekit.sweep.plan import Record
@@ -38,8 +40,8 @@ Fit = tuple[Record, PairHead | None, dict[str, Any]]
 """A record, its head (none if there was nothing to fit), and the columns of the results that say how it was fitted."""
 
 
-def fit(unit: Sequence[Record], features: Features, train: Pairs, *, memory: float = MEMORY) -> list[Fit]:
-    """Fit the heads of a unit, records that differ in their seed alone.
+def fit(unit: Sequence[Record], features: Features, train: Pairs, *, memory: float = MEMORY) -> Iterator[Fit]:
+    """Fit the heads of a unit one after the other: records that differ in their seed, or in altered training pairs.
 
     No head is fitted where no training pair differs: text that has not met the image is that of its prompt.
     ``memory`` is what a factorisation may take: see `probekit.heads.BradleyTerryClassifierCV`.
@@ -57,21 +59,54 @@ def fit(unit: Sequence[Record], features: Features, train: Pairs, *, memory: flo
     }
     if isinstance(first.head, LinearHead):
         if not features.vary:
-            return [(record, None, NO_FIT) for record in unit]
+            yield from ((record, None, NO_FIT) for record in unit)
+            return
         linear = _linear(first.head, first.combination, features, memory)
-        D = features.differences
         if isinstance(linear, BradleyTerryClassifierCV):
-            linear.fit_differences(D, **given)
-        else:
-            assert isinstance(D, np.ndarray)  # these heads are never fitted from files
-            linear.fit_differences(D, **given)
-        return [(record, linear, fit_facts(linear)) for record in unit]
+            yield from _with_refits(unit, linear, features, given)
+            return
+        D = features.differences
+        assert isinstance(D, np.ndarray)  # these heads are never fitted from files
+        linear.fit_differences(D, **given)
+        yield from ((record, linear, fit_facts(linear)) for record in unit)
+        return
     if not any((features.rows[a] != features.rows[b]).any() for a, b in train.rows):
-        return [(record, None, NO_FIT) for record in unit]
+        yield from ((record, None, NO_FIT) for record in unit)
+        return
     settings = first.head.model_dump(exclude={"kind", "name", *OF_THE_PLAN})
     mlps = [BradleyTerryMLP(**settings, quantisation=features.noise, seed=record.seed) for record in unit]
     fit_together(mlps, features.rows, train.rows, **given)
-    return [(record, mlp, fit_facts(mlp)) for record, mlp in zip(unit, mlps, strict=True)]
+    yield from ((record, mlp, fit_facts(mlp)) for record, mlp in zip(unit, mlps, strict=True))
+
+
+def _with_refits(
+    unit: Sequence[Record], head: BradleyTerryClassifierCV, features: Features, given: dict[str, Any]
+) -> Iterator[Fit]:
+    """Fit a head on pairs as they are with its refits of the same strength, then each of the others by itself."""
+    asked = {record.record_id for record in unit}
+    wanted = any(record.kind in SAME_STRENGTH for record in unit)
+    same = of_the_same_strength(unit[0]) if wanted else []
+    if wanted or not unit[0].altered:
+        weights, labels = np.zeros((len(same), len(given["label"]))), np.tile(given["label"], (len(same), 1))
+        for weight, label, record in zip(weights, labels, same, strict=True):
+            on = altered(record)
+            weight[on.train] = given["sample_weight"][on.train]
+            label[on.train] = on.data.train.label
+        head.fit_differences(features.differences, **given, refits=(labels, weights) if same else None)
+        yield from ((record, head, fit_facts(head)) for record in unit if not record.altered)
+        for record, refit in zip(same, head.refits_, strict=True):
+            if record.record_id in asked:
+                yield record, refit, fit_facts(refit) | {"strength": head.C_}
+    for record in (record for record in unit if record.kind not in ("", *SAME_STRENGTH)):
+        on = altered(record)
+        pairs = on.data.train
+        own = clone(head).fit_differences(
+            features.of_all_pairs[on.train],
+            pairs.label,
+            pairs.frame["weight"].to_numpy(),
+            pairs.frame["group"].to_numpy(),
+        )
+        yield record, own, fit_facts(own)
 
 
 def _linear(

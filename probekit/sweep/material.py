@@ -163,7 +163,7 @@ def material(selection: Selection) -> Material:
             message = f"{portion.store}: data set {portion.dataset!r} has no {portion.split} pairs with features"
             raise StoreError(message)
     by_role = {role: [pairs for part, _, pairs in parts if part == role] for role in SPLITS}
-    train, validation = (_joined(by_role[role]) for role in ("train", "validation"))
+    train, validation = (joined(by_role[role]) for role in ("train", "validation"))
     for role, pairs in (("train", train), ("validation", validation)):
         if not len(pairs.label):
             message = (
@@ -177,7 +177,7 @@ def material(selection: Selection) -> Material:
         raise StoreError(message)
     weights = {portion.weight for portion in selection.train}
     return Material(
-        train=_with_ties(train, selection.ties),
+        train=with_ties(train, selection.ties),
         validation=validation,
         tests=dict(zip((portion.title for portion in selection.test), by_role["test"], strict=True)),
         validation_weight=validation.frame["portion_weight"].to_numpy(np.float64) if len(weights) > 1 else None,
@@ -215,7 +215,7 @@ def _pairs(portion: Portion, judged: Path | None) -> Pairs:
         raise StoreError(message)
     inside = (pairs.frame["split"] == portion.split).to_numpy()
     excluded = pairs.excluded[pairs.excluded["split"] == portion.split]
-    return _kept(replace(pairs, excluded=excluded), inside)
+    return kept(replace(pairs, excluded=excluded), inside)
 
 
 def _shifted(pairs: Pairs, offset: int, portion: Portion) -> Pairs:
@@ -260,16 +260,18 @@ def _apart(
             connected += len(lost)
         if role == "validation":
             pairs = replace(pairs, excluded=pd.concat([pairs.excluded, lost], ignore_index=True))
-        apart.append((role, portion, _kept(pairs, keep[mine])))
+        apart.append((role, portion, kept(pairs, keep[mine])))
     return apart, connected
 
 
-def _kept(pairs: Pairs, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pairs:
+def kept(pairs: Pairs, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pairs:
+    """Keep some of n pairs."""
     frame = pairs.frame[keep].reset_index(drop=True)
     return replace(pairs, rows=pairs.rows[keep], label=pairs.label[keep], frame=frame)
 
 
-def _joined(parts: list[Pairs]) -> Pairs:
+def joined(parts: list[Pairs]) -> Pairs:
+    """Put pairs of several data sets or splits behind each other."""
     if len(parts) == 1:
         return parts[0]
     return Pairs(
@@ -280,8 +282,10 @@ def _joined(parts: list[Pairs]) -> Pairs:
     )
 
 
-def _with_ties(train: Pairs, ties: Ties) -> Pairs:
-    """Apply the rule for tied training pairs; see ``TIES_HELP``."""
+def with_ties(train: Pairs, ties: Ties) -> Pairs:
+    """Apply the rule for tied training pairs (see ``TIES_HELP``); the frame keeps labels that change, as ``judged``."""
     if ties == "drop":
-        return _kept(train, train.label != 0.5)
-    return train if ties == "soft" else replace(train, label=(np.sign(train.label - 0.5) + 1) / 2)
+        return kept(train, train.label != 0.5)
+    if ties == "soft":
+        return train
+    return replace(train, label=(np.sign(train.label - 0.5) + 1) / 2, frame=train.frame.assign(judged=train.label))

@@ -10,6 +10,7 @@ linear head fits together. They are upper limits of measured peaks (peak residen
     scalar mix             4 N d + 28 n d + 36 w^2 + 44 n k            w = channels of one layer
     late fusion            4 N d + 12 n d + 36 w^2 + 12 * 8192 w + 44 n k
     MLP                    4 m d + 24 m d + 24 d * (first hidden width) * (seeds fitted together)
+    refits, besides        44 n for each of the same strength, 4 N d for others
     judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 
 Of a mean of layers, d is the channels of one.
@@ -33,6 +34,7 @@ from probekit.heads.factorisation import SLAB, eigen_bytes, fit_bytes
 from probekit.heads.linear import MEMORY
 from probekit.heads.solvers import column_bytes
 from probekit.heads.streaming import BLOCK_BYTES
+from probekit.sweep.altered import SAME_STRENGTH, of_the_same_strength
 from probekit.sweep.features import Place
 from probekit.sweep.input_baselines import SEEN, InputBaseline, place_of
 from probekit.sweep.material import material, open_cached
@@ -187,6 +189,10 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
             raise _refused(record, needed, allowed, budget)
         return Work(unit, places, needed, MEMORY)
     k = record.head.folds * len(record.head.strengths)
+    if any(one.kind in SAME_STRENGTH for one in unit):
+        k += len(of_the_same_strength(record))
+    apart = [one for one in unit if one.altered and one.kind not in SAME_STRENGTH]
+    held += 4 * every * d if apart else 0
     if record.combination in ("scalar-mix", "late-fusion"):
         copies = 28 * n * d if record.combination == "scalar-mix" else 12 * n * d + 12 * SLAB * max(widths)
         needed = held + copies + 36 * max(widths) ** 2 + 44 * n * k
@@ -200,8 +206,8 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
     if free <= allowed:
         return Work(unit, places, free, 0.0)
     least = fixed + _BUFFERS + 32 * n * k + column_bytes(n, d) + 320 * d
-    if least > allowed or record.combination == "mean":  # files hold layers apart
-        raise _refused(record, free if record.combination == "mean" else least, allowed, budget)
+    if least > allowed or record.combination == "mean" or apart:  # files hold layers apart, of all pairs
+        raise _refused(record, least if least > allowed else free, allowed, budget)
     # what is left bounds the factorisation and, after it, the state of the columns that are fitted together
     return Work(unit, places, allowed, _STATE * (allowed - fixed - _BUFFERS - 16 * n * k), streamed=True)
 

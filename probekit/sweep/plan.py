@@ -37,7 +37,8 @@ class Judged:
 class Record(Judged):
     """One fit: everything that determines its numbers, and where its features are.
 
-    `selection` holds paths and is no part of the identity; `fingerprint` and `data_digest` say what is there.
+    `selection` holds paths and is no part of the identity; `fingerprint` and `data_digest` say what is there. `altered`
+    says what of the training pairs or features is not as it is (see `probekit.results.ALTERED`), `seed` which draw.
     """
 
     selection: Selection
@@ -56,6 +57,7 @@ class Record(Judged):
     combination: Rule | Literal["single"]
     head: LinearHead | MLPHead
     seed: int
+    altered: str = ""
 
     @property
     def record_id(self) -> str:
@@ -73,6 +75,11 @@ class Record(Judged):
     def pooling(self) -> str:
         """What results call the poolings, such as ``mean+max``."""
         return JOINED.join(self.poolings)
+
+    @property
+    def kind(self) -> str:
+        """What is altered, without its parameter."""
+        return self.altered.partition(":")[0]
 
     @property
     def label(self) -> str:
@@ -266,10 +273,13 @@ def _together(coordinates: list[tuple[str, int]]) -> list[tuple[tuple[str, ...],
 
 
 def units(records: Sequence[Record]) -> list[list[Record]]:
-    """Group the records that are fitted together, since they differ in their seed alone; in the order of the plan."""
+    """Group the records that are fitted together, on the same features; in the order of the plan.
+
+    They differ in their seed and in what is altered of the training pairs.
+    """
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(replace(record, seed=0).record_id, []).append(record)
+        found.setdefault(replace(record, seed=0, altered="").record_id, []).append(record)
     return list(found.values())
 
 
@@ -310,7 +320,7 @@ def check_distinct(records: list[Record]) -> None:
     seen: dict[tuple[object, ...], Record] = {}
     for record in records:
         source = (record.backbone, record.control, record.trained_on, record.sigma, record.draw, record.pooling)
-        key = (*source, record.layers, record.combination, record.head.name, record.seed)
+        key = (*source, record.layers, record.combination, record.head.name, record.seed, record.altered)
         first = seen.setdefault(key, record)
         if first is not record:
             message = (

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from probekit import results
-from probekit._types import Progress
+from probekit._types import FloatArray, Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, PreferenceOptions, SweepConfig, load_yaml
 from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError, HeadError, StoreError
-from probekit.heads import layer_set_name, specs_with_features
+from probekit.heads import BradleyTerryClassifierCV, layer_set_name, specs_with_features
+from probekit.heads.base import PairHead
 from probekit.store import FeatureStore
 from probekit.store.files import check_space
+from probekit.sweep.altered import altered, altered_records
 from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.blocks import compare_blocks
+from probekit.sweep.controls import compare_controls
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.families import judge_families
 from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
@@ -185,11 +188,12 @@ def run_sweep(
         spec["blocks"] for head in config.heads for spec in specs_with_features(head.layer_sets) if "blocks" in spec
     }
     results.write_blocks(out, compare_blocks(out, numbers, resamples=config.resamples, level=config.level))
+    results.write_controls(out, compare_controls(out, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
     results.write_families(out, *judge_families(out, resamples=config.resamples, level=config.level))
-    fitted_heads = results.load_results(out).query("head_kind in ('linear', 'mlp')").drop_duplicates("record_id")
+    fitted_heads = results.as_they_are(results.load_results(out)).query("head_kind in ('linear', 'mlp')")
     grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
-    for warning in fit_warnings(fitted_heads, grids):
+    for warning in fit_warnings(fitted_heads.drop_duplicates("record_id"), grids):
         logger.warning("%s", warning)
     if others:
         logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
@@ -259,11 +263,12 @@ def prepare(
         for pairs in material(selection).parts:
             check_protocol(config.protocol, pairs.frame, where=selection.stores[0])
     sets = partial(layer_sets, run=out, allowed=budget_of(memory).share(1), searches=searches)
-    records = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
+    planned = [record for selection in selections for record in plan_records(config, selection, sets=sets)]
+    records = [*planned, *altered_records(planned)]
     check_distinct(records)
     check_primary(config, records)
-    baselines, done, budget = plan_baselines(records), results.done_records(out), budget_of(memory)
-    inputs = affordable(plan_input_baselines(records), budget)
+    baselines, done, budget = plan_baselines(planned), results.done_records(out), budget_of(memory)
+    inputs = affordable(plan_input_baselines(planned), budget)
     groups = groups_of([record for record in records if record.record_id not in done], budget, jobs)
     return Prepared(config, opened, selections, records, baselines, inputs, known, done, budget, groups)
 
@@ -273,30 +278,38 @@ def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> list[Fitte
     KEPT.trim(work.keep)  # also where this fit reads no layer through them
     first, data = work.record, material(work.record.selection)
     features = Features(work.places, averaged=first.combination == "mean", keep=work.keep, scratch=scratch)
+    said: dict[str, Fitted] = {}
     try:
-        fitted = [
-            (record, head, facts, margins(head, features))
-            for record, head, facts in fit(work.unit, features, data.train, memory=work.head_memory)
-        ]
+        for record, head, facts in fit(work.unit, features, data.train, memory=work.head_memory):
+            said[record.record_id] = _judged(record, head, facts, margins(head, features), out)
     except HeadError as error:
         at = f"sigma {first.sigma}, pooling {first.pooling}, layers {layer_set_name(first.layers)}"
         message = f"{first.store}, head {first.head.name!r} ({first.combination}), {at}: {error}"
         raise HeadError(message) from None
-    said = []
-    for record, head, facts, values in fitted:
-        facts = record_facts(record, open_cached(record.store)) | facts
-        rows, kept = judged_rows(record, data, data.by_part(values), facts, blind=head is None)
-        results.write_part(out, record.record_id, rows, kept)
-        whole = rows[rows["slice_by"] == "all"]
-        validation, test = (whole.loc[whole["split"] == split, "accuracy"] for split in ("validation", "test"))
-        name = results.set_label(facts["layer_set"], record.combination)
-        said.append(Fitted(name, float(validation.iloc[0]), tuple(test), head is None))
-    return said
+    return [said[record.record_id] for record in work.unit]
+
+
+def _judged(record: Record, head: PairHead | None, facts: dict[str, Any], values: FloatArray, out: Path) -> Fitted:
+    """Judge a head by its margins (n,) of all pairs of the selection, and write its part."""
+    on = altered(record)
+    values = values[on.places]
+    if record.kind == "nested" and isinstance(head, BradleyTerryClassifierCV):
+        n = len(on.data.train.label)
+        values[n : 2 * n] = head.cv_margins_
+    facts = record_facts(record, open_cached(record.store)) | facts
+    rows, kept = judged_rows(
+        record, on.data, on.data.by_part(values), facts, blind=head is None, whole=bool(record.altered)
+    )
+    results.write_part(out, record.record_id, rows, kept)
+    whole = rows[rows["slice_by"] == "all"]
+    validation, test = (whole.loc[whole["split"] == split, "accuracy"] for split in ("validation", "test"))
+    name = results.set_label(facts["layer_set"], record.combination)
+    return Fitted(name, float(validation.iloc[0]), tuple(test), head is None)
 
 
 def _text(record: Record, fitted: Fitted, best: dict[str, Fitted]) -> str:
     """Say the test accuracy of a fit and of the one that is best on validation so far, of one store and head."""
-    of = f"{record.label} {record.head.name}"
+    of = f"{record.label} {record.head.name}" + f" ({record.altered}, seed {record.seed})" * bool(record.altered)
     if of not in best or fitted.validation > best[of].validation:
         best[of] = fitted
     shown, top = (", ".join(f"{100 * value:.1f} %" for value in one.test) for one in (fitted, best[of]))

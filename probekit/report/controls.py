@@ -1,0 +1,129 @@
+"""Refits and altered features in the report: their table, and accuracy against training pairs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probekit.diagnostics import marked
+from probekit.report import style
+from probekit.report.marks import figure_legend, in_percent, unconverged_handles
+from probekit.report.select import Setting
+from probekit.report.style import look, new_figure, percent_axis
+from probekit.report.tables import NONE, interval, percent, points
+from probekit.results import ALTERED, load_controls
+
+_KEYS = ["backbone", "control", "layer_set", "combination"]
+
+
+def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a setting for chosen layers and the widest set of each backbone, with `fit`, accuracy and pairs as it is.
+
+    Parameters
+    ----------
+    run, setting
+        The run, and the setting of the figures.
+    whole
+        Test rows of its fits as they are.
+    """
+    rows = load_controls(run)
+    for key in ("dataset", "protocol", "sigma", "draw", "pooling", "head"):
+        rows = rows[rows[key] == getattr(setting, key)]
+    most = rows.groupby(["backbone", "control"])["n_layers"].transform("max")
+    shown = rows[rows["chosen"] | ((rows["n_layers"] == most) & (most > 1))]
+    asis = whole[["record_id", "accuracy", "low", "high", "n_train", "train_accuracy"]]
+    return shown.merge(asis, on="record_id", how="left", suffixes=("", "_as_it_is"))
+
+
+def altered_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Show `control_rows_of`: each kind of what is altered, beside the fit as it is."""
+    table = []
+    for row in rows.to_dict("records"):
+        kind, _, parameter = row["altered"].partition(":")
+        entry: dict[str, Any] = {
+            "Backbone": f"{row['backbone']}" + f" ({row['control']})" * (row["control"] != "trained"),
+            "Layers": _layers(row),
+            "Altered": f"{ALTERED[kind]} {parameter}".strip() + f"\n{row['n_fits']} fits" * (row["n_fits"] > 1),
+            "Training pairs": f"{row['n_train']:,}",
+            "As it is": percent(row["accuracy_as_it_is"]),
+            "Training, as it is": percent(row["train_accuracy_as_it_is"]),
+            "Training": marked(percent(row["train_accuracy"]), row["converged"], before="\n"),
+            "Test accuracy": marked(percent(row["accuracy"]), row["converged"], before="\n"),
+            "Interval": interval(row["low"], row["high"]),
+            "SE over pairs": _error(row["se_test"]),
+            "SE over training": _error(row["se_train"]),
+            "SE of both": _error(row["se"]) if kind == "half" else NONE,
+            "Difference": NONE,
+        }
+        if row["against"]:
+            told = interval(row["difference_low"], row["difference_high"], signed=True)
+            entry["Difference"] = f"{points(row['difference'])} {told}\nto {row['against']}"
+        table.append(entry)
+    return pd.DataFrame(table)
+
+
+def _layers(row: dict[Any, Any]) -> str:
+    if row["selected"]:
+        return f"chosen in each fold, times\n{row['selected']}"
+    return f"{row['layer_set']} (chosen)" if row["chosen"] else f"{row['n_layers']} together"
+
+
+def _error(value: float) -> str:
+    return NONE if pd.isna(value) else f"{100 * value:.1f}"
+
+
+def efficiency_points(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy against training pairs: shares of the training groups, and the fit as it is; empty without shares."""
+    shares = rows[rows["altered"].str.startswith("share:")].assign(layers=lambda part: part.apply(_kind, axis=1))
+    columns = [*_KEYS, "layers", "n_train", "accuracy", "low", "high", "train_accuracy", "converged"]
+    last = shares.drop_duplicates(_KEYS).copy()
+    for name in ("n_train", "accuracy", "low", "high", "train_accuracy"):
+        last[name] = last[f"{name}_as_it_is"]
+    found = pd.concat([shares, last])[columns]
+    return found.sort_values([*_KEYS, "n_train"], kind="stable", ignore_index=True)
+
+
+def control_figures(rows: pd.DataFrame, *, level: float) -> Iterator[tuple[str, str, Figure, pd.DataFrame, str]]:
+    """Name, title, figure, points and caption of each figure that `control_rows_of` gives rise to."""
+    found = efficiency_points(rows)
+    if len(found):
+        caption = (
+            "Test accuracy of heads that were fitted on nested parts of the training groups, each with a strength of"
+            f" its own; the last point is the fit as it is. Bands: {100 * level:g} % intervals over test pairs, with"
+            " these training pairs held fixed. The layer is the one that was chosen on all training pairs."
+        )
+        yield "efficiency", "Accuracy against training pairs", efficiency_figure(found), found, caption
+
+
+def _kind(row: pd.Series) -> str:
+    return "chosen layer" if row["chosen"] else "widest set"
+
+
+def efficiency_figure(drawn: pd.DataFrame) -> Figure:
+    """Draw `efficiency_points`: one panel for chosen layers, one for the widest sets."""
+    drawn = in_percent(drawn, "efficiency")
+    kinds = sorted(drawn["layers"].unique())
+    names = drawn["backbone"] + (" (" + drawn["control"] + ")").where(drawn["control"] != "trained", "")
+    drawn = drawn.assign(name=names)
+    colours = dict(zip(names.unique(), style.colours(names.nunique()), strict=True))
+    with look():
+        figure = new_figure(style.WIDTH, 3.2)
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        ticks = sorted(map(float, drawn["n_train"].unique()))
+        for axes, kind in zip(panels, kinds, strict=True):
+            percent_axis(axes, pd.concat([drawn["low"], drawn["high"]]))
+            for name, mine in drawn[drawn["layers"] == kind].groupby("name", sort=False):
+                dashed = "--" if name.endswith(")") else "-"
+                axes.fill_between(mine["n_train"], mine["low"], mine["high"], color=colours[name], alpha=0.12, lw=0)
+                axes.plot(
+                    mine["n_train"], mine["accuracy"], dashed, color=colours[name], marker="o", markersize=3, label=name
+                )
+            axes.set_title(kind)
+            style.log_axis(axes, ticks, [f"{tick:,.0f}" for tick in ticks])
+        panels[0].set_ylabel("Test accuracy (%)")
+        figure.supxlabel("Training pairs", fontsize=8)
+        handles = panels[0].get_legend_handles_labels()[0] + unconverged_handles(drawn)
+        figure_legend(figure, handles, columns=3)
+    return figure

@@ -1,0 +1,173 @@
+"""Refits of linear heads on altered training pairs: which there are, and on which pairs each is fitted and judged.
+
+A record says in one field what is altered (`probekit.results.ALTERED`); ``seed`` counts the draws. Draws depend on the
+names of groups alone, so that all layers, stores and heads see the same ones.
+
+    permuted      the labels of the training pairs, as `probekit.stats.permuted_labels` draws them
+    half          another half of the training groups for each seed
+    share:0.2     that share of the training groups, part of every larger share
+    nested:5      training and validation pairs outside of an outer fold, whose number is the seed; "validation" rows
+                  are of these pairs, each judged by the inner fit that held it out, "test" rows of the fold
+
+The layer that is best on "validation" within a fold is thus chosen without the fold (`probekit.results.mark_chosen`),
+which makes the accuracy over all folds that of the choice. The test split plays no part in it. With ``ties: drop`` tied
+training pairs are in no fold.
+
+The first two keep the strength of the fit that they repeat: a permuted fit would choose the strongest penalty, which
+memorises least, and with the strength of a half more than the pairs would change. So they share its factorisation. The
+others are fits of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from probekit._types import IntArray
+from probekit.config import LinearHead, Ties
+from probekit.errors import ConfigError
+from probekit.heads.linear import _folds
+from probekit.stats import permuted_labels
+from probekit.sweep.material import Material, Selection, joined, kept, material, open_cached, with_ties
+from probekit.sweep.plan import Record
+
+SAME_STRENGTH = ("permuted", "half")
+"""Kinds that are fitted at the strength, and with the factorisation, of the fit that they repeat."""
+
+
+@dataclass(frozen=True)
+class Altered:
+    """The pairs that a record is fitted and judged on.
+
+    Attributes
+    ----------
+    data
+        Those pairs.
+    places
+        Place (n,) of each of them among the pairs of the selection, both in the order of `Material.parts`.
+    """
+
+    data: Material
+    places: IntArray
+
+    @property
+    def train(self) -> IntArray:
+        """Places of the training pairs."""
+        return self.places[: len(self.data.train.label)]
+
+
+def altered_records(records: Sequence[Record]) -> Iterator[Record]:
+    """Refits that the heads of some records ask for.
+
+    Raises
+    ------
+    ConfigError
+        If a part of the training groups is too small for the folds in which a strength is chosen.
+    """
+    for record in records:
+        if not isinstance(record.head, LinearHead):
+            continue
+        controls = record.head.controls
+        yield from of_the_same_strength(record)
+        for share in sorted(set(controls.shares)):
+            _check_groups(record, share, record.head.folds)
+            yield replace(record, altered=f"share:{share:g}")
+        if controls.nested and record.combination == "single":
+            _check_folds(record, controls.nested)
+            yield from (
+                replace(record, altered=f"nested:{controls.nested}", seed=fold) for fold in range(controls.nested)
+            )
+
+
+def of_the_same_strength(record: Record) -> list[Record]:
+    """Refits of a record that are fitted together, also where some are done: rounding depends on how many there are."""
+    assert isinstance(record.head, LinearHead)
+    counts = (record.head.controls.permuted or 0, record.head.controls.halves or 0)
+    return [
+        replace(record, altered=kind, seed=seed)
+        for kind, count in zip(SAME_STRENGTH, counts, strict=True)
+        for seed in range(count)
+    ]
+
+
+def altered(record: Record) -> Altered:
+    """Say on which pairs a record is fitted and judged."""
+    data = material(record.selection)
+    everything = np.arange(len(data.rows))
+    if record.kind == "permuted":
+        label = _permuted(record.selection, record.seed)
+        return Altered(replace(data, train=replace(data.train, label=label)), everything)
+    if record.kind in ("half", "share"):
+        groups = data.train.frame["group"].to_numpy()
+        if record.kind == "half":
+            inside = _rank(groups, 1, record.seed) < len(np.unique(groups)) // 2
+        else:
+            inside = _rank(groups, 0) < _groups_of(groups, float(record.altered.partition(":")[2]))
+        others = everything[len(inside) :]
+        return Altered(replace(data, train=kept(data.train, inside)), np.concatenate([np.flatnonzero(inside), others]))
+    if record.kind == "nested":
+        return _outer_fold(data, record.selection.ties, int(record.altered.partition(":")[2]), record.seed)
+    return Altered(data, everything)
+
+
+def _outer_fold(data: Material, ties: Ties, folds: int, fold: int) -> Altered:
+    pool = joined([data.train, data.validation])
+    if "judged" in pool.frame:
+        pool = replace(pool, label=pool.frame["judged"].fillna(pd.Series(pool.label)).to_numpy(np.float64))
+    outside = _folds(pool.frame["group"].to_numpy(), folds) != fold
+    fitted = outside & (pool.label != 0.5) if ties == "drop" else outside
+    train = with_ties(kept(pool, fitted), ties)
+    dataset = pool.frame["dataset"].to_numpy()
+    tested = {name: ~outside & (dataset == name) for name in pool.frame.loc[~outside, "dataset"].unique()}
+    tests = {name: replace(kept(pool, inside), excluded=pool.excluded.iloc[:0]) for name, inside in tested.items()}
+    weight = None if data.validation_weight is None else train.frame["portion_weight"].to_numpy(np.float64)
+    places = [np.flatnonzero(inside) for inside in (fitted, fitted, *tested.values())]
+    within = replace(data, train=train, validation=replace(train), tests=tests, validation_weight=weight)
+    return Altered(within, np.concatenate(places))
+
+
+def _rank(groups: NDArray[np.object_], *seed: int) -> IntArray:
+    """Place (n,) of the group of each pair in a random order of their names."""
+    names, member = np.unique(groups, return_inverse=True)
+    return np.random.default_rng(seed).permutation(len(names))[member]
+
+
+def _groups_of(groups: NDArray[np.object_], share: float) -> int:
+    return int(np.ceil(share * len(np.unique(groups))))
+
+
+def _check_groups(record: Record, share: float, folds: int) -> None:
+    groups = material(record.selection).train.frame["group"].to_numpy()
+    held = _groups_of(groups, share)
+    if held < folds:
+        message = (
+            f"head {record.head.name!r}: controls: shares: {share:g} of the training groups of {record.trained_on} are "
+            f"{held}; allowed: as many as folds ({folds}), so {folds / len(np.unique(groups)):.2g} or more"
+        )
+        raise ConfigError(message)
+
+
+def _check_folds(record: Record, folds: int) -> None:
+    data = material(record.selection)
+    groups = joined([data.train, data.validation]).frame["group"].nunique()
+    least = max(folds, -(-record.head.folds * folds // (folds - 1))) if isinstance(record.head, LinearHead) else folds
+    if groups < least:
+        message = (
+            f"head {record.head.name!r}: controls: nested: {folds} outer folds of {groups} groups of training and "
+            f"validation pairs of {record.trained_on}; allowed: with {least} groups or more"
+        )
+        raise ConfigError(message)
+
+
+@lru_cache(maxsize=64)
+def _permuted(selection: Selection, seed: int) -> NDArray[np.float64]:
+    """Labels (n,) of the training pairs, drawn anew; an image under several prompts is one."""
+    train = material(selection).train
+    digests = np.concatenate([open_cached(path).image_digests() for path in selection.stores])
+    images = np.unique(digests.view(f"V{digests.shape[1]}")[:, 0], return_inverse=True)[1]
+    prompts = train.frame["prompt_id"].to_numpy()
+    first, second = images[train.rows].T
+    return permuted_labels(train.label, first, second, prompts, seed=seed)

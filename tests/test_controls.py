@@ -1,0 +1,205 @@
+"""Refits and altered features find what was planted, find nothing where nothing was, and resume like every fit."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted_store import planted_store
+
+import probekit
+from probekit.config import SweepConfig
+from probekit.errors import ConfigError
+from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV
+from probekit.report import build_report
+from probekit.results import load_controls, load_margins
+from probekit.stats import permuted_labels
+from probekit.sweep import dry_run
+from probekit.sweep.altered import altered
+from probekit.sweep.run import prepare
+
+LINEAR = {"kind": "linear", "layer_sets": [[1], [2]], "strengths": [0.001, 0.1, 10.0]}
+
+
+def config(controls: dict, **head: object) -> SweepConfig:
+    heads = [LINEAR | {"controls": controls} | head]
+    return SweepConfig.checked({"heads": heads, "resamples": 100}, source="test")
+
+
+def heads_of(run) -> pd.DataFrame:
+    frame = probekit.load_results(run)
+    return frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & (frame["head_kind"] == "linear")]
+
+
+@pytest.fixture(scope="module")
+def refitted(tmp_path_factory):
+    """A run with all refits of two layers, of which the second knows the preference."""
+    folder = tmp_path_factory.mktemp("refitted")
+    store = planted_store(folder / "store", signal={2: 1.5}, seed=0)
+    asked = config({"permuted": 20, "halves": 8, "shares": [0.1, 0.5]})
+    return probekit.run_sweep(asked, stores=[store], out=folder / "run"), store, asked
+
+
+def test_refits_are_rows_with_what_was_altered(refitted):
+    run, _, _ = refitted
+    frame = heads_of(run)
+    assert frame.groupby(["layer", "altered"]).size().to_dict() == {
+        (layer, altered): n
+        for layer in (1, 2)
+        for altered, n in (("", 1), ("permuted", 20), ("half", 8), ("share:0.1", 1), ("share:0.5", 1))
+    }
+    n_train = frame.groupby("altered")["n_train"].unique().map(list).to_dict()
+    assert n_train == {"": [200], "permuted": [200], "half": [100], "share:0.1": [20], "share:0.5": [100]}
+    assert list(frame.loc[frame["chosen"] & (frame["altered"] == ""), "layer"]) == [2]
+    refits = frame[frame["altered"].isin(["permuted", "half"])]
+    whole = frame[frame["altered"] == ""].set_index("layer")["strength"]
+    assert (refits["strength"] == refits["layer"].map(whole)).all()
+
+
+def test_permuted_labels_leave_chance_and_what_is_memorised(refitted):
+    run, _, _ = refitted
+    rows = load_controls(run).set_index(["layer", "altered"])
+    row = rows.loc[(2, "permuted")]
+    assert row["low"] < 0.5 < row["high"]
+    assert row["accuracy"] == pytest.approx(0.5, abs=0.06)
+    assert row["train_accuracy"] > 0.53  # eight channels and 200 pairs memorise a little
+    assert rows.loc[(2, "share:0.5"), "low"] > 0.6
+    assert rows.loc[(1, "share:0.5"), "low"] < 0.5 < rows.loc[(1, "share:0.5"), "high"]
+
+
+def test_halves_widen_the_interval_and_decide_between_layers(refitted):
+    run, _, _ = refitted
+    rows = load_controls(run).set_index(["layer", "altered"])
+    whole = heads_of(run).query("altered == ''").set_index("layer")
+    best = rows.loc[(2, "half")]
+    assert best["accuracy"] == pytest.approx(whole.loc[2, "accuracy"])
+    assert best["se"] == pytest.approx(np.hypot(best["se_test"], best["se_train"]))
+    assert best["high"] - best["low"] >= 0.98 * (whole.loc[2, "high"] - whole.loc[2, "low"])
+    other = rows.loc[(1, "half")]
+    assert (other["against"], best["against"]) == ("chosen layer 2", "")
+    assert other["difference_high"] < -0.1  # the planted layer is told apart, other training pairs included
+
+
+def test_the_same_command_adds_refits_to_what_is_there(refitted, tmp_path):
+    run, store, asked = refitted
+    plain = probekit.run_sweep(config({}), stores=[store], out=tmp_path / "run")
+    assert load_controls(plain).empty
+    before = {path.name: path.read_bytes() for path in plain.glob("parts/*")}
+    told = dict(dry_run(asked, stores=[store], out=plain))
+    assert told["linear fits"] == "0 to do, 2 already done"
+    assert told["training labels permuted"] == "40 to do, 0 already done"
+    probekit.run_sweep(asked, stores=[store], out=plain)
+    after = {path.name: path.read_bytes() for path in plain.glob("parts/*")}
+    assert all(after[name] == content for name, content in before.items())
+    assert (plain / "results.parquet").read_bytes() == (run / "results.parquet").read_bytes()
+    lost = sorted(plain.glob("parts/*"))[3:9]
+    for path in lost:
+        path.unlink()
+    probekit.run_sweep(asked, stores=[store], out=plain)
+    assert {path.name: path.read_bytes() for path in plain.glob("parts/*")} == after
+
+
+def test_shares_are_nested_and_halves_the_same_for_all_layers(refitted, tmp_path):
+    _, store, asked = refitted
+    plan = prepare(asked, stores=[store], out=tmp_path, prefs=None, reading=None, ties=None, memory=None)
+    places = {(one.layers, one.altered, one.seed): set(altered(one).train.tolist()) for one in plan.records}
+    small, large = (places[(1,), f"share:{share}", 0] for share in (0.1, 0.5))
+    assert small < large
+    halves = [places[(2,), "half", seed] for seed in range(8)]
+    assert halves == [places[(1,), "half", seed] for seed in range(8)]
+    assert len({frozenset(half) for half in halves}) == 8
+
+
+def test_permuted_labels_move_within_prompts_and_joined_images_together():
+    """Two rankings of three, of which the second shares an image with a pair of another prompt."""
+    first, second = np.array(list("aabddex")), np.array(list("bccefff"))
+    prompts = np.array([0, 0, 0, 1, 1, 1, 2])
+    labels = np.array([0.9, 0.8, 0.5, 1.0, 1.0, 1.0, 0.0])
+    drawn = np.stack([permuted_labels(labels, first, second, prompts, seed=seed) for seed in range(400)])
+    joint = {tuple(row) for row in drawn[:, 3:]}
+    assert joint == {(1, 1, 1, 0), (0, 0, 0, 1)}
+    assert np.allclose(np.sort(np.abs(drawn[:, :3] - 0.5)), [0, 0.3, 0.4])
+    assert drawn[:, :3].mean(axis=0) == pytest.approx(0.5, abs=0.06)
+    assert len({tuple(row) for row in drawn[:, :3].round(3)}) == 6
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 20), (60, 90)])
+def test_refits_together_are_the_fits_one_by_one(n, d):
+    rng = np.random.default_rng(0)
+    D = (rng.normal(size=(n, d)) * np.exp(rng.normal(size=d))).astype(np.float32)
+    label = (D[:, 0] + rng.normal(size=n) > 0).astype(float)
+    labels = np.stack([label, rng.permutation(label)])
+    weights = np.stack([np.arange(n) % 2, np.ones(n)])
+    head = BradleyTerryClassifierCV(Cs=[0.1, 1.0]).fit_differences(D, label, refits=(labels, weights))
+    scale = np.sqrt((D.astype(np.float64) ** 2).mean(axis=0))
+    for refit, y, weight in zip(head.refits_, labels, weights, strict=True):
+        kept = weight > 0
+        alone = BradleyTerryClassifier(C=head.C_, standardize=False, tol=1e-10).fit_differences(
+            (D / scale)[kept].astype(np.float64), y[kept]
+        )
+        np.testing.assert_allclose(refit.coef_ * scale, alone.coef_, atol=2e-4 * np.abs(alone.coef_).max())
+
+
+def test_what_controls_cannot_do_is_said(tmp_path):
+    store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60)
+    with pytest.raises(ConfigError, match=r"shares: 0\.1 of the training groups .* are 3; allowed: as many as folds"):
+        probekit.run_sweep(config({"shares": [0.1]}), stores=[store], out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="greater than or equal to 20"):
+        config({"permuted": 5})
+    with pytest.raises(ConfigError, match="'late-fusion'; allowed: concat and mean"):
+        config({"halves": 5}, combine=["late-fusion"])
+
+
+def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
+    run, _, _ = refitted
+    page = build_report(run, tmp_path / "report.html").read_text()
+    table = page[page.index("<h2>Refits and altered features") :]
+    for text in ("training labels permuted", "20 fits", "part of the training groups 0.1", "SE over training"):
+        assert text in table
+    assert "Accuracy against training pairs" in page
+    points = pd.read_csv(tmp_path / "report_figures" / "efficiency.csv")
+    assert points["n_train"].tolist() == [20, 100, 200]
+    assert (pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layer"] == [1, 2]).all()
+
+
+@pytest.mark.parametrize(("signal", "found"), [({2: 1.5}, True), ({}, False)])
+def test_nested_folds_measure_the_choice_of_a_layer(signal, found, tmp_path):
+    store = planted_store(tmp_path / "store", signal=signal, seed=2)
+    asked = config({"nested": 4}, layer_sets=["singles", "all"])
+    run = probekit.run_sweep(asked, stores=[store], out=tmp_path / "run")
+    frame = heads_of(run)
+    folds = frame[frame["altered"] == "nested:4"]
+    assert len(folds) == 4 * 4  # single layers alone: it is a layer that is chosen
+    (row,) = load_controls(run).to_dict("records")
+    chosen = folds[folds["chosen"]]
+    assert sorted(chosen["seed"]) == [0, 1, 2, 3]
+    counts = {int(part.split(":")[0]): int(part.split(":")[1]) for part in row["selected"].split(", ")}
+    assert counts == chosen["layer"].value_counts().to_dict()
+    margins = load_margins(run, chosen["record_id"])
+    held = margins[margins["split"] == "test"]
+    whole = load_margins(run, [frame.loc[frame["altered"] == "", "record_id"].iloc[0]])
+    assert not set(held["pair_id"]) & set(whole.loc[whole["split"] == "test", "pair_id"])
+    assert held["pair_id"].is_unique
+    assert len(held) == 280  # all training and validation pairs, each once
+    for _, fold in margins.groupby("record_id"):
+        groups = [set(fold.loc[fold["split"] == split, "group"]) for split in ("validation", "test")]
+        assert not groups[0] & groups[1]
+    assert row["accuracy"] == pytest.approx(held["correct"].mean())
+    assert (row["low"] > 0.6) if found else (row["low"] < 0.5 < row["high"])
+    assert not found or row["selected"] == "2: 4"
+    told = build_report(run, tmp_path / "report.html").read_text()
+    assert "chosen in each fold" in told
+
+
+@pytest.mark.parametrize("ties", ["soft", "half", "drop"])
+def test_outer_folds_judge_labels_as_they_are(ties, tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.0}, seed=3, pairs=200, ties=0.3)
+    plan = prepare(
+        config({"nested": 2}), stores=[store], out=tmp_path / "run", prefs=None, reading=None, ties=ties, memory=None
+    )
+    held = probekit.FeatureStore(store).pairs()
+    labels = dict(zip(held.frame["pair_id"], held.label, strict=True))
+    for record in plan.records:
+        if record.kind == "nested":
+            (test,) = altered(record).data.tests.values()
+            assert all(labels[pair] == label for pair, label in zip(test.frame["pair_id"], test.label, strict=True))
+            assert ties == "drop" or 0.5 in test.label
+            assert (0.5 in altered(record).data.train.label) == (ties != "drop")
