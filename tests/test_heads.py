@@ -167,10 +167,11 @@ def test_cross_validation_equals_a_scikit_learn_loop():
             loss[fold, column] = np.mean(np.logaddexp(0, margins) - label[test] * margins)
             accuracy[fold, column] = np.mean((margins > 0) == (label[test] > 0.5))
     np.testing.assert_allclose(head.cv_log_loss_, loss, atol=1e-4)
+    np.testing.assert_allclose(head.cv_log_loss_.mean(axis=0), loss.mean(axis=0), atol=4e-5)
     assert np.abs(head.cv_accuracy_.mean(axis=0) - accuracy.mean(axis=0)).max() <= 0.004  # one of 300 pairs
     assert Cs.index(head.C_) == loss.mean(axis=0).argmin()
     alone = BradleyTerryClassifier(C=head.C_).fit_differences(D, label)
-    np.testing.assert_allclose(head.coef_, alone.coef_, atol=2e-4 * np.linalg.norm(alone.coef_))
+    np.testing.assert_allclose(head.coef_, alone.coef_, atol=1e-4 * np.linalg.norm(alone.coef_))
 
 
 def test_folds_keep_groups_whole_and_even():
@@ -206,7 +207,7 @@ def test_repeated_splits_add_folds_to_the_first():
     once = BradleyTerryClassifierCV(cv=4).fit_differences(D, label, groups=groups)
     thrice = BradleyTerryClassifierCV(cv=4, n_repeats=3).fit_differences(D, label, groups=groups)
     assert thrice.cv_accuracy_.shape == thrice.cv_log_loss_.shape == (12, len(once.Cs))
-    np.testing.assert_allclose(thrice.cv_log_loss_[:4], once.cv_log_loss_, atol=1e-4)
+    np.testing.assert_allclose(thrice.cv_log_loss_[:4], once.cv_log_loss_, atol=1e-6)
     splits = [_folds(groups, 4, repeat) for repeat in range(3)]
     for split in splits:
         assert all(len(set(split[groups == group])) == 1 for group in np.unique(groups))
@@ -230,7 +231,7 @@ def test_invariants_of_the_linear_head(seed, n, d, C):
     size = np.linalg.norm(D @ coef)
 
     def same(other, scale=1.0):
-        assert np.linalg.norm(D @ (other * scale - coef)) <= 2e-4 * size
+        assert np.linalg.norm(D @ (other * scale - coef)) <= 1e-4 * size
 
     flip = rng.choice([-1.0, 1.0], n)
     same(head.fit_differences(D * flip[:, None], np.where(flip < 0, 1 - label, label)).coef_)
@@ -242,7 +243,7 @@ def test_invariants_of_the_linear_head(seed, n, d, C):
     weight = np.where(np.arange(n) % 2 == 0, 2.0, 1.0)
     doubled = head.fit_differences(D[twice], label[twice]).coef_
     weighted = head.fit_differences(D, label, weight).coef_
-    assert np.linalg.norm(D @ (doubled - weighted)) <= 2e-4 * np.linalg.norm(D @ weighted)
+    assert np.linalg.norm(D @ (doubled - weighted)) <= 1e-4 * np.linalg.norm(D @ weighted)
 
 
 def test_soft_labels_pull_to_zero():

@@ -265,6 +265,16 @@ def test_a_dry_run_counts_fits_and_says_what_they_cost_without_writing(planted, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_the_memory_of_an_mlp_counts_the_exact_head_beside_it(planted):
+    """Of few pairs on many channels the linear head takes more than the network."""
+    selection = selected(planted)
+    for skip in (False, True):
+        head = {"kind": "mlp", "layer_sets": [[0, 1]], "hidden": [4], "linear_skip": skip}
+        records = list(plan_records(config(head), selection, sets=SETS))
+        needed = memory.work_of(records, Budget(2**40, 0)).needed
+        assert (needed > 2**26 + 1_500_000) == skip  # 12 * 8192 bytes a channel
+
+
 def test_a_dry_run_counts_fits_of_searched_sets_by_rule_and_seed(planted, tmp_path):
     searched = {"layer_sets": [{"search": {"max_size": 3, "refit_top": 2}}]}
     rules = LINEAR | searched | {"combine": ["concat", "late-fusion"]}

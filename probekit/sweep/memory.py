@@ -9,7 +9,9 @@ linear head fits together. They are upper limits of measured peaks (peak residen
     linear, from files     buffers + 32 n k + the state of as many columns as fit
     scalar mix             4 N d + 28 n d + 36 w^2 + 44 n k            w = channels of one layer
     late fusion            4 N d + 12 n d + 36 w^2 + 12 * 8192 w + 44 n k
-    MLP                    4 m d + 24 m d + 24 d * (first hidden width) * (seeds fitted together)
+    MLP                    the larger of 8 m d (layers, and joined) and
+                           4 m d + 24 u d + 24 d * (first hidden width) * (seeds fitted together), u = training rows
+    its linear skip        4 m d + 12 u d + a linear fit, where that is more
     refits, besides        44 n for each of the same strength, 4 N d for others
     judging, besides       4 resamples (N - n), since redrawn groups are kept for the next fit
 
@@ -26,8 +28,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from probekit._types import scaled
-from probekit.config import LinearHead, MLPHead
+from probekit.config import STRENGTHS, LinearHead, MLPHead
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryMLP, layer_set_name
 from probekit.heads.factorisation import SLAB, eigen_bytes, fit_bytes
@@ -184,7 +188,14 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
     if isinstance(record.head, MLPHead):
         rows = sum(len(open_cached(path).rows) for path in record.selection.stores)
         hidden = record.head.hidden[0] * len(unit)
-        needed = 4 * rows * (d if len(places) == 1 else d + sum(widths)) + 24 * rows * d + 24 * d * hidden + fixed
+        used = len(np.unique(data.train.rows))
+        stages = [4 * rows * (d if len(places) == 1 else d + sum(widths))]  # layers and what they are joined to
+        stages.append(4 * rows * d + 24 * used * d + 24 * d * hidden)
+        if record.head.linear_skip:
+            k = len(STRENGTHS) * 5
+            fit = fit_bytes(n, d, k) if eigen_bytes(min(n, d)) <= MEMORY else _free(n, d, k)
+            stages.append(4 * rows * d + 12 * used * d + 4 * n * d + fit)
+        needed = max(stages) + fixed
         if needed > allowed:
             raise _refused(record, needed, allowed, budget)
         return Work(unit, places, needed, MEMORY)
@@ -202,7 +213,7 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
     factorised = held + fit_bytes(n, d, k)
     if eigen_bytes(min(n, d)) <= MEMORY and factorised <= allowed:
         return Work(unit, places, factorised, MEMORY)
-    free = held + 80 * n * k + 320 * d * k
+    free = held + _free(n, d, k)
     if free <= allowed:
         return Work(unit, places, free, 0.0)
     least = fixed + _BUFFERS + 32 * n * k + column_bytes(n, d) + 320 * d
@@ -210,6 +221,11 @@ def work_of(unit: Sequence[Record], budget: Budget) -> Work:
         raise _refused(record, least if least > allowed else free, allowed, budget)
     # what is left bounds the factorisation and, after it, the state of the columns that are fitted together
     return Work(unit, places, allowed, _STATE * (allowed - fixed - _BUFFERS - 16 * n * k), streamed=True)
+
+
+def _free(n: int, d: int, k: int) -> int:
+    """Bytes of a fit without a factorisation, differences aside."""
+    return 80 * n * k + 320 * d * k
 
 
 def affordable(baselines: Sequence[InputBaseline], budget: Budget) -> list[InputBaseline]:
