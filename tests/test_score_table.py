@@ -193,6 +193,8 @@ def write_sweep(run, prefs, *, drop=(), seed=0):
             dataset=prefs.stem,
             group="pair of prompts " + (number // 2).astype(str),
             prompt_id=pairs["ranking_id"],
+            row_a=2 * np.arange(len(pairs)),
+            row_b=2 * np.arange(len(pairs)) + 1,
             margin=1.0,
             correct=1.0,
         )
@@ -359,7 +361,14 @@ def test_differences_in_reports_weigh_prompts_as_the_protocol_does(tmp_path, pre
     for key, right in ((first, np.ones(len(prompts))), (second, many[prompts].astype(float))):
         margins = pd.DataFrame({"pair_id": [f"p{i}" for i in range(len(prompts))], "prompt_id": prompts.astype(str)})
         margins = margins.assign(
-            group=margins["prompt_id"], split="test", source="", label=1.0, margin=1.0, dataset=prefs.stem
+            group=margins["prompt_id"],
+            split="test",
+            source="",
+            row_a=0,
+            row_b=1,
+            label=1.0,
+            margin=1.0,
+            dataset=prefs.stem,
         )
         filled_in = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
         rows = frame[frame["record_id"] == key].drop(columns=filled_in)
