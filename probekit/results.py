@@ -131,6 +131,9 @@ ALTERED = {
     "permuted": "training labels permuted",
     "half": "a random half of the training groups",
     "share": "part of the training groups",
+    "beside": "beside the same layer of random weights",
+    "padded": "one trained layer, the others of random weights",
+    "projected": "random directions in the channels",
     "nested": "outer folds of a nested cross-validation",  # test rows are of the outer fold, none of the test split
 }
 
@@ -200,7 +203,8 @@ BLOCK_COLUMNS: dict[str, str] = {
 #: fit as it is: ``se_train`` and the limits say how it varies with the training pairs as well, and ``difference``
 #: what it has over the chosen layer, with the same two in its limits. Of several draws the accuracy is their mean, and
 #: the limits cover other draws. "nested" is about choosing a layer, and belongs to no fit: ``selected`` says how often
-#: each layer was chosen.
+#: each layer was chosen. The difference of "beside" is that of both layers and the random one alone; of "padded" that
+#: of the fit as it is and the best on validation of those with one trained layer, which ``selected`` names.
 CONTROL_COLUMNS: dict[str, str] = {
     "record_id": "str",  # of the fit as it is; empty where the row belongs to none
     "backbone": "str",

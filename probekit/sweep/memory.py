@@ -30,7 +30,7 @@ from probekit.config import LinearHead, MLPHead
 from probekit.errors import ConfigError
 from probekit.heads import layer_set_name
 from probekit.heads.linear import MEMORY
-from probekit.sweep.altered import SAME_STRENGTH, of_the_same_strength
+from probekit.sweep.altered import SAME_STRENGTH, of_the_same_strength, sources
 from probekit.sweep.features import Place
 from probekit.sweep.material import material, open_cached
 from probekit.sweep.plan import Record, units
@@ -155,7 +155,9 @@ def budget_of(memory: int | None) -> Budget:
 
 def places_of(record: Record) -> tuple[Place, ...]:
     """Layers of a record."""
-    return tuple(Place(record.selection, record.sigmas, record.draw, record.poolings, layer) for layer in record.layers)
+    return tuple(
+        Place(selection, record.sigmas, record.draw, record.poolings, layer) for selection, layer in sources(record)
+    )
 
 
 def work_of(unit: Sequence[Record], budget: Budget) -> Work:
