@@ -271,8 +271,8 @@ NO_FIT: dict[str, Any] = {
     "head_parameters": 0,
 }
 
-#: What a layer is chosen within: everything of a record but its layer set.
-CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed", "altered"]
+#: What a layer is chosen within: everything of a record but its layer set; altered fits choose among themselves.
+CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -562,9 +562,10 @@ def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
         & (frame["layer"] <= frame["n_blocks"]).fillna(False)  # noqa: FBT003
         & frame["accuracy"].notna()
     ].sort_values(["accuracy", "layer"], ascending=[False, True], kind="stable")
-    several = candidates.duplicated(CHOICE_KEYS, keep=False)
-    best = candidates[several].drop_duplicates(CHOICE_KEYS)
-    keys = [*CHOICE_KEYS, "record_id"]
+    within = [*CHOICE_KEYS, "altered"]
+    several = candidates.duplicated(within, keep=False)
+    best = candidates[several].drop_duplicates(within)
+    keys = [*within, "record_id"]
     chosen = pd.MultiIndex.from_frame(frame[keys]).isin(pd.MultiIndex.from_frame(best[keys]))
     return frame.assign(chosen=chosen)
 
