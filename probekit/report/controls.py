@@ -88,7 +88,7 @@ def efficiency_points(rows: pd.DataFrame) -> pd.DataFrame:
 
 def dimension_points(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy against dimension: means over random projections, and all fitted channels; empty without projections."""
-    number = pd.to_numeric(rows["altered"].str.partition(":")[2], errors="coerce")
+    number = pd.to_numeric(rows["altered"].str.extract(r"^projected:(\d+)$")[0])
     return _points(rows, "projected", "channels", number, rows["head_parameters"])
 
 
