@@ -293,6 +293,17 @@ class Controls(_Strict):
     nested: int | None = Field(
         None, ge=2, description="outer folds of a nested cross-validation over training and validation pairs"
     )
+    conditional: bool = Field(
+        default=False,
+        description="each layer beside the same layer of each random-weights store of its backbone, against that alone",
+    )
+    padded: bool = Field(
+        default=False,
+        description="one trained layer beside random ones, in place of the others of a set: its dimension alone",
+    )
+    projected: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="numbers of random directions, ten draws each: accuracy against dimension"
+    )
 
 
 class LinearHead(_Head):

@@ -135,6 +135,9 @@ ALTERED = {
     "permuted": "training labels permuted",
     "half": "a random half of the training groups",
     "share": "part of the training groups",
+    "beside": "beside the same layer of random weights",
+    "padded": "one trained layer, the others of random weights",
+    "projected": "random directions in the channels",
     "nested": "outer folds of a nested cross-validation",  # test rows are of the outer fold, none of the test split
 }
 
@@ -279,7 +282,8 @@ TRAJECTORY_COLUMNS: dict[str, str] = {
 #: fit as it is: ``se_train`` and the limits say how it varies with the training pairs as well, and ``difference``
 #: what it has over the chosen layer, with the same two in its limits. Of several draws the accuracy is their mean, and
 #: the limits cover other draws. "nested" is about choosing a layer, and belongs to no fit: ``selected`` says how often
-#: each layer was chosen.
+#: each layer was chosen. The difference of "beside" is that of both layers and the random one alone; of "padded" that
+#: of the fit as it is and the best on validation of those with one trained layer, which ``selected`` names.
 CONTROL_COLUMNS: dict[str, str] = {
     "record_id": "str",  # of the fit as it is; empty where the row belongs to none
     "backbone": "str",
@@ -346,8 +350,8 @@ NO_FIT: dict[str, Any] = {
     "head_parameters": 0,
 }
 
-#: What a layer is chosen within: everything of a record but its layer set.
-CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed", "altered"]
+#: What a layer is chosen within: everything of a record but its layer set; altered fits choose among themselves.
+CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 
 _ARROW = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _RECORD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -678,9 +682,10 @@ def mark_chosen(frame: pd.DataFrame) -> pd.DataFrame:
         & (frame["layer"] <= frame["n_blocks"]).fillna(False)  # noqa: FBT003
         & frame["accuracy"].notna()
     ].sort_values(["accuracy", "layer"], ascending=[False, True], kind="stable")
-    several = candidates.duplicated(CHOICE_KEYS, keep=False)
-    best = candidates[several].drop_duplicates(CHOICE_KEYS)
-    keys = [*CHOICE_KEYS, "record_id"]
+    within = [*CHOICE_KEYS, "altered"]
+    several = candidates.duplicated(within, keep=False)
+    best = candidates[several].drop_duplicates(within)
+    keys = [*within, "record_id"]
     chosen = pd.MultiIndex.from_frame(frame[keys]).isin(pd.MultiIndex.from_frame(best[keys]))
     return frame.assign(chosen=chosen)
 

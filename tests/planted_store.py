@@ -29,6 +29,7 @@ def planted_store(
     dataset: str = "planted",
     told: Mapping[int, str] | None = None,
     metadata: bool = False,
+    noise: int | None = None,
 ) -> Path:
     """Write a store of `pairs` lone pairs at layers 0 to 3, 8 channels wide.
 
@@ -41,7 +42,7 @@ def planted_store(
 
     Stores `of` one number are of one backbone, whose directions they share; `dataset` names the judgements, and `told`
     gives the prompts of some pairs. With `metadata`, generators g0, g1 and g2 differ in quality, files grow with it,
-    and all pictures are equally wide.
+    and all pictures are equally wide. Of two stores that differ in `noise`, the same pairs have other features.
     """
     rng = np.random.default_rng(seed)
     quality = rng.normal(size=(pairs, 2))
@@ -71,6 +72,9 @@ def planted_store(
             if (digest := hashlib.sha256(f"{seed} {pair} {side}".encode()).digest())
         ]
     )
+
+    if noise is not None:
+        rng = np.random.default_rng([seed, 3, noise])
 
     def drawn() -> dict[tuple[str, int], np.ndarray]:
         features = {}

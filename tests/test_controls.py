@@ -152,7 +152,7 @@ def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
     run, _, _ = refitted
     page = build_report(run, tmp_path / "report.html").read_text()
     table = page[page.index("<h2>Refits and altered features") :]
-    for text in ("training labels permuted", "20 fits", "part of the training groups 0.1", "SE over training"):
+    for text in ("training labels permuted", "20 fits", "part of the training groups: 0.1", "SE over training"):
         assert text in table
     assert "Accuracy against training pairs" in page
     points = pd.read_csv(tmp_path / "report_figures" / "efficiency.csv")
@@ -203,3 +203,86 @@ def test_outer_folds_judge_labels_as_they_are(ties, tmp_path):
             assert all(labels[pair] == label for pair, label in zip(test.frame["pair_id"], test.label, strict=True))
             assert ties == "drop" or 0.5 in test.label
             assert (0.5 in altered(record).data.train.label) == (ties != "drop")
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """Layers 1 and 2 of the trained store know the preference, layer 0 of the random ones does."""
+    folder = tmp_path_factory.mktemp("beside")
+    stores = [planted_store(folder / "trained", signal={1: 0.8, 2: 0.8}, seed=4, pairs=1600, noise=0)]
+    stores += [
+        planted_store(
+            folder / f"init-{seed}", signal={0: 1.0}, seed=4, pairs=1600, noise=1 + seed, control=f"init:{seed}"
+        )
+        for seed in range(3)
+    ]
+    asked = config({"conditional": True, "padded": True}, layer_sets=[[0], [1], [3], [1, 2], [1, 3]])
+    return probekit.run_sweep(asked, stores=stores, out=folder / "run"), stores, asked
+
+
+def test_what_a_trained_layer_adds_to_the_random_one(beside):
+    run, _, _ = beside
+    rows = load_controls(run).query("altered == 'beside:init'").set_index("layer")
+    assert list(rows.index) == [0, 1, 3]
+    assert (rows["n_fits"] == 3).all()
+    assert rows.loc[1, "difference_low"] > 0.05
+    for layer in (0, 3):  # at layer 0 the random network knows what there is to know
+        assert rows.loc[layer, "difference_low"] < 0 < rows.loc[layer, "difference_high"]
+    assert rows.loc[0, "accuracy"] > 0.6
+    frame = heads_of(run)
+    both = frame[frame["altered"].str.startswith("beside:init:")].groupby("layer")["accuracy"].mean()
+    alone = (
+        frame[(frame["altered"] == "") & frame["control"].str.startswith("init")].groupby("layer")["accuracy"].mean()
+    )
+    assert rows["difference"].to_numpy() == pytest.approx((both - alone[[0, 1, 3]]).to_numpy())
+    assert set(frame.loc[frame["altered"].str.startswith("beside"), "head_parameters"]) == {16}
+
+
+def test_a_second_trained_layer_adds_more_than_its_dimension_or_nothing(beside):
+    run, _, _ = beside
+    rows = load_controls(run).query("altered == 'padded:init'").set_index("layer_set")
+    assert rows.loc["1+2", "difference_low"] > 0
+    assert rows.loc["1+3", "difference_low"] < 0 < rows.loc["1+3", "difference_high"]
+    assert rows.loc["1+3", "selected"] == "1: 3"
+    frame = heads_of(run)
+    padded = frame[frame["altered"].str.startswith("padded")]
+    assert set(padded["altered"]) == {f"padded:{layer}:init:{seed}" for layer in (1, 2, 3) for seed in range(3)}
+    assert set(padded["head_parameters"]) == {16}
+
+
+def test_projections_lose_what_lies_in_many_channels(tmp_path):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = probekit.run_sweep(config({"projected": [2, 8]}), stores=[store], out=tmp_path / "run")
+    rows = load_controls(run).set_index("layer")
+    assert (rows["altered"] == "projected:2").all()  # eight directions are all channels
+    assert (rows["n_fits"] == 10).all()
+    whole = heads_of(run).query("altered == ''").set_index("layer")["accuracy"]
+    assert rows.loc[2, "high"] < whole[2]
+    assert rows.loc[2, "low"] > 0.5
+    assert rows.loc[1, "low"] < 0.5 < rows.loc[1, "high"]
+    page = build_report(run, tmp_path / "report.html").read_text()
+    assert "random directions in the channels: 2" in page
+    points = pd.read_csv(tmp_path / "report_figures" / "dimension.csv")
+    assert points["channels"].tolist() == [2, 8]
+
+
+def test_altered_features_are_counted_resumed_and_shown(beside, tmp_path):
+    run, stores, asked = beside
+    told = dict(dry_run(asked, stores=stores, out=run))
+    assert told["beside the same layer of random weights"] == "0 to do, 9 already done"
+    assert told["one trained layer, the others of random weights"] == "0 to do, 12 already done"
+    before = (run / "results.parquet").read_bytes()
+    for path in sorted(run.glob("parts/*"))[::4]:
+        path.unlink()
+    probekit.run_sweep(asked, stores=stores, out=run)
+    assert (run / "results.parquet").read_bytes() == before
+    page = build_report(run, tmp_path / "report.html").read_text()
+    for text in ("to random layer alone", "to one trained layer"):
+        assert text in page
+
+
+def test_without_random_weights_there_is_nothing_to_put_beside(beside, tmp_path, caplog):
+    _, stores, _ = beside
+    asked = config({"conditional": True})
+    probekit.run_sweep(asked, stores=stores[:1], out=tmp_path / "run")
+    assert "no random weights of this backbone with the same pairs are in the sweep" in caplog.text

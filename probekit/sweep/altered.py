@@ -1,4 +1,4 @@
-"""Refits of linear heads on altered training pairs: which there are, and on which pairs each is fitted and judged.
+"""Refits and controls of linear heads: which there are, on which pairs each is fitted and judged, and what it reads.
 
 A record says in one field what is altered (`probekit.results.ALTERED`); ``seed`` counts the draws. Draws depend on the
 names of groups alone, so that all layers, stores and heads see the same ones.
@@ -8,6 +8,9 @@ names of groups alone, so that all layers, stores and heads see the same ones.
     share:0.2     that share of the training groups, part of every larger share
     nested:5      training and validation pairs outside of an outer fold, whose number is the seed; "validation" rows
                   are of these pairs, each judged by the inner fit that held it out, "test" rows of the fold
+    beside:init:0     a layer beside the same layer of a random-weights store of the backbone
+    padded:3:init:0   layer 3 of a set, the others from such a store
+    projected:16      that many random directions in the scaled channels
 
 The layer that is best on "validation" within a fold is thus chosen without the fold (`probekit.results.mark_chosen`),
 which makes the accuracy over all folds that of the choice. The test split plays no part in it. With ``ties: drop`` tied
@@ -18,6 +21,7 @@ memorises least, and with the strength of a half more than the pairs would chang
 others are fits of their own.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,11 +33,27 @@ from numpy.typing import NDArray
 from probekit._types import IntArray
 from probekit.config import LinearHead, Ties
 from probekit.errors import ConfigError
+from probekit.heads import layer_set_name
 from probekit.heads.linear import _folds
+from probekit.results import JOINED
 from probekit.stats import permuted_labels
-from probekit.sweep.material import Material, Selection, joined, kept, material, open_cached, with_ties
+from probekit.sweep.material import (
+    Material,
+    Selection,
+    joined,
+    joint_fingerprint,
+    kept,
+    material,
+    open_cached,
+    with_ties,
+)
 from probekit.sweep.plan import Record
 
+logger = logging.getLogger(__name__)
+
+RANDOM = ("init", "shuffled")
+PROJECTIONS = 10
+"""Draws of random directions for each number of them."""
 SAME_STRENGTH = ("permuted", "half")
 """Kinds that are fitted at the strength, and with the factorisation, of the fit that they repeat."""
 
@@ -60,7 +80,7 @@ class Altered:
 
 
 def altered_records(records: Sequence[Record]) -> Iterator[Record]:
-    """Refits that the heads of some records ask for.
+    """Refits and altered features that the heads of some records ask for.
 
     Raises
     ------
@@ -80,6 +100,68 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
             yield from (
                 replace(record, altered=f"nested:{controls.nested}", seed=fold) for fold in range(controls.nested)
             )
+        for k in sorted({k for k in controls.projected if k < _width(record)}):
+            yield from (replace(record, altered=f"projected:{k}", seed=seed) for seed in range(PROJECTIONS))
+    yield from _beside_random(records)
+
+
+def _beside_random(records: Sequence[Record]) -> Iterator[Record]:
+    """Trained layers beside those of random weights, where a store of the same backbone has the same pairs."""
+    random: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.control.partition(":")[0] in RANDOM and JOINED not in record.control:
+            random.setdefault(_alike(record), []).append(record)
+    for record in records:
+        if record.control != "trained" or not isinstance(record.head, LinearHead):
+            continue
+        controls, single = record.head.controls, record.combination == "single"
+        wanted = controls.conditional if single else controls.padded and record.combination == "concat"
+        if not wanted:
+            continue
+        found = [other for other in random.get(_alike(record), []) if other.data_digest == record.data_digest]
+        if not found:
+            logger.warning(
+                "%s, layers %s: no random weights of this backbone with the same pairs are in the sweep, so there is "
+                "nothing to put beside them",
+                record.label,
+                layer_set_name(record.layers),
+            )
+        for other in found:
+            joint = replace(
+                record,
+                other=other.selection,
+                fingerprint=joint_fingerprint([record.fingerprint, other.fingerprint]),
+            )
+            kinds = ["beside"] if single else [f"padded:{layer}" for layer in record.layers]
+            yield from (replace(joint, altered=f"{kind}:{other.control}") for kind in kinds)
+
+
+def _alike(record: Record) -> tuple[object, ...]:
+    place = (record.sigmas, record.draw, record.poolings, record.layers, record.combination)
+    return (record.backbone, record.trained_on, record.datasets, *place, record.head.name)
+
+
+def _width(record: Record) -> int:
+    store = open_cached(record.store)
+    parts = [(sigma, pooling) for sigma in record.sigmas for pooling in record.poolings]
+    layers = record.layers[:1] if record.combination == "mean" else record.layers
+    return sum(
+        store.width(layer=layer, sigma=sigma, pooling=pooling, draw=record.draw)
+        for layer in layers
+        for sigma, pooling in parts
+    )
+
+
+def sources(record: Record) -> list[tuple[Selection, int]]:
+    """Whose layers a record reads, side by side: selection and layer of each."""
+    own = [(record.selection, layer) for layer in record.layers]
+    if record.other is None:
+        return own
+    random = [(record.other, layer) for layer in record.layers]
+    if record.kind == "beside":
+        return random + own
+    trained = int(record.altered.split(":")[1])
+    return [mine if mine[1] == trained else theirs for mine, theirs in zip(own, random, strict=True)]
 
 
 def of_the_same_strength(record: Record) -> list[Record]:

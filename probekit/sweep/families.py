@@ -11,7 +11,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit._types import FloatArray
-from probekit.results import CHOICE_KEYS, FAMILY_COLUMNS, TRAJECTORY_COLUMNS, UNPROBED, load_margins, load_results
+from probekit.results import (
+    CHOICE_KEYS,
+    FAMILY_COLUMNS,
+    TRAJECTORY_COLUMNS,
+    UNPROBED,
+    as_they_are,
+    load_margins,
+    load_results,
+)
 from probekit.stats import (
     PROTOCOLS,
     best_of_many,
@@ -42,7 +50,7 @@ def judge_families(run: Path, *, resamples: int, level: float) -> tuple[pd.DataF
         `FAMILY_COLUMNS` and `TRAJECTORY_COLUMNS` of `probekit.results`. Layers without a head, and families of fewer
         than two layers or groups, are left out.
     """
-    frame = load_results(run)
+    frame = as_they_are(load_results(run))
     rows = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
     rows = rows[(rows["combination"] == "single") & (rows["layer"] <= rows["n_blocks"]) & rows["accuracy"].notna()]
     families, trajectories = [], []

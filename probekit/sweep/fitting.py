@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.base import clone
 
 from probekit._types import FloatArray
@@ -16,6 +17,7 @@ from probekit.heads import (
     fit_together,
 )
 from probekit.heads.base import PairHead
+from probekit.heads.factorisation import _squares, channel_scale
 from probekit.heads.linear import MEMORY
 from probekit.results import NO_FIT
 from probekit.store import Pairs
@@ -100,13 +102,24 @@ def _with_refits(
     for record in (record for record in unit if record.kind not in ("", *SAME_STRENGTH)):
         on = altered(record)
         pairs = on.data.train
-        own = clone(head).fit_differences(
-            features.of_all_pairs[on.train],
-            pairs.label,
-            pairs.frame["weight"].to_numpy(),
-            pairs.frame["group"].to_numpy(),
-        )
+        D, own = features.of_all_pairs[on.train], clone(head)
+        directions = None
+        if record.kind == "projected":
+            weight = pairs.frame["weight"].to_numpy(np.float64)
+            directions = _directions(D, weight, features.noise, int(record.altered.partition(":")[2]), record.seed)
+            D, own = D @ directions.astype(np.float32), own.set_params(quantisation=0.0)
+        own.fit_differences(D, pairs.label, pairs.frame["weight"].to_numpy(), pairs.frame["group"].to_numpy())
+        if directions is not None:
+            own.coef_ = directions @ own.coef_
         yield record, own, fit_facts(own)
+
+
+def _directions(D: FloatArray, weight: FloatArray, noise: FloatArray, k: int, seed: int) -> FloatArray:
+    """Random Gaussian directions (d, k) in the channels of D (n, d), scaled as heads scale them."""
+    moments = _squares(torch.from_numpy(D), torch.from_numpy(weight / weight.sum()))
+    scale = channel_scale(moments, torch.from_numpy(noise), standardize=True).numpy()
+    gain = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.asarray(gain[:, None] * np.random.default_rng([k, seed]).normal(size=(len(gain), k)) / np.sqrt(k))
 
 
 def _linear(

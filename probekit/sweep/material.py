@@ -133,7 +133,7 @@ def open_cached(path: Path) -> FeatureStore:
     return FeatureStore(path)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def material(selection: Selection) -> Material:
     """Join the judgements of a selection to the rows of its stores, once per process.
 

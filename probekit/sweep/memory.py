@@ -38,7 +38,7 @@ from probekit.heads.factorisation import SLAB, eigen_bytes, fit_bytes
 from probekit.heads.linear import MEMORY
 from probekit.heads.solvers import column_bytes
 from probekit.heads.streaming import BLOCK_BYTES
-from probekit.sweep.altered import SAME_STRENGTH, of_the_same_strength
+from probekit.sweep.altered import SAME_STRENGTH, of_the_same_strength, sources
 from probekit.sweep.features import Place
 from probekit.sweep.input_baselines import SEEN, InputBaseline, place_of
 from probekit.sweep.material import material, open_cached
@@ -165,7 +165,9 @@ def budget_of(memory: int | None) -> Budget:
 
 def places_of(record: Record) -> tuple[Place, ...]:
     """Layers of a record."""
-    return tuple(Place(record.selection, record.sigmas, record.draw, record.poolings, layer) for layer in record.layers)
+    return tuple(
+        Place(selection, record.sigmas, record.draw, record.poolings, layer) for selection, layer in sources(record)
+    )
 
 
 def work_of(unit: Sequence[Record], budget: Budget) -> Work:

@@ -39,6 +39,7 @@ class Record(Judged):
 
     `selection` holds paths and is no part of the identity; `fingerprint` and `data_digest` say what is there. `altered`
     says what of the training pairs or features is not as it is (see `probekit.results.ALTERED`), `seed` which draw.
+    `other` is where features of random weights are, if altered features take some of them; `fingerprint` covers it.
     """
 
     selection: Selection
@@ -58,11 +59,12 @@ class Record(Judged):
     head: LinearHead | MLPHead
     seed: int
     altered: str = ""
+    other: Selection | None = None
 
     @property
     def record_id(self) -> str:
         """SHA-256 over the plain values, full precision, without the store's path."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("selection", "head")}
+        plain = {key: value for key, value in vars(self).items() if key not in ("selection", "other", "head")}
         plain |= {"head": self.head.model_dump(exclude=OF_THE_PLAN), "fit_version": FIT_VERSION}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:32]
 
@@ -275,11 +277,12 @@ def _together(coordinates: list[tuple[str, int]]) -> list[tuple[tuple[str, ...],
 def units(records: Sequence[Record]) -> list[list[Record]]:
     """Group the records that are fitted together, on the same features; in the order of the plan.
 
-    They differ in their seed and in what is altered of the training pairs.
+    They differ in their seed and in what is altered of the training pairs or made of the features.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(replace(record, seed=0, altered="").record_id, []).append(record)
+        alike = record if record.other else replace(record, seed=0, altered="")
+        found.setdefault(alike.record_id, []).append(record)
     return list(found.values())
 
 
