@@ -222,6 +222,7 @@ FAMILY_COLUMNS: dict[str, str] = {
     "layer": "int64",
     "relative_depth": "float64",
     "chosen": "bool",  # on validation
+    "converged": "bool",
     "tried": "int64",  # layers of the family, which every correction here is for
     "n_pairs": "int64",  # that all layers judged
     "n_groups": "int64",

@@ -99,7 +99,7 @@ def test_the_same_command_adds_refits_to_what_is_there(refitted, tmp_path):
 
 def test_shares_are_nested_and_halves_the_same_for_all_layers(refitted, tmp_path):
     _, store, asked = refitted
-    plan = prepare(asked, stores=[store], out=tmp_path, prefs=None, reading=None, ties=None, memory=None)
+    plan = prepare(asked, stores=[store], out=tmp_path, prefs=None, reading=None, ties=None, jobs=1, memory=None)
     places = {(one.layers, one.altered, one.seed): set(altered(one).train.tolist()) for one in plan.records}
     small, large = (places[(1,), f"share:{share}", 0] for share in (0.1, 0.5))
     assert small < large
@@ -142,7 +142,7 @@ def test_what_controls_cannot_do_is_said(tmp_path):
     store = planted_store(tmp_path / "store", signal={}, seed=0, pairs=60)
     with pytest.raises(ConfigError, match=r"shares: 0\.1 of the training groups .* are 3; allowed: as many as folds"):
         probekit.run_sweep(config({"shares": [0.1]}), stores=[store], out=tmp_path / "run")
-    with pytest.raises(ConfigError, match="greater than or equal to 20"):
+    with pytest.raises(ConfigError, match=r"controls\.permuted: is 5; allowed: 20 or more"):
         config({"permuted": 5})
     with pytest.raises(ConfigError, match="'late-fusion'; allowed: concat and mean"):
         config({"halves": 5}, combine=["late-fusion"])
@@ -193,7 +193,14 @@ def test_nested_folds_measure_the_choice_of_a_layer(signal, found, tmp_path):
 def test_outer_folds_judge_labels_as_they_are(ties, tmp_path):
     store = planted_store(tmp_path / "store", signal={2: 1.0}, seed=3, pairs=200, ties=0.3)
     plan = prepare(
-        config({"nested": 2}), stores=[store], out=tmp_path / "run", prefs=None, reading=None, ties=ties, memory=None
+        config({"nested": 2}),
+        stores=[store],
+        out=tmp_path / "run",
+        prefs=None,
+        reading=None,
+        ties=ties,
+        jobs=1,
+        memory=None,
     )
     held = probekit.FeatureStore(store).pairs()
     labels = dict(zip(held.frame["pair_id"], held.label, strict=True))

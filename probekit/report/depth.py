@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probekit.diagnostics import marked
 from probekit.report.select import Setting
 from probekit.report.tables import NONE, interval, percent, points
 
@@ -33,7 +34,9 @@ def layers_table(families: pd.DataFrame, level: float) -> pd.DataFrame:
             "Within 1 point": _listed(rows[rows["within_point"]]),
             "Worse than the chosen": _listed(apart[apart["difference"] < 0]),
             "Better than the chosen": _listed(apart[apart["difference"] > 0]),
-            "Highest on test": f"{best['layer']}: {percent(best['best_naive'])}",
+            "Highest on test": marked(
+                f"{best['layer']}: {percent(best['best_naive'])}", *rows["converged"], before="\n"
+            ),
             "What choosing it is worth": f"{percent(best['best_corrected'])}\n"
             f"{interval(best['best_low'], best['best_high'])}",
             "P of chance": f"{chosen['permutation_p'].iloc[0]:.2g}" if len(chosen) else NONE,

@@ -114,7 +114,7 @@ class _Family:
             "best_low": best.low,
             "best_high": best.high,
         }
-        facts = self.rows[[*CHOICE_KEYS, "trained_on", "record_id", "layer", "relative_depth", "chosen"]]
+        facts = self.rows[[*CHOICE_KEYS, "trained_on", "record_id", "layer", "relative_depth", "chosen", "converged"]]
         found = facts.assign(**columns, **self._comparisons(correct, options), **self._null(resamples))
         return found.assign(**self._calibration(options)).astype({"layer": "int64"})
 
