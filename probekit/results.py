@@ -234,6 +234,7 @@ FAMILY_COLUMNS: dict[str, str] = {
     "plateau_p": "float64",  # of "this layer is one of the best"
     "behind": "float64",  # upper limit of the distance to the best layer, whichever that is
     "within_point": "bool",  # that limit is at most one point: equivalence, not only indistinguishable
+    "n_refits": "int64",  # on halves of the training groups: with any, the four columns above are about layers
     "difference": "float64",  # to the chosen layer; none without one, and on its own row
     "difference_low": "float64",  # limits that hold for all these differences together
     "difference_high": "float64",

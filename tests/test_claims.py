@@ -22,7 +22,7 @@ from probekit.report.contrasts import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE
 from probekit.report.depth import paths_table
 from probekit.report.transfer import transfer_points, transfer_table
 from probekit.results import load_families, load_margins, load_trajectories, write_config, write_families
-from probekit.stats import permutation_test
+from probekit.stats import permutation_test, plateau_set
 from probekit.sweep.families import _images, judge_families
 
 HEAD = {"kind": "linear", "layer_sets": ["singles", "all"], "strengths": [0.1], "folds": 2}
@@ -76,6 +76,29 @@ def test_a_planted_layer_is_found(tmp_path):
     assert (families.loc[[0, 1, 3], "p_adjusted"] < 0.05).all()
     assert families.loc[2, "permutation_p"] < 0.01 < families["permutation_adjusted"].drop(2).min()
     assert families["best"].tolist() == [False, False, True, False]
+
+
+def test_refits_on_halves_make_the_plateau_one_of_layers(tmp_path):
+    store = planted_store(tmp_path / "store", signal={1: 0.5, 2: 2.0}, seed=3, pairs=600)
+    families = {}
+    for name, controls in (("fitted", {}), ("layers", {"halves": 4})):
+        config = SweepConfig.checked({"heads": [HEAD | {"controls": controls}], "resamples": 200}, source="test")
+        run = probekit.run_sweep(config, stores=[store], out=tmp_path / name)
+        families[name] = load_families(run).set_index("layer")
+    assert set(families["fitted"]["n_refits"]) == {0}
+    assert set(families["layers"]["n_refits"]) == {4}
+    frame = probekit.load_results(run).query("split == 'test' and slice_by == 'all' and combination == 'single'")
+    right = load_margins(run).query("split == 'test'").pivot(index="pair_id", columns="record_id", values="correct")
+    at = frame.set_index(["altered", "seed", "layer"])["record_id"]
+    fits = np.array([right[at["", 0, layer]] for layer in range(4)])
+    refits = np.array([[right[at["half", seed, layer]] for layer in range(4)] for seed in range(4)])
+    groups = load_margins(run).drop_duplicates("pair_id").set_index("pair_id")["group"][right.index].to_numpy()
+    for name, given in (("fitted", None), ("layers", refits)):
+        expected = plateau_set(fits, groups, refits=given, n_boot=200)
+        np.testing.assert_allclose(families[name]["behind"], expected.behind, atol=1e-12)
+    assert (families["layers"]["behind"] != families["fitted"]["behind"]).any()
+    (row,) = [row for row in make_claims(run).rows if row.claim == MIDDLE]
+    assert row.reason.endswith("may be the best: layer 2, with other training pairs too")
 
 
 def test_a_planted_plateau_of_three_is_found(tmp_path):

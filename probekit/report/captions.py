@@ -164,10 +164,15 @@ def plateau_sentences(families: pd.DataFrame) -> list[str]:
     if trained.empty:
         return []
     inside = _by_backbone(trained[trained["in_plateau"]])
+    told = (
+        "Training pairs are a sample here too, by refits on halves of their groups."
+        if (trained["n_refits"] > 0).all()
+        else "This is about the fitted heads: other training pairs might tell layers apart otherwise."
+    )
     close = _by_backbone(trained[trained["within_point"]])
     return [
         f"Squares: layers that may be the best, as no other is shown to be better ({inside}); that is not to say that"
-        " they are equal.",
+        f" they are equal. {told}",
         f"Proven to lie within one point of the best layer: {close}."
         if close
         else "Of no layer it is proven that it lies within one point of the best.",

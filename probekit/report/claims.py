@@ -113,7 +113,10 @@ def claims_of(
     seen = frame[
         (frame["head_kind"] == "inputs") & (frame["dataset"] == setting.dataset) & (frame["slice_by"] == "all")
     ]
-    rows = pd.concat([narrow(frame, setting), seen[seen["protocol"] == setting.protocol]])
+    halves = frame[frame["altered"] == "half"]
+    for name in ("dataset", "protocol", "sigma", "draw", "pooling", "head"):  # their seeds count the draws
+        halves = halves[halves[name] == getattr(setting, name)]
+    rows = pd.concat([narrow(frame, setting), seen[seen["protocol"] == setting.protocol], halves])
     judge = Judge(rows, setting.dataset, verdicts, layers, level, resamples)
     found = [*judge.depth(), *judge.combining(), *judge.size(), *judge.trained(), *judge.inputs(), *judge.decline()]
     return _corrected(found, level)

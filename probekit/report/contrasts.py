@@ -100,17 +100,22 @@ class Claim:
 
 @dataclass(frozen=True)
 class _Plateau:
-    """Layers of a model that may be the best (of training seeds: their mean), and right or wrong (n,) at each."""
+    """Layers of a model that may be the best (of training seeds: their mean), and right or wrong (n,) at each.
+
+    With refits on halves of the training groups they are layers that may be best whatever pairs are trained on.
+    """
 
     inside: list[int]
     depth: dict[int, float]
     right: dict[int, FloatArray]
+    n_refits: int
     groups: NDArray[Any]
     options: dict[str, Any]
 
     def judged(self, claim: Claim, others: Sequence[int], which: str) -> Claim:
         """Say which layers may be the best; a claim that `others` of them speak against is undetermined."""
         told = f"may be the best: layer{'s' * (len(self.inside) > 1)} {_listed(self.inside)}"
+        told += ", with other training pairs too" * bool(self.n_refits)
         if not others:
             return because(claim, told)
         needed = max(self._needed(layer) for layer in others)
@@ -132,6 +137,7 @@ class Judge:
     ) -> None:
         self._dataset, self._verdicts = dataset, verdicts
         self._test = reported_rows(probed(rows))
+        self._halves = reported_rows(rows[rows["altered"] == "half"])
         self._inputs = reported_rows(rows[rows["head_kind"] == "inputs"])
         self._layers, self._level, self._resamples = layers, level, resamples
         whole = rows[(rows["split"] == "validation") & (rows["slice_by"] == "all")]
@@ -327,15 +333,27 @@ class Judge:
         rows = single_layers(trained_rows(self._test, model))
         rows = rows[rows["accuracy"].notna()].sort_values("layer", kind="stable")
         depth = rows.drop_duplicates("layer").set_index("layer")["relative_depth"]
-        right = self._verdicts.right(list(rows["record_id"]))
+        halves = single_layers(trained_rows(self._halves, model))
+        halves = halves[halves["accuracy"].notna() & halves["layer"].isin(depth.index)]
+        drawn = sorted(halves["seed"].unique())
+        if len(drawn) < 2 or len(halves) != len(rows) * len(drawn):
+            halves, drawn = halves[:0], []
+        right = self._verdicts.right([*rows["record_id"], *halves["record_id"]])
         groups, weights = self._verdicts.groups_and_weights(right)
         layers = [int(layer) for layer in depth.index]
-        by_layer = [right[list(rows.loc[rows["layer"] == layer, "record_id"])].mean(axis=1) for layer in layers]
+
+        def at_layers(some: pd.DataFrame) -> list[FloatArray]:
+            keys = [list(some.loc[some["layer"] == layer, "record_id"]) for layer in layers]
+            return [right[each].mean(axis=1).to_numpy(np.float64) for each in keys]
+
+        by_layer = at_layers(rows)
+        refits = np.array([at_layers(halves[halves["seed"] == seed]) for seed in drawn]) if drawn else None
         options: dict[str, Any] = {"weights": weights, "n_boot": self._resamples, "level": self._level}
-        found = plateau_set(np.array(by_layer), groups, **options)
+        found = plateau_set(np.array(by_layer), groups, refits=refits, **options)
         inside = [layer for layer, held in zip(layers, found.inside, strict=True) if held]
         right_at = dict(zip(layers, np.array(by_layer), strict=True))
-        return _Plateau(inside, dict(zip(layers, depth.astype(float), strict=True)), right_at, groups, options)
+        depths = dict(zip(layers, depth.astype(float), strict=True))
+        return _Plateau(inside, depths, right_at, len(drawn), groups, options)
 
     def _silent(self, place: dict[str, str], quantity: str, against: str, reason: str, about: str = "") -> Claim:
         return Claim(place["claim"], self._dataset, place["subject"], quantity, against, about, reason=reason)

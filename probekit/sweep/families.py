@@ -50,15 +50,19 @@ def judge_families(run: Path, *, resamples: int, level: float) -> tuple[pd.DataF
         `FAMILY_COLUMNS` and `TRAJECTORY_COLUMNS` of `probekit.results`. Layers without a head, and families of fewer
         than two layers or groups, are left out.
     """
-    frame = as_they_are(load_results(run))
-    rows = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
-    rows = rows[(rows["combination"] == "single") & (rows["layer"] <= rows["n_blocks"]) & rows["accuracy"].notna()]
+    frame = load_results(run)
+    frame = frame[(frame["split"] == "test") & (frame["slice_by"] == "all") & ~frame["head_kind"].isin(UNPROBED)]
+    frame = frame[
+        (frame["combination"] == "single") & (frame["layer"] <= frame["n_blocks"]) & frame["accuracy"].notna()
+    ]
+    rows, halves = as_they_are(frame), frame[frame["altered"] == "half"]
     families, trajectories = [], []
     for _, family in rows.groupby([*CHOICE_KEYS, "trained_on"], sort=False):
         layers = family.sort_values("layer", kind="stable")
         if len(layers) < 2:
             continue
-        judged = _Family(run, layers)
+        same = [*(key for key in CHOICE_KEYS if key != "seed"), "trained_on"]  # of halves the seed counts the draws
+        judged = _Family(run, layers, halves[(halves[same] == layers[same].iloc[0]).all(axis=1)])
         if len(set(judged.groups)) > 1:
             families.append(judged.table(resamples, level))
             trajectories.append(judged.paths())
@@ -70,9 +74,12 @@ def _joined(parts: list[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
 
 
 class _Family:
-    """Margins and right or wrong (L, n) of L layers on the n test pairs that all of them judged."""
+    """Margins and right or wrong (L, n) of L layers on the n test pairs that all of them judged.
 
-    def __init__(self, run: Path, rows: pd.DataFrame) -> None:
+    `halves` are their refits on halves of the training groups, if there are any.
+    """
+
+    def __init__(self, run: Path, rows: pd.DataFrame, halves: pd.DataFrame) -> None:
         self.rows, keys = rows, list(rows["record_id"])
         margins = load_margins(run, keys)
         margins = margins[(margins["split"] == "test") & (margins["dataset"] == rows["dataset"].iloc[0])]
@@ -85,6 +92,18 @@ class _Family:
         self.groups = self._pairs["group"].to_numpy(object)[self._scored]
         self._by_prompt = "prompts" in PROTOCOLS[rows["protocol"].iloc[0]].needs
         self._chosen = np.flatnonzero(rows["chosen"])
+        self._refits = self._refitted(run, halves)
+
+    def _refitted(self, run: Path, halves: pd.DataFrame) -> FloatArray | None:
+        """Right or wrong (R, L, n scored) of the refits; None where not every layer has the same two or more."""
+        keys = halves.pivot(index="seed", columns="layer", values="record_id").reindex(columns=self.rows["layer"])
+        if len(keys) < 2 or keys.isna().to_numpy().any():
+            return None
+        margins = load_margins(run, keys.to_numpy().ravel())
+        margins = margins[(margins["split"] == "test") & (margins["dataset"] == self.rows["dataset"].iloc[0])]
+        correct = margins.pivot(index="record_id", columns="pair_id", values="correct")[self._pairs.index[self._scored]]
+        refits: FloatArray = correct.loc[keys.to_numpy().ravel()].to_numpy(np.float64).reshape(*keys.shape, -1)
+        return refits
 
     def table(self, resamples: int, level: float) -> pd.DataFrame:
         """Everything that holds for the layers together."""
@@ -93,7 +112,7 @@ class _Family:
         if self._by_prompt:
             options["weights"] = prompt_weights(correct[0], self._pairs["prompt_id"].to_numpy(object)[self._scored])
         band = simultaneous_band(correct, self.groups, **options)
-        plateau = plateau_set(correct, self.groups, **options)
+        plateau = plateau_set(correct, self.groups, refits=self._refits, **options)
         best = best_of_many(correct, self.groups, **options)
         columns = {
             "tried": len(correct),
@@ -107,6 +126,7 @@ class _Family:
             "plateau_p": plateau.p,
             "behind": plateau.behind,
             "within_point": plateau.within_point,
+            "n_refits": 0 if self._refits is None else len(self._refits),
             "best": np.arange(len(correct)) == best.best,
             "frequency": best.frequency,
             "best_naive": best.naive,
