@@ -285,7 +285,7 @@ class Controls(_Strict):
         None, ge=20, description="refits on permuted training labels: 50 % on test pairs unless something leaks"
     )
     halves: int | None = Field(
-        None, ge=2, description="refits on random halves of the training groups: how much training pairs matter"
+        None, ge=10, description="refits on random halves of the training groups: how much training pairs matter"
     )
     shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="shares of the training groups, each a part of the next: accuracy against training pairs"

@@ -41,6 +41,8 @@ UNPROBED = ("metadata", "inputs", "external")
 JOINED = "+"  # between the layers of a set, and between noise levels or poolings that one head reads side by side
 PLAN = "plan"
 """Key of ``config.json``: ids of all records of the sweep, baselines included."""
+JUDGED = "judged"
+"""Key of ``config.json``: true once what is said of several records together is written too."""
 EXTERNAL = "external-"  # what ids of records of scores from elsewhere begin with: no plan lists them
 SPLITS = ("train", "validation", "test")
 
@@ -594,12 +596,13 @@ def check_finished(run: str | Path) -> None:
         If its sweep was stopped.
     """
     run = Path(run)
-    planned = load_config(run).get(PLAN)
+    config = load_config(run)
+    planned = config.get(PLAN)
     if planned is None:  # no sweep wrote it
         return
     parts = {path.stem for path in (run / "parts").glob("*.parquet")}
     held = set(load_results(run)["record_id"]) if (run / "results.parquet").is_file() else set()
-    if {key for key in held if not key.startswith(EXTERNAL)} != set(planned):
+    if {key for key in held if not key.startswith(EXTERNAL)} != set(planned) or not config.get(JUDGED):
         msg = (
             f"{run}: not finished: {len(parts & set(planned)):,} of {len(planned):,} fits are done; the same "
             "`probekit sweep` command finishes it"

@@ -81,17 +81,17 @@ def test_a_planted_layer_is_found(tmp_path):
 def test_refits_on_halves_make_the_plateau_one_of_layers(tmp_path):
     store = planted_store(tmp_path / "store", signal={1: 0.5, 2: 2.0}, seed=3, pairs=600)
     families = {}
-    for name, controls in (("fitted", {}), ("layers", {"halves": 4})):
+    for name, controls in (("fitted", {}), ("layers", {"halves": 10})):
         config = SweepConfig.checked({"heads": [HEAD | {"controls": controls}], "resamples": 200}, source="test")
         run = probekit.run_sweep(config, stores=[store], out=tmp_path / name)
         families[name] = load_families(run).set_index("layer")
     assert set(families["fitted"]["n_refits"]) == {0}
-    assert set(families["layers"]["n_refits"]) == {4}
+    assert set(families["layers"]["n_refits"]) == {10}
     frame = probekit.load_results(run).query("split == 'test' and slice_by == 'all' and combination == 'single'")
     right = load_margins(run).query("split == 'test'").pivot(index="pair_id", columns="record_id", values="correct")
     at = frame.set_index(["altered", "seed", "layer"])["record_id"]
     fits = np.array([right[at["", 0, layer]] for layer in range(4)])
-    refits = np.array([[right[at["half", seed, layer]] for layer in range(4)] for seed in range(4)])
+    refits = np.array([[right[at["half", seed, layer]] for layer in range(4)] for seed in range(10)])
     groups = load_margins(run).drop_duplicates("pair_id").set_index("pair_id")["group"][right.index].to_numpy()
     for name, given in (("fitted", None), ("layers", refits)):
         expected = plateau_set(fits, groups, refits=given, n_boot=200)

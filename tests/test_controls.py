@@ -34,7 +34,7 @@ def refitted(tmp_path_factory):
     """A run with all refits of two layers, of which the second knows the preference."""
     folder = tmp_path_factory.mktemp("refitted")
     store = planted_store(folder / "store", signal={2: 1.5}, seed=0)
-    asked = config({"permuted": 20, "halves": 8, "shares": [0.1, 0.5]})
+    asked = config({"permuted": 20, "halves": 10, "shares": [0.1, 0.5]})
     return probekit.run_sweep(asked, stores=[store], out=folder / "run"), store, asked
 
 
@@ -44,7 +44,7 @@ def test_refits_are_rows_with_what_was_altered(refitted):
     assert frame.groupby(["layer", "altered"]).size().to_dict() == {
         (layer, altered): n
         for layer in (1, 2)
-        for altered, n in (("", 1), ("permuted", 20), ("half", 8), ("share:0.1", 1), ("share:0.5", 1))
+        for altered, n in (("", 1), ("permuted", 20), ("half", 10), ("share:0.1", 1), ("share:0.5", 1))
     }
     n_train = frame.groupby("altered")["n_train"].unique().map(list).to_dict()
     assert n_train == {"": [200], "permuted": [200], "half": [100], "share:0.1": [20], "share:0.5": [100]}
@@ -103,9 +103,9 @@ def test_shares_are_nested_and_halves_the_same_for_all_layers(refitted, tmp_path
     places = {(one.layers, one.altered, one.seed): set(altered(one).train.tolist()) for one in plan.records}
     small, large = (places[(1,), f"share:{share}", 0] for share in (0.1, 0.5))
     assert small < large
-    halves = [places[(2,), "half", seed] for seed in range(8)]
-    assert halves == [places[(1,), "half", seed] for seed in range(8)]
-    assert len({frozenset(half) for half in halves}) == 8
+    halves = [places[(2,), "half", seed] for seed in range(10)]
+    assert halves == [places[(1,), "half", seed] for seed in range(10)]
+    assert len({frozenset(half) for half in halves}) == 10
 
 
 def test_permuted_labels_move_within_prompts_and_joined_images_together():
@@ -145,7 +145,7 @@ def test_what_controls_cannot_do_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"controls\.permuted: is 5; allowed: 20 or more"):
         config({"permuted": 5})
     with pytest.raises(ConfigError, match="'late-fusion'; allowed: concat and mean"):
-        config({"halves": 5}, combine=["late-fusion"])
+        config({"halves": 10}, combine=["late-fusion"])
 
 
 def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):

@@ -315,8 +315,9 @@ def test_baselines_of_inputs_that_do_not_fit_are_left_out_and_said(planted, monk
     rows, hidden = len(probekit.FeatureStore(planted).rows), 64
     needed = 28 * rows * 8 + 24 * 8 * hidden + 2**26 + 4 * 100 * len(material(selection).validation.label)
     needed += 4 * 100 * sum(len(pairs.label) for pairs in material(selection).tests.values())
-    assert memory.affordable([baseline], Budget(needed, 0)) == [baseline]
-    assert memory.affordable([baseline], Budget(needed - 1, 0)) == []
+    assert memory.affordable([baseline], Budget(needed, 0), set()) == [baseline]
+    assert memory.affordable([baseline], Budget(needed - 1, 0), set()) == []
+    assert memory.affordable([baseline], Budget(needed - 1, 0), {baseline.record_id}) == [baseline]
     assert "baseline 'VAE latents and prompt' is left out: it needs about 67.3 MB" in caplog.text
 
 

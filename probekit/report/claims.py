@@ -22,7 +22,7 @@ from probekit.report.contrasts import LARGER, Claim, Judge, because
 from probekit.report.effects import Effect, Verdicts
 from probekit.report.primary import Cells, Endpoint, cells_tried, find_primary
 from probekit.report.select import Setting, narrow, settings
-from probekit.results import load_config, load_results
+from probekit.results import check_finished, load_config, load_results
 from probekit.stats import holm
 from probekit.stats.selection import POINT
 
@@ -68,9 +68,10 @@ def make_claims(run: str | Path) -> Claims:
     Raises
     ------
     ResultsError
-        If the run has no results or no margins, or its primary endpoint names what it does not hold.
+        If the run is not finished or has no margins, or its primary endpoint names what it does not hold.
     """
     run = Path(run)
+    check_finished(run)
     frame = load_results(run)
     sweep = load_config(run).get("sweep")
     options: Mapping[str, Any] = sweep if isinstance(sweep, dict) else {}
@@ -134,7 +135,9 @@ def _corrected(rows: Sequence[Claim], level: float) -> list[Claim]:
         for place, p in zip(places, holm(np.array([rows[place].p for place in places])), strict=True):
             row = replace(rows[place], p_adjusted=float(p))
             if row.verdict != "undetermined" and p > 1 - level:
-                text = f"not after correction for {len(places)} backbones (p {p:.2g})"
+                text = (
+                    f"not after correction for {len(places)} backbones (p {p:.2g})" if len(places) > 1 else f"p {p:.2g}"
+                )
                 row = because(replace(row, verdict="undetermined"), text)
             elif row.low <= 0 <= row.high:
                 near = f", and lies within {100 * POINT:g} point of it" * bool(max(-row.low, row.high) <= POINT)

@@ -166,8 +166,13 @@ class Judge:
             if plateau is None:
                 yield claim
                 continue
-            end = [layer for layer in plateau.inside if layer == max(plateau.depth)]
-            yield plateau.judged(claim, end if claim.verdict == "supported" else [], "(the last)")
+            last_layer = max(plateau.depth)
+            end = [layer for layer in plateau.inside if layer == last_layer]
+            earlier = [layer for layer in plateau.inside if layer != last_layer]
+            if claim.verdict == "supported":
+                yield plateau.judged(claim, end, "(the last)")
+            else:
+                yield plateau.judged(claim, earlier if claim.verdict == "contradicted" else [], "(before the last)")
 
     def _layer_claims(
         self, claim: str, quantity: str, against: str, above: pd.DataFrame, below: pd.DataFrame

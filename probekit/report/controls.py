@@ -38,7 +38,7 @@ def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.Data
         rows = rows[rows[key] == getattr(setting, key)]
     most = rows.groupby(["backbone", "control"])["n_layers"].transform("max")
     shown = rows[rows["chosen"] | ((rows["n_layers"] == most) & (most > 1))]
-    asis = whole[["record_id", "accuracy", "low", "high", "n_train", "train_accuracy", "head_parameters"]]
+    asis = whole[["record_id", "accuracy", "low", "high", "n_train", "train_accuracy", "head_parameters", "converged"]]
     return shown.merge(asis, on="record_id", how="left", suffixes=("", "_as_it_is"))
 
 
@@ -53,7 +53,7 @@ def altered_table(rows: pd.DataFrame) -> pd.DataFrame:
             "Altered": f"{ALTERED[kind]}: {parameter}".removesuffix(": ")
             + f"\n{row['n_fits']} fits" * (row["n_fits"] > 1),
             "Training pairs": f"{row['n_train']:,}",
-            "As it is": percent(row["accuracy_as_it_is"]),
+            "As it is": marked(percent(row["accuracy_as_it_is"]), row["converged_as_it_is"] is not False, before="\n"),
             "Training, as it is": percent(row["train_accuracy_as_it_is"]),
             "Training": marked(percent(row["train_accuracy"]), row["converged"], before="\n"),
             "Test accuracy": marked(percent(row["accuracy"]), row["converged"], before="\n"),
@@ -98,7 +98,7 @@ def _points(rows: pd.DataFrame, kind: str, x: str, at: Column, whole: Column) ->
     part = rows[rows["altered"].str.startswith(f"{kind}:")]
     part = part.assign(layers=["chosen layer" if chosen else "widest set" for chosen in part["chosen"]])
     last = part.drop_duplicates(_KEYS).copy()
-    for name in (x, "accuracy", "low", "high", "train_accuracy"):
+    for name in (x, "accuracy", "low", "high", "train_accuracy", "converged"):
         last[name] = last[f"{name}_as_it_is"]
     columns = [*_KEYS, "layers", x, "accuracy", "low", "high", "train_accuracy", "converged"]
     found = pd.concat([part, last])[columns].astype({x: "int64"})

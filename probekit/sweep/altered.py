@@ -35,6 +35,7 @@ from probekit.config import LinearHead, Ties
 from probekit.errors import ConfigError
 from probekit.heads import layer_set_name
 from probekit.heads.linear import _folds
+from probekit.preferences.groups import PLACEHOLDER_PROMPTS
 from probekit.results import JOINED
 from probekit.stats import permuted_labels
 from probekit.sweep.material import (
@@ -180,7 +181,7 @@ def altered(record: Record) -> Altered:
     data = material(record.selection)
     everything = np.arange(len(data.rows))
     if record.kind == "permuted":
-        label = _permuted(record.selection, record.seed)
+        label = _permuted(record.selection, data.digest, record.seed)
         return Altered(replace(data, train=replace(data.train, label=label)), everything)
     if record.kind in ("half", "share"):
         groups = data.train.frame["group"].to_numpy()
@@ -245,11 +246,18 @@ def _check_folds(record: Record, folds: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def _permuted(selection: Selection, seed: int) -> NDArray[np.float64]:
-    """Labels (n,) of the training pairs, drawn anew; an image under several prompts is one."""
+def _permuted(selection: Selection, digest: str, seed: int) -> NDArray[np.float64]:
+    """Labels (n,) of the training pairs, drawn anew; an image under several prompts is one, placeholders aside.
+
+    `digest` is that of the pairs: judgements may have changed since an earlier sweep.
+    """
     train = material(selection).train
     digests = np.concatenate([open_cached(path).image_digests() for path in selection.stores])
     images = np.unique(digests.view(f"V{digests.shape[1]}")[:, 0], return_inverse=True)[1]
     prompts = train.frame["prompt_id"].to_numpy()
-    first, second = images[train.rows].T
+    sides = images[train.rows]
+    seen = pd.DataFrame({"image": sides.ravel(), "prompt": np.repeat(prompts, 2)}).drop_duplicates()["image"]
+    everywhere = np.isin(sides, seen.value_counts().loc[lambda times: times > PLACEHOLDER_PROMPTS].index)
+    sides[everywhere] = images.max() + 1 + np.arange(everywhere.sum())
+    first, second = sides.T
     return permuted_labels(train.label, first, second, prompts, seed=seed)

@@ -95,7 +95,10 @@ class _Fits:
         kinds = fits["altered"].str.replace(r"^(beside|padded)(:\d+)?:(\w+):.*", r"\1:\3", regex=True)
         for kind, some in fits[kinds != ""].groupby(kinds[kinds != ""], sort=False):
             row = said | {"altered": kind, "n_fits": len(some), "n_train": int(some["n_train"].mean())}
-            row |= {"train_accuracy": some["train_accuracy"].mean(), "converged": bool(some["converged"].all())}
+            row |= {
+                "train_accuracy": some["train_accuracy"].mean(),
+                "converged": bool(some["converged"].all() and whole["converged"]),
+            }
             first = some.iloc[0]
             match str(kind).partition(":")[0]:
                 case "half":

@@ -180,7 +180,7 @@ def _run_pairs(out: Path, dataset: str) -> pd.DataFrame | None:
     """Give the validation and test pairs that heads of a run were judged on; None where it has none on this data."""
     if not (out / "results.parquet").is_file():
         return None
-    frame = results.load_results(out)
+    frame = results.as_they_are(results.load_results(out))
     frame = frame[(frame["dataset"] == dataset) & ~frame["head_kind"].isin(results.UNPROBED)]
     if frame.empty:
         return None

@@ -24,7 +24,7 @@ import re
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,10 +230,13 @@ def _free(n: int, d: int, k: int) -> int:
     return 80 * n * k + 320 * d * k
 
 
-def affordable(baselines: Sequence[InputBaseline], budget: Budget) -> list[InputBaseline]:
-    """Leave out the baselines of inputs that one process has not the memory for, and say so."""
+def affordable(baselines: Sequence[InputBaseline], budget: Budget, done: Collection[str]) -> list[InputBaseline]:
+    """Leave out the baselines of inputs that are not done and that one process has not the memory for, and say so."""
     found = []
     for baseline in baselines:
+        if baseline.record_id in done:
+            found.append(baseline)
+            continue
         data, place, (_, head) = material(baseline.selection), place_of(baseline), SEEN[baseline.seen]
         n, every, d = len(data.train.label), len(data.rows), place.width
         fixed = _FIXED + 4 * baseline.resamples * (every - n)

@@ -191,6 +191,7 @@ def run_sweep(
     results.write_controls(out, compare_controls(out, resamples=config.resamples, level=config.level))
     results.write_beyond(out, beyond_generator(out, resamples=config.resamples, level=config.level))
     results.write_families(out, *judge_families(out, resamples=config.resamples, level=config.level))
+    results.write_config(out, resolved | {results.JUDGED: True})
     fitted_heads = results.as_they_are(results.load_results(out)).query("head_kind in ('linear', 'mlp')")
     grids = {head.name: head.strengths for head in config.heads if isinstance(head, LinearHead)}
     for warning in fit_warnings(fitted_heads.drop_duplicates("record_id"), grids):
@@ -268,7 +269,7 @@ def prepare(
     check_distinct(records)
     check_primary(config, records)
     baselines, done, budget = plan_baselines(planned), results.done_records(out), budget_of(memory)
-    inputs = affordable(plan_input_baselines(planned), budget)
+    inputs = affordable(plan_input_baselines(planned), budget, done)
     groups = groups_of([record for record in records if record.record_id not in done], budget, jobs)
     return Prepared(config, opened, selections, records, baselines, inputs, known, done, budget, groups)
 
