@@ -230,6 +230,20 @@ def test_beside_a_sweep_pairs_and_groups_are_those_of_the_run(tmp_path, prefs):
     assert len(list((run / "margins").iterdir())) == len(keys) + 1
 
 
+def test_beside_nested_folds_pairs_are_those_of_the_fits_as_they_are(tmp_path, prefs):
+    run = tmp_path / "run"
+    keys = write_sweep(run, prefs)
+    facts = ["family_tested", "sigma_ratio", "pooling_layers", "imported"]
+    rows = results.load_results(run).query("record_id == @keys[0]").drop(columns=facts)
+    turned = results.load_margins(run, keys[:1]).drop(columns="record_id")
+    turned["split"] = turned["split"].map({"test": "validation", "validation": "test"})
+    more = rows.assign(record_id="nested", altered="nested:2", n_pairs=100 * rows["n_pairs"])
+    results.write_part(run, "nested", more, turned)
+    results.rebuild(run, [*keys, "nested"])
+    made, _ = run_scores(tmp_path, prefs, scores_of())
+    assert whole(made.rows)["n_groups"] == 10  # test prompts, two a group; the other 10 prompts are 5
+
+
 def test_a_run_on_another_file_of_the_same_name_is_refused(tmp_path, prefs):
     write_sweep(tmp_path / "run", prefs)
     other = write_prefs(tmp_path / "other" / "judged.jsonl", votes=True)
