@@ -426,7 +426,7 @@ class Closed:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
 
-def work():
+def work(**_):
     Closed()
     time.sleep(20)
 

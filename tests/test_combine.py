@@ -84,7 +84,7 @@ def test_layer_sets_from_features_come_in_two_steps():
         ({"blocks": True}, ["whole numbers from 1", "True"]),
         ({"windows": 2, "strides": 2}, ["allowed:", "'strides': 2"]),
         ({"search": {"top": 3}}, ["search", "unknown key 'top'", "allowed: max_size, refit_top"]),
-        ({"search": {"max_size": 1}}, ["search: max_size", "greater than or equal to 2", "not 1"]),
+        ({"search": {"max_size": 1}}, ["search: max_size", "is 1; allowed: 2 or more"]),
         ({"search": 3}, ["search: {max_size, refit_top}", "{'search': 3}"]),
         ([0, -1], ["layer numbers", "-1"]),
     ],

@@ -29,7 +29,7 @@ def levels_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.
         told = {"sigma": f"sigma {sigma}", "draw": f"draw {draw}", "pooling": pooling}
         name = ", ".join(told[column] for column in several).replace("+", " + ")
         found.append(depth_points(rows, setting=there).assign(level=name))
-    points = pd.concat(found, ignore_index=True) if found else depth_points(rows).assign(level="")
+    points = pd.concat(found, ignore_index=True) if found else depth_points(rows, setting=setting).assign(level="")
     drawn = points[points["layers"] == "single"]["level"].unique()
     return points[points["level"].isin(drawn) & (points["layers"] != "output point")].reset_index(drop=True)
 
