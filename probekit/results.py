@@ -183,8 +183,8 @@ BEYOND_COLUMNS: dict[str, str] = {
     "detectable": "float64",
 }
 
-#: Blocks of similar layers, and test accuracies of heads on pairs of layers within one block and across two.
-BLOCK_COLUMNS: dict[str, str] = {
+#: What tables about a setting, not about a single fit, begin with.
+_SETTING: dict[str, str] = {
     "backbone": "str",
     "control": "str",
     "dataset": "str",
@@ -194,6 +194,11 @@ BLOCK_COLUMNS: dict[str, str] = {
     "draw": "int64",
     "pooling": "str",
     "head": "str",
+}
+
+#: Blocks of similar layers, and test accuracies of heads on pairs of layers within one block and across two.
+BLOCK_COLUMNS: dict[str, str] = {
+    **_SETTING,
     "seed": "int64",
     "blocks": "str",  # ranges of layers, such as "0-3, 4-6, 7"
     "n_within": "int64",  # pairs of layers
@@ -211,15 +216,7 @@ BLOCK_COLUMNS: dict[str, str] = {
 #: test pairs: one row for each layer. Definitions and sources: `probekit.stats`. Shares from 0 to 1.
 FAMILY_COLUMNS: dict[str, str] = {
     "record_id": "str",
-    "backbone": "str",
-    "control": "str",
-    "dataset": "str",
-    "trained_on": "str",
-    "protocol": "str",
-    "sigma": "str",
-    "draw": "int64",
-    "pooling": "str",
-    "head": "str",
+    **_SETTING,
     "seed": "int64",
     "layer": "int64",
     "relative_depth": "float64",
@@ -290,15 +287,7 @@ TRAJECTORY_COLUMNS: dict[str, str] = {
 #: of the fit as it is and the best on validation of those with one trained layer, which ``selected`` names.
 CONTROL_COLUMNS: dict[str, str] = {
     "record_id": "str",  # of the fit as it is; empty where the row belongs to none
-    "backbone": "str",
-    "control": "str",
-    "dataset": "str",
-    "trained_on": "str",
-    "protocol": "str",
-    "sigma": "str",
-    "draw": "int64",
-    "pooling": "str",
-    "head": "str",
+    **_SETTING,
     "layer_set": "str",
     "combination": "str",
     "layer": "Int64",
