@@ -25,8 +25,10 @@ BOTH = {"VAE latents", "VAE latents and prompt"}
 
 
 def test_statistics_are_those_of_the_sixteen_parts() -> None:
-    picture = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0)) + 100
-    found = picture_statistics(picture).numpy()
+    pictures = torch.randn(5, 3, 16, 24, generator=torch.Generator().manual_seed(0)) + 100
+    together = picture_statistics(pictures)
+    assert torch.equal(together, torch.cat([picture_statistics(picture[None]) for picture in pictures]))
+    picture, found = pictures[0], together[0].numpy()
     parts = picture.numpy().astype(np.float64).reshape(3, 4, 4, 4, 6).transpose(0, 1, 3, 2, 4).reshape(48, 24)
     np.testing.assert_allclose(found[:48], parts.mean(axis=1), rtol=1e-6)
     np.testing.assert_allclose(found[48:], parts.std(axis=1), rtol=1e-5)

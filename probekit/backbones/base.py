@@ -159,5 +159,5 @@ class Base:
             if self._vae is None:
                 self._vae = self.load("vae", like)
             latents = latent_rules.encode(self._vae, family.latents, pixels, size)
-        for (key, picture), latent in zip(batch, latents, strict=True):
-            self.cache.put("latents", key, {"latents": latent.contiguous(), "pixels": picture_statistics(picture)})
+        for (key, _), latent, statistics in zip(batch, latents, picture_statistics(pixels), strict=True):
+            self.cache.put("latents", key, {"latents": latent.contiguous(), "pixels": statistics})

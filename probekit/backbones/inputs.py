@@ -3,7 +3,7 @@
 Shapes: (c, h, w) a latent, (3, H, W) pixels, d channels of an embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ from probekit.backbones.conditioning import Embeddings
 
 PARTS = 4
 TEXT_WIDTH = 256
+_AT_ONCE = 16  # latents of which there is a second copy, in float64
 DEFINITIONS = {
     "pixels": "1: mean and standard deviation (divided by n) of the pixels in [-1, 1] over the 4 x 4 parts of the "
     "picture, each as (channel, row, column)",
@@ -48,19 +49,29 @@ def input_statistics(
     """
     summaries = {prompt: text_summary(embeddings(prompt)) for prompt in dict.fromkeys(prompts)}
     rows = {
-        "pixels": pixels,
-        "latents": [picture_statistics(latent) for latent in latents],
-        "text": [summaries[prompt] for prompt in prompts],
+        "pixels": torch.stack(list(pixels)),
+        "latents": torch.cat([picture_statistics(few) for few in _together(latents)]),
+        "text": torch.stack([summaries[prompt] for prompt in prompts]),
     }
-    return {name: torch.stack(list(values)).numpy() for name, values in rows.items()}
+    return {name: values.numpy() for name, values in rows.items()}
 
 
-def picture_statistics(picture: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation of a picture or latent (c, h, w) over its 4 x 4 parts: float32 (32 c,)."""
-    values = picture.double()
+def picture_statistics(pictures: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of pictures or latents (m, c, h, w) over their 4 x 4 parts: float32 (m, 32 c)."""
+    values = pictures.double()
     mean, square = (torch.nn.functional.adaptive_avg_pool2d(x, PARTS) for x in (values, values.square()))
     deviation = (square - mean.square()).clamp(min=0).sqrt()
-    return torch.cat([mean.flatten(), deviation.flatten()]).float()
+    return torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1).float()
+
+
+def _together(pictures: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield pictures (m, c, h, w), a few at a time where their sizes agree."""
+    for start in range(0, len(pictures), _AT_ONCE):
+        few = pictures[start : start + _AT_ONCE]
+        if len({picture.shape for picture in few}) == 1:
+            yield torch.stack(list(few))
+        else:
+            yield from (picture.unsqueeze(0) for picture in few)
 
 
 def text_summary(embeddings: Embeddings) -> torch.Tensor:
@@ -72,7 +83,7 @@ def text_summary(embeddings: Embeddings) -> torch.Tensor:
     total = torch.zeros(TEXT_WIDTH, dtype=torch.float64)
     for number, leaf in enumerate(leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 1):
         mean = leaf.double().cpu().flatten(0, -2).mean(0)
-        total += mean @ _directions(number, len(mean)).double()
+        total += mean @ _directions(number, len(mean))
     return total.float()
 
 
@@ -80,5 +91,5 @@ def text_summary(embeddings: Embeddings) -> torch.Tensor:
 def _directions(number: int, width: int) -> torch.Tensor:
     """Random numbers (d, 256) for one of the embeddings of a prompt; torch's CPU generator, as for noise."""
     generator = torch.Generator().manual_seed(number)
-    directions: torch.Tensor = torch.randn((width, TEXT_WIDTH), generator=generator) / TEXT_WIDTH**0.5
+    directions: torch.Tensor = (torch.randn((width, TEXT_WIDTH), generator=generator) / TEXT_WIDTH**0.5).double()
     return directions

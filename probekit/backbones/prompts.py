@@ -4,6 +4,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -132,7 +133,14 @@ def _to_item(embeddings: Embeddings) -> Item:
 
 
 def _from_item(item: Item, device: torch.device) -> Embeddings:
-    content = json.loads(bytes(item["json"].tolist()))
-    leaves = [item[str(i)].to(device) if str(i) in item else other for i, other in enumerate(content["others"])]
-    found: Embeddings = pytree.tree_unflatten(leaves, pytree.treespec_loads(content["structure"]))
+    others, structure = _structure(item["json"].numpy().tobytes())
+    leaves = [item[str(i)].to(device) if str(i) in item else other for i, other in enumerate(others)]
+    found: Embeddings = pytree.tree_unflatten(leaves, structure)
     return found
+
+
+@lru_cache
+def _structure(text: bytes) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return what stands beside the tensors of an item, the same for most prompts of a model."""
+    content = json.loads(text)
+    return content["others"], pytree.treespec_loads(content["structure"])

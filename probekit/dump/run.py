@@ -283,7 +283,8 @@ def _fill(
             real = bool(images)
             if not real:  # one grey picture says how wide the features are
                 good, prompts = part[:1], told[number][:1]
-                images = [EncodedImage(torch.zeros(backbone.latent_shape), picture_statistics(torch.zeros(3, 1, 1)))]
+                grey = picture_statistics(torch.zeros(1, 3, 1, 1))
+                images = [EncodedImage(torch.zeros(backbone.latent_shape), *grey)]
             latents = [image.latents for image in images]
             if number == 0:  # a row of the table that does not fit is refused before all prompts are embedded
                 backbone.load(prompts[0], tuple(latents[0].shape))
