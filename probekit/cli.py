@@ -5,23 +5,15 @@ Heavy libraries are imported inside the commands, so that ``probekit --help`` an
 
 import json
 import logging
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer, main_thread
-from types import FrameType
 from typing import Annotated, Any, Literal, cast
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
+from probekit._terminal import Stopped, err_console, out_console, print_lines, progress_bars, show, stop_on_signals
 from probekit._types import scaled
 from probekit.config import (
     SHARD_MIB,
@@ -53,11 +45,6 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 """What typer raises where options are wrong; it has no name of its own."""
 
 ExportFormat = Literal["parquet", "safetensors"]
-
-_SECONDS_A_LINE = 30  # of progress that goes to a file
-
-out_console = Console(soft_wrap=True)
-err_console = Console(stderr=True, soft_wrap=True)
 
 
 def _existing(given: Path | list[Path] | None) -> Path | list[Path] | None:
@@ -146,9 +133,9 @@ def dump(
     import probekit.dump
 
     if dry_run:
-        _print_lines(probekit.dump.dry_run(settings))
+        print_lines(probekit.dump.dry_run(settings))
         return
-    with _progress() as progress:
+    with progress_bars() as progress:
         done = probekit.dump.run_dump(settings, progress=progress)
     out_console.print(f"{settings.out}: {done}")
 
@@ -184,13 +171,13 @@ def import_features(
 
     from probekit.imports import plan_import, run_import
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         if dry_run:
             planned = plan_import(settings, progress=progress)
         else:
             store = run_import(settings, progress=progress)
     if dry_run:
-        _print_lines(planned.lines())
+        print_lines(planned.lines())
     else:
         out_console.print(f"{out}: {len(store.rows):,} rows, {len(store.layers)} layers")
 
@@ -232,11 +219,11 @@ def sweep(
     from probekit.results import knowing_nothing_lines
 
     if dry_run:
-        _print_lines(probekit.sweep.dry_run(config, **given))
+        print_lines(probekit.sweep.dry_run(config, **given))
         return
-    with _progress("fits") as progress:
+    with progress_bars("fits") as progress:
         probekit.sweep.run_sweep(config, **given, progress=progress)
-    _print_lines(knowing_nothing_lines(out))
+    print_lines(knowing_nothing_lines(out))
     out_console.print(f"{out / 'results.parquet'}")
 
 
@@ -267,7 +254,7 @@ def score_table(
 
     from probekit.sweep import score_table
 
-    _print_lines(score_table(settings).lines())
+    print_lines(score_table(settings).lines())
     out_console.print(f"{out / 'results.parquet'}")
 
 
@@ -305,7 +292,7 @@ def demo(
     """Dump, sweep and report on the shipped playground, offline, in about three minutes on two cores."""
     from probekit.demo import run_demo
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         page = run_demo(out, progress=progress)
     out_console.print(f"report: {page}")
 
@@ -333,7 +320,7 @@ def backbones(
             typer.echo(f"    {', '.join(row['blocks'])}; latents {row['latents']}; timestep {row['timestep']}")
         return
     planned = plan(model, transformer=transformer, revision=revision, resolution=resolution, dtype=dtype)
-    _show(planned.facts(), planned.lines(), as_json=as_json)
+    show(planned.facts(), planned.lines(), as_json=as_json)
 
 
 @app.command()
@@ -363,12 +350,12 @@ def lint(
     loaded = load_preferences(prefs, **reading.loading())
     told = reading.loading() | {"split_file": None}
     other = None if against is None else load_preferences(against, **told)
-    with _progress() as progress:
+    with progress_bars() as progress:
         for preferences in (loaded, other) if images else ():
             if preferences is not None:
                 preferences.unpack_images(progress)
         found = look_for_faults(loaded, images=images, against=other, ties=ties, jobs=jobs, progress=progress)
-    _show(found.facts(), found.lines(), as_json=as_json)
+    show(found.facts(), found.lines(), as_json=as_json)
     if found.errors:
         raise typer.Exit(1)
 
@@ -425,7 +412,7 @@ def verify(
     """List what is missing or damaged in a feature store and what mends it; exit code 1 if anything is."""
     from probekit.store import verify_store
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         found = verify_store(store, deep=deep, repair=repair, progress=progress)
     if as_json:
         typer.echo(json.dumps(found.facts(), indent=2))
@@ -455,7 +442,7 @@ def export(
     """Write features, rows and pairs of a store for other tools; the same command continues or updates."""
     from probekit.store import FeatureStore, export_store
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         made = export_store(
             FeatureStore(store),
             out,
@@ -484,7 +471,7 @@ def inspect(
     from probekit.report import summary
 
     facts, is_store = _facts(path)
-    _show(facts, (summary.store_lines if is_store else summary.run_lines)(facts), as_json=as_json)
+    show(facts, (summary.store_lines if is_store else summary.run_lines)(facts), as_json=as_json)
 
 
 @bench.command("dump")
@@ -510,9 +497,9 @@ def bench_dump(
 
     from probekit.bench.dump import bench_dump
 
-    with _progress("rounds") as progress:
+    with progress_bars("rounds") as progress:
         measured = bench_dump(options, images=images, rounds=rounds, progress=progress)
-    _show(measured.facts(), measured.lines(), as_json=as_json)
+    show(measured.facts(), measured.lines(), as_json=as_json)
 
 
 @bench.command("store")
@@ -529,7 +516,7 @@ def bench_store(
     """Time the feature store against plain writes and reads, beside the figures of its design; no file is left."""
     from probekit.bench.store import bench_store
 
-    with _progress("steps") as progress:
+    with progress_bars("steps") as progress:
         measured = bench_store(
             rows=rows,
             layers=layers,
@@ -539,7 +526,7 @@ def bench_store(
             folder=folder,
             progress=progress,
         )
-    _show(measured.facts(), measured.lines(), as_json=as_json)
+    show(measured.facts(), measured.lines(), as_json=as_json)
 
 
 @bench.command("sweep")
@@ -553,9 +540,9 @@ def bench_sweep(
     """Time fits of heads against scikit-learn and a plain loop, beside the figures of the design, by CPU time."""
     from probekit.bench.sweep import bench_sweep
 
-    with _progress("rounds") as progress:
+    with progress_bars("rounds") as progress:
         measured = bench_sweep(names=case or [], scale=scale, layers=layers, progress=progress)
-    _show(measured.facts(), measured.lines(), as_json=as_json)
+    show(measured.facts(), measured.lines(), as_json=as_json)
 
 
 @playground.command("path")
@@ -586,23 +573,6 @@ def _reading(given: dict[str, Any]) -> PreferenceOptions:
     return PreferenceOptions.checked(named, source="options")
 
 
-def _show(facts: dict[str, Any], lines: Iterable[tuple[str, str]], *, as_json: bool) -> None:
-    """Print facts as JSON, or their lines of (heading, text) as a table."""
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        _print_lines(lines)
-
-
-def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column()
-    table.add_column(overflow="fold")  # a path is shown whole
-    for heading, text in lines:
-        table.add_row(heading, text)
-    out_console.print(table)
-
-
 def _facts(path: Path) -> tuple[dict[str, Any], bool]:
     """Plain facts of a store or a run, and whether it is a store."""
     if (path / "store.json").is_file() or (path / "shards").is_dir():
@@ -617,71 +587,11 @@ def _facts(path: Path) -> tuple[dict[str, Any], bool]:
     raise ConfigError(message)
 
 
-@contextmanager
-def _progress(unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """Progress bars on stderr, one for each first word of the reported text where no unit is named.
-
-    Where stderr is no terminal: a line now and then.
-    """
-    if not err_console.is_terminal:
-        last = time.monotonic()
-
-        def tell(done: int, total: int, text: str) -> None:
-            nonlocal last
-            if (now := time.monotonic()) - last >= _SECONDS_A_LINE:
-                last = now
-                err_console.print(f"{done:,}/{total:,} {unit} {text}".replace("  ", " "), markup=False, highlight=False)
-
-        yield tell
-        return
-    whole: dict[str, Any] = {"no_wrap": True}  # on a narrow terminal only the text gives way
-    columns = (
-        TextColumn("{task.description}", table_column=Column(**whole)),
-        BarColumn(bar_width=16, table_column=Column(**whole)),
-        MofNCompleteColumn(table_column=Column(**whole)),
-        TimeElapsedColumn(table_column=Column(**whole)),
-        TimeRemainingColumn(table_column=Column(**whole)),
-        TextColumn("{task.fields[text]}"),
-    )
-    bars, tasks = Progress(*columns, console=err_console), dict[str, Any]()
-
-    def update(done: int, total: int, text: str) -> None:
-        bars.start()  # not before: an error of wrong options is one line, without bars above it
-        label, _, rest = (unit, "", text) if unit else text.partition(" ")
-        if label not in tasks:
-            tasks[label] = bars.add_task(label, total=total, text="")
-        bars.update(tasks[label], completed=done, total=total, text=rest)
-
-    try:
-        yield update
-    finally:
-        if tasks:
-            bars.stop()
-
-
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM, as an exception that typer lets through: temporary files are removed on the way out."""
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise _Stopped(signum)
-
-
-def _stop_again(ignored: Any) -> None:
-    """Send a signal again whose exception Python dropped, as it does in a ``__del__``."""
-    if isinstance(ignored.exc_value, _Stopped):
-        Timer(0.01, signal.pthread_kill, (main_thread().ident, *ignored.exc_value.args)).start()
-    else:
-        sys.__unraisablehook__(ignored)
-
-
 def main() -> None:
     """Entry point: library errors become one line on stderr and an exit code (2 usage, 1 failure)."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=err_console, show_path=False)])
     logging.getLogger("probekit").setLevel(logging.INFO)
-    sys.unraisablehook = _stop_again
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    stop_on_signals()
     try:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:
@@ -697,6 +607,6 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         err_console.print(f"error: {where}{error.strerror or error}", markup=False, highlight=False)
         sys.exit(1)
-    except _Stopped as stop:
+    except Stopped as stop:
         err_console.print("stopped; what is done is kept, and the same command resumes")
         sys.exit(128 + stop.args[0])

@@ -211,7 +211,7 @@ def test_progress_that_goes_to_a_file_is_a_line_now_and_then(tmp_path, monkeypat
     assert quick.returncode == 0
     assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" not in quick.stderr
     assert "/4 fits" not in quick.stderr
-    monkeypatch.setattr("probekit.cli._SECONDS_A_LINE", 0)
+    monkeypatch.setattr("probekit._terminal.SECONDS_A_LINE", 0)
     slow = probekit("sweep", file, "--store", store, "--out", tmp_path / "slow")
     said = [line for line in slow.stderr.splitlines() if "/4 fits store linear" in line]
     assert [line.partition(":")[0] for line in said] == [f"{n + 1}/4 fits store linear {n}" for n in range(4)]
@@ -428,7 +428,7 @@ class Closed:
 
 def work(**_):
     Closed()
-    time.sleep(20)
+    time.sleep(100)
 
 cli.app = work
 cli.main()
@@ -436,7 +436,7 @@ cli.main()
 
 
 def test_a_signal_that_python_drops_in_a_destructor_still_stops():
-    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, check=False, timeout=15)
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr.splitlines()[-1].endswith("the same command resumes")
     assert "Traceback" not in done.stderr
