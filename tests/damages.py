@@ -36,7 +36,7 @@ CONFIG = {
 }
 WIDTHS = {"mean": 5, "text_mean": 5}  # of equal size, so that datasets can be taken for one another
 WANTED = [("mean", 0), ("mean", 1), ("mean", 2), ("text_mean", 0), ("text_mean", 1)]
-SECONDS = 15  # for one copy; a read takes about 0.05
+SECONDS = 60  # for one copy; a read takes about 0.05
 
 
 def table() -> pd.DataFrame:

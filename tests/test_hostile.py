@@ -259,6 +259,46 @@ def test_sidecars_that_claim_too_much(store, change, what):
     refused(store, name=path)
 
 
+def sealed_as_it_stands(data: bytes) -> bytes:
+    """Seal a sidecar anew without making it canonical JSON."""
+    old = json.loads(data)["self_sha256"].encode()
+    digest = hashlib.sha256(data.replace(b'"self_sha256":"' + old + b'",', b"")).hexdigest()
+    return data.replace(old, digest.encode())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"draw":', b'"draw":1,"draw":'),
+        (b'"bytes":', b'"bytes":1,"bytes":'),
+        (b'"offset":', b'"offset":1,"offset":'),
+        (
+            b'"rows/status":',
+            b'"rows/status":{"crc32":1,"dtype":"|u1","nbytes":6,"offset":1,"shape":[6]},"rows/status":',
+        ),
+        (b'"rows/status":{', b'"rows/status":{"sha256":"x",'),
+        (b'"sigma":', b'"one":{"later":1,"later":2},"sigma":'),
+        (b'"sigma":', b'"one":NaN,"sigma":'),
+        (b'"sigma":', b'"one":[-Infinity],"sigma":'),
+    ],
+)
+def test_a_seal_excuses_nothing(store, old, new):
+    path = sorted(store.glob("shards/0.005/*.json"))[0]
+    assert records.parse_sidecar(sealed_as_it_stands(path.read_bytes()))
+    with pytest.raises(ValueError, match="not a record that carries its own SHA-256"):
+        records.parse_sidecar(sealed_as_it_stands(path.read_bytes().replace(old, new, 1)))
+
+
+def test_members_of_a_later_version_are_ignored(store):
+    path = sorted(store.glob("shards/0.005/*.json"))[0]
+    content = fmt.unseal(path.read_bytes())
+    before = records.parse_sidecar(path.read_bytes())
+    content["datasets"]["rows/status"]["later"] = {"a": [1.5, None, 'x":y']}
+    after = records.parse_sidecar(fmt.seal(content | {"later": "é"}))
+    assert after.datasets == before.datasets
+    assert after.record_sha256 == fmt.record_digest(content | {"later": "é"}) != before.record_sha256
+
+
 def test_a_sidecar_is_bound_to_its_file(store):
     """Edits that only the digest in the file can show: a sidecar that fits in every other respect."""
     path = sorted(store.glob("shards/0.005/*.json"))[0]

@@ -6,9 +6,9 @@ m = rows of a shard, d = channels of a feature vector.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ SEAL = "self_sha256"
 UNBOUND = ("1.0", "1.1")  # versions whose shards do not hold the digest of their record, nor judgements a sidecar
 RECORD = "record_sha256"  # attribute of a shard's root: what its sidecar says, so that the two cannot be parted
 _OF_THE_FILE = ("bytes", "sha256", "meta_sha256")  # not in that digest, since they depend on it
+# Those members and the seal as they stand in a sidecar, where `sigma` comes last and so a comma follows each; in a text
+# the quotes would be escaped.
+_MEMBER = re.compile(rf'"({"|".join((*_OF_THE_FILE, SEAL))})":("[^"\\\\]*"|-?[0-9]+),'.encode())
+_NOT_SEALED = "not a record that carries its own SHA-256"
 MAX_METADATA_BYTES = 2**26  # of a shard, outside its datasets: more would only keep a reader busy
 SIGMA_RESOLUTION = "sigma_resolution"  # member of ``describe``
 
@@ -68,31 +72,13 @@ def canonical_json(value: Any) -> str:
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Hex SHA-256 of the canonical JSON of a configuration."""
-    return hashlib.sha256(canonical_json(dict(config)).encode()).hexdigest()
+    return _sha256(canonical_json(dict(config)).encode())
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
     """Encode a record as canonical JSON that carries its own SHA-256."""
-    return _sealed(_members(content))
-
-
-def _members(content: Mapping[str, Any]) -> dict[str, str]:
-    """Canonical JSON of each member: a sidecar is long, and one encoding serves its seal and its record digest."""
-    return {key: canonical_json(value) for key, value in content.items()}
-
-
-_key = lru_cache(maxsize=64)(canonical_json)  # the members of records are few
-
-
-def _object(members: Mapping[str, str], *, without: tuple[str, ...] = ()) -> bytes:
-    """Put members together to the canonical JSON of their object."""
-    parts = [f"{_key(key)}:{members[key]}" for key in sorted(members) if key not in without]
-    return ("{" + ",".join(parts) + "}").encode()
-
-
-def _sealed(members: Mapping[str, str]) -> bytes:
-    digest = hashlib.sha256(_object(members, without=(SEAL,))).hexdigest()
-    return _object({**members, SEAL: canonical_json(digest)})
+    bare = {key: value for key, value in content.items() if key != SEAL}
+    return canonical_json(bare | {SEAL: _sha256(canonical_json(bare).encode())}).encode()
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -103,41 +89,60 @@ def unseal(data: bytes) -> dict[str, Any]:
     ValueError
         If a single byte differs from what ``seal`` wrote.
     """
-    return _unsealed(data)[0]
-
-
-def unseal_sidecar(data: bytes) -> dict[str, Any]:
-    """Decode a sealed sidecar; its `record_digest` stands beside its members under ``record_sha256``.
-
-    Raises
-    ------
-    ValueError
-        If a single byte differs from what ``seal`` wrote.
-    """
-    content, members = _unsealed(data)
-    return content | {RECORD: _record_digest(members)}
-
-
-def _unsealed(data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        content = json.loads(data)
-        members = _members(content) if isinstance(content, dict) else {}
-        intact = _sealed(members) == data
+        content: dict[str, Any] = json.loads(data)
+        intact = isinstance(content, dict) and seal(content) == data
     except (ValueError, RecursionError):
         intact = False
     if not intact:
-        msg = "not a record that carries its own SHA-256"
-        raise ValueError(msg)
-    return content, members
+        raise ValueError(_NOT_SEALED)
+    return content
 
 
 def record_digest(sidecar: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what a sidecar says of its shard, but for the size and digests of the file."""
-    return _record_digest(_members(sidecar))
+    left_out = (*_OF_THE_FILE, SEAL)
+    return _sha256(canonical_json({key: value for key, value in sidecar.items() if key not in left_out}).encode())
 
 
-def _record_digest(members: Mapping[str, str]) -> str:
-    return hashlib.sha256(_object(members, without=(*_OF_THE_FILE, SEAL))).hexdigest()
+def unsealed_record_digest(data: bytes) -> str:
+    """Check the seal of a sidecar and return its `record_digest`, both from its bytes: a scan does so for each shard.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are not those that were sealed.
+    """
+    found = dict(_MEMBER.findall(data))
+    sealed, times = _MEMBER.subn(lambda one: b"" if one[1] == SEAL.encode() else one[0], data)
+    if times != len(found) or len(found) != len(_OF_THE_FILE) + 1:
+        raise ValueError(_NOT_SEALED)
+    if found[SEAL.encode()] != f'"{_sha256(sealed)}"'.encode():
+        raise ValueError(_NOT_SEALED)
+    return _sha256(_MEMBER.sub(b"", data))
+
+
+def refuse_twice(data: bytes) -> None:
+    """Refuse JSON in which a key stands twice in an object, or that holds NaN or an infinity.
+
+    Raises
+    ------
+    ValueError
+        If so.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(_NOT_SEALED)
+
+    def no_number(_: str) -> NoReturn:
+        raise ValueError(_NOT_SEALED)
+
+    json.loads(data, object_pairs_hook=distinct, parse_constant=no_number)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_version(where: str, content: Mapping[str, Any]) -> None:

@@ -124,12 +124,15 @@ def _stretches(size: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[i
         position = offset + length
 
 
-def _piece(descriptor: int, start: int, end: int) -> bytes:
-    """Read a part of a file, or what there is of it."""
-    data = os.pread(descriptor, end - start, start)
-    while start + len(data) < end and (more := os.pread(descriptor, end - start - len(data), start + len(data))):
-        data += more
-    return data
+def _outside(descriptor: int, size: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+    """Read what lies outside of (offset, length) ranges, or what there is of it."""
+    parts, position = [], 0
+    for offset, length in [*sorted(ranges), (size, 0)]:
+        while position < offset and (part := os.pread(descriptor, offset - position, position)):
+            parts.append(part)
+            position += len(part)
+        position = offset + length
+    return b"".join(parts)
 
 
 def _parts(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
@@ -310,8 +313,7 @@ def check_shard(path: Path, *, fingerprint: str, sigma: str, draw: int) -> Shard
         if sidecar.bytes != size:
             return f"{path}: {size} bytes instead of {sidecar.bytes}"
         ranges = [(r.offset, r.nbytes) for r in sidecar.datasets.values() if r.offset is not None]
-        outside = ((start, end) for start, end, inside in _stretches(size, ranges) if not inside)
-        metadata = b"".join(_piece(descriptor, start, end) for start, end in outside)
+        metadata = _outside(descriptor, size, ranges)
         if hashlib.sha256(metadata).hexdigest() != sidecar.meta_sha256:
             return f"{path}: its HDF5 metadata is not what was written"
         # A sidecar can be edited and sealed again; the file still holds the digest of what was written beside it.
