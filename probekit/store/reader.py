@@ -6,6 +6,7 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -24,6 +25,8 @@ from probekit.store.mend import AGAIN
 from probekit.store.pairs import BoundJudgements, Pairs
 from probekit.store.row_index import RowIndex, index_rows
 from probekit.store.shards import Shard, no_folder, read_store_file, refuse_other_folder, scan
+
+_READERS = 2  # shards read side by side: one waits for the disk while the other is converted
 
 T = TypeVar("T")
 
@@ -189,7 +192,8 @@ class FeatureStore:
         (name,), shards, absent = self._select([layer], sigma, pooling, draw)
         out = np.empty((len(self.rows), shards[0].width(name)), "<f4")
         out[absent] = np.nan
-        for shard in shards:
+
+        def fill(shard: Shard) -> None:
             place = self._index.places[shard.sidecar.block]
             if isinstance(place, slice):
                 shard.read_features(name, out[place])
@@ -197,6 +201,9 @@ class FeatureStore:
                 values = np.empty((len(place), out.shape[1]), np.float32)
                 shard.read_features(name, values)
                 out[place] = values
+
+        with ThreadPoolExecutor(_READERS) as threads:
+            list(threads.map(fill, shards))
         return out
 
     def quantisation(
