@@ -343,6 +343,9 @@ NO_FIT: dict[str, Any] = {
     "head_parameters": 0,
 }
 
+#: What a fit and its altered ones have in common, on whichever pairs they are tested.
+FIT_KEYS = [*(key for key in _SETTING if key != "dataset"), "layer_set", "combination"]
+
 #: What a layer is chosen within: everything of a record but its layer set; altered fits choose among themselves.
 CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]
 

@@ -193,6 +193,7 @@ def _section(
     altered = control_rows_of(run, setting, reported_rows(frame))
     for name, title, figure, points, caption in control_figures(altered, level=level):
         add(name, title, lambda *_, drawn=figure, **__: drawn, lambda *_, told=points, **__: told, caption)
+    refitted = bool((altered["altered"] == "half").any())
     everything = trained_models(frame, every_length=True)
     effects = {
         layers: [
@@ -213,7 +214,7 @@ def _section(
             *captions.found(frame, margins, joins, sizes, lengths, others),
             *beside.found_beside(rows, setting, baselines, gains),
         ],
-        "claims": claims_text.summary(judged),
+        "claims": claims_text.glance_table(judged, claims.subject(setting.dataset)),
         "claims_table": claims_text.claims_table(judged),
         "layers": depth.layers_table(families, level),
         "paths": depth.paths_table(paths, models[-1].backbones[-1] if models else ""),
@@ -237,7 +238,7 @@ def _section(
         ),
         "counts": tables.counts_table(frame),
         "protocol": PROTOCOLS[setting.protocol].rule,
-        "limits": captions.limits(frame, whole, banded=len(families) > 0),
+        "limits": captions.limits(frame, whole, banded=len(families) > 0, refitted=refitted),
     }
 
 

@@ -66,7 +66,8 @@ def seeds_text(*effects: Effect) -> str:
     seeds = {name: n for effect in effects for name, n in effect.seeds}
     if not seeds:
         return ""
-    several = [f"{n} seeds of {name}" for name, n in seeds.items() if n > 1]
+    several = ["training pairs"] * all(effect.refitted for effect in effects)
+    several += [f"{n} seeds of {name}" for name, n in seeds.items() if n > 1]
     lone = [name for name, n in seeds.items() if n == 1]
     intervals = "the interval" if len(effects) == 1 else "these intervals, each for its own sides"
     text = f" In {intervals}: {', '.join(['test pairs', *several])}"
