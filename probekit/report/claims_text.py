@@ -37,7 +37,8 @@ def primary_sentence(claims: Claims) -> str:
 def exploratory_sentence(cells: Cells, *, primary: bool) -> str:
     """Say how many test accuracies there are, and what the highest of them is worth."""
     rest = "All other numbers on this data set are" if primary else "All numbers on this data set are"
-    text = f"{rest} exploratory: {cells.tried:,} test accuracies were computed on it."
+    more = f", and {cells.beside:,} of refits, altered features and baselines" * bool(cells.beside)
+    text = f"{rest} exploratory: {cells.tried:,} test accuracies were computed on it{more}."
     if cells.best is None:
         return text
     best = cells.best
@@ -195,7 +196,7 @@ def facts(claims: Claims) -> dict[str, Any]:
             "n_pairs": found.n_pairs if found else 0,
         },
         "exploratory": {
-            dataset: {"tried": cells.tried, "highest": cells.where or None}
+            dataset: {"tried": cells.tried, "beside": cells.beside, "highest": cells.where or None}
             | {
                 name: getattr(cells.best, name) if cells.best else None
                 for name in ("naive", "corrected", "low", "high")

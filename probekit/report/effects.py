@@ -285,12 +285,14 @@ def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
             part = layer_rows(rows, layers)
             trained, controls = trained_side(part, model), control_rows(part, model)
             for kind in control_kinds(controls) if trained.keys else []:
-                seeds = of_kind(controls, kind)
-                sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
+                seeds, side = of_kind(controls, kind), control_side(part, model, kind)
+                # of training seeds, each with several controls, the training seeds are the sample
+                by_network = seeds["accuracy"].groupby(list(side.seeds)).mean()
+                sd = float(by_network.std(ddof=1)) if len(by_network) > 1 else float("nan")
                 what = f"{model.label}: {'real prompts' if kind in PROMPTS else 'trained'} - {CONTROLS[kind]}"
-                effect = verdicts.compare(what, [trained], [control_side(part, model, kind)])
-                mean, fine = float(seeds["accuracy"].mean()), bool(seeds["converged"].all())
-                margins.append(Margin(model.label, kind, layers, len(seeds), mean, sd, effect, fine))
+                effect = verdicts.compare(what, [trained], [side])
+                mean = float(by_network.mean())
+                margins.append(Margin(model.label, kind, layers, len(by_network), mean, sd, effect, side.converged))
     return margins
 
 

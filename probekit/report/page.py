@@ -142,7 +142,10 @@ def _section(
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     others = import_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
-    families, paths = (depth.of_setting(load(run), setting) for load in (load_families, load_trajectories))
+    imported = set(frame.loc[frame["imported"], "backbone"])
+    families, paths = (
+        depth.of_setting(load(run), setting, imported=imported) for load in (load_families, load_trajectories)
+    )
     judged, primary = claims.of(setting.dataset), setting == claims.endpoint.setting
     figures = []
 
@@ -190,7 +193,7 @@ def _section(
             )
         if len(kinds_points(frame, setting=setting)["source"].unique()) > 1:
             add("kinds", "Kinds of pairs", kinds_figure, kinds_points, captions.kinds_caption(frame, setting))
-    altered = control_rows_of(run, setting, reported_rows(frame))
+    altered = control_rows_of(run, setting, reported_rows(frame), datasets=set(whole["dataset"]))
     for name, title, figure, points, caption in control_figures(altered, level=level):
         add(name, title, lambda *_, drawn=figure, **__: drawn, lambda *_, told=points, **__: told, caption)
     refitted = bool((altered["altered"] == "half").any())
