@@ -137,6 +137,7 @@ ALTERED = {
     "permuted": "training labels permuted",
     "half": "a random half of the training groups",
     "share": "part of the training groups",
+    "source": "training pairs of one source",
     "beside": "beside the same layer of random weights",
     "padded": "one trained layer, the others of random weights",
     "projected": "random directions in the channels",

@@ -10,6 +10,7 @@ from probekit.config import SweepConfig
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.report import build_report
+from probekit.report.transfer import transfer_points
 from probekit.results import load_controls, load_margins
 from probekit.stats import permuted_labels
 from probekit.sweep import dry_run
@@ -158,6 +159,26 @@ def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
     points = pd.read_csv(tmp_path / "report_figures" / "efficiency.csv")
     assert points["n_train"].tolist() == [20, 100, 200]
     assert (pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layer"] == [1, 2]).all()
+
+
+def test_heads_on_one_source_make_a_matrix_of_sources(tmp_path, caplog):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = probekit.run_sweep(config({"sources": True}), stores=[store], out=tmp_path / "run")
+    frame = heads_of(run)
+    assert frame.groupby("altered")["n_train"].first().to_dict() == {"": 200, "source:easy": 160, "source:none": 40}
+    found = transfer_points(probekit.load_results(run)).set_index(["fitted_source", "source"])
+    assert (found["layer"] == 2).all()
+    margins = load_margins(run, frame.query("altered == 'source:easy' and layer == 2")["record_id"])
+    easy = margins[(margins["split"] == "test") & (margins["source"] == "easy")]
+    assert found.loc[("easy", "easy"), "accuracy"] == easy["correct"].mean()
+    assert found.loc[("easy", "easy"), "low"] > 0.7
+    assert found.loc[("none", "none"), "low"] < 0.5 < found.loc[("none", "none"), "high"]
+    page = build_report(run, tmp_path / "report.html").read_text()
+    table = page[page.index("<h2>Across kinds of pairs") :]
+    assert "<td>easy</td>" in table[: table.index("</table>")]
+    few = planted_store(tmp_path / "few", signal={2: 1.5}, seed=0, pairs=20)
+    probekit.run_sweep(config({"sources": True}), stores=[few], out=tmp_path / "other")
+    assert "no heads on none alone: fewer groups of decided training pairs than folds (5)" in caplog.text
 
 
 @pytest.mark.parametrize(("signal", "found"), [({2: 1.5}, True), ({}, False)])

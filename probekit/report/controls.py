@@ -37,6 +37,7 @@ def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame, *, dataset
         are shown with each.
     """
     rows = load_controls(run)
+    rows = rows[~rows["altered"].str.startswith("source:")]  # these make a matrix of their own
     folds = rows["altered"].str.startswith("nested:") & ~rows["dataset"].isin(datasets)
     rows = rows[(rows["dataset"] == setting.dataset) | folds]
     for key in ("protocol", "sigma", "draw", "pooling", "head"):

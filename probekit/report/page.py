@@ -142,6 +142,7 @@ def _section(
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     others = import_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
+    largest = models[-1].backbones[-1] if models else ""
     imported = set(frame.loc[frame["imported"], "backbone"])
     families, paths = (
         depth.of_setting(load(run), setting, imported=imported) for load in (load_families, load_trajectories)
@@ -220,7 +221,7 @@ def _section(
         "claims": claims_text.glance_table(judged, claims.subject(setting.dataset)),
         "claims_table": claims_text.claims_table(judged),
         "layers": depth.layers_table(families, level),
-        "paths": depth.paths_table(paths, models[-1].backbones[-1] if models else ""),
+        "paths": depth.paths_table(paths, largest),
         "baselines": baselines,
         "slices": beside.slices_table(rows, setting),
         "beyond": beside.beyond_table(gains),
@@ -232,6 +233,8 @@ def _section(
         ],
         "controls": tables.controls_table(frame),
         "altered": altered_table(altered),
+        "sources": transfer.sources_table(rows, setting, largest),
+        "largest": largest,
         "combinations": combinations.combinations_table(whole, setting, verdicts),
         "blocks": combinations.blocks_table(run, setting),
         "warnings": tables.warnings_list(
