@@ -20,7 +20,10 @@ from probekit.errors import ConfigError, ResultsError
 from probekit.report import build_report, depth_points
 from probekit.report.claims import make_claims
 from probekit.report.contrasts import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE, TRAINED
-from probekit.report.depth import paths_table
+from probekit.report.controls import lines_figure
+from probekit.report.depth import of_setting, paths_table
+from probekit.report.primary import find_primary
+from probekit.report.select import Setting
 from probekit.report.transfer import transfer_points, transfer_table
 from probekit.results import load_families, load_margins, load_trajectories, write_config, write_families
 from probekit.stats import permutation_test, plateau_set
@@ -47,7 +50,7 @@ def swept(folder, signal, *, sets=("singles",), pairs=900, seeds=3, **controls):
             of=1,
             pairs=pairs,
             control=None if control == "trained" else control,
-            noise=None if control == "trained" else place,
+            noise=place if place > 1 else None,
         )
         for place, (control, strength) in enumerate(told.items())
     ]
@@ -155,6 +158,17 @@ def test_a_second_computation_gives_headline_and_claims_with_other_training_pair
     assert re.search(r"\d\.\d pairs, \d\.\d training, \d\.\d networks", shown)
 
 
+def test_everything_that_was_tried_is_counted(halved):
+    frame = probekit.load_results(halved).query("split == 'test' and slice_by == 'all'")
+    (cells,) = make_claims(halved).cells.values()
+    features = frame["head_kind"] == "linear"
+    assert (
+        cells.tried
+        == (features & (frame["altered"] == "") & frame["control"].isin(["trained", "init:0", "init:1"])).sum()
+    )
+    assert cells.beside == len(frame) - cells.tried > 100
+
+
 def test_a_plateau_needs_more_than_pairs_where_training_samples_differ_as_much(tmp_path):
     """Test pairs cannot tell layers apart whose heads differ more with their training pairs than from each other."""
     run = swept(tmp_path, {1: 0.5, 2: 0.55}, pairs=200, seeds=0, halves=10)
@@ -185,7 +199,8 @@ def test_a_planted_absence_is_not_found(tmp_path):
     run = swept(tmp_path, {})
     _, rows = verdicts(run)
     assert not [row for row in rows if row.verdict == "supported"]
-    assert (load_families(run)["permutation_adjusted"] > 0.05).all()
+    families = load_families(run).query("control in ('trained', 'init:0')")  # of many families some p are small
+    assert (families["permutation_adjusted"] > 0.05).all()
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +378,41 @@ def test_the_primary_endpoint_is_the_one_that_is_named(run, tmp_path):
         write_config(folder, {"sweep": {"primary": wrong}})
         with pytest.raises(ResultsError, match=r"primary: .* is 'x'; the run holds"):
             make_claims(folder)
+
+
+def test_a_primary_head_that_reads_noise_levels_side_by_side_has_its_own_setting(run):
+    frame = probekit.load_results(run)
+    joined = frame[frame["n_layers"] > 1].assign(head="joined", sigma="0.005+0.1")
+    both = pd.concat([frame, joined.assign(record_id=joined["record_id"] + "j")], ignore_index=True)
+    found = find_primary(both, {"primary": {"head": "joined", "layers": "all"}})
+    assert (found.setting.head, found.setting.sigma) == ("joined", "0.005+0.1")
+    assert len(found.rows(both)) == 1
+
+
+def test_imported_features_belong_to_every_setting():
+    told = {
+        "dataset": "d",
+        "protocol": "strict",
+        "sigma": "0.1",
+        "draw": 0,
+        "pooling": "mean",
+        "head": "linear",
+        "seed": 0,
+    }
+    table = pd.DataFrame([told | {"backbone": "dit"}, told | {"backbone": "clip", "sigma": "", "pooling": "given"}])
+    assert list(of_setting(table, Setting(**told), imported={"clip"})["backbone"]) == ["dit", "clip"]
+    assert list(of_setting(table, Setting(**told))["backbone"]) == ["dit"]
+
+
+def test_rules_of_joining_are_lines_of_their_own():
+    one = {"backbone": "dit", "control": "trained", "layer_set": "0+1", "layers": "widest set", "converged": True}
+    rows = [
+        one | {"combination": rule, "n_train": n, "accuracy": 0.6, "low": 0.5, "high": 0.7}
+        for rule in ("concat", "mean")
+        for n in (10, 100)
+    ]
+    figure = lines_figure(pd.DataFrame(rows), "n_train", "Training pairs")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dit, concat", "dit, mean"]
 
 
 def test_a_primary_endpoint_that_will_not_be_fitted_is_refused(tmp_path):
