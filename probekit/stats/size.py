@@ -11,8 +11,9 @@ SD_i^2, the variance of the S_i accuracies on the same pairs, also contains what
 With P the covariance of all accuracies over resampled pairs (cluster linearisation) and w the weight of each network
 (c_i / S_i), pairs make w'Pw, of which sum_i c_i^2 tr(M_i P_i) / ((S_i - 1) S_i) is already in the first term (M_i takes
 off the mean of side i, P_i is its part of P): only the rest is added, and nothing if it is negative. No more is taken
-off than the first term holds: networks that agree by chance never make the error smaller than that over pairs. Of a
-side with one network the variance over networks is unknown and in no interval.
+off than the first term holds: networks that agree by chance never make the error smaller than that over pairs. (2,000
+runs, 200 effective groups, networks of one accuracy: with ten a side limits cover 97.1 %, without this floor 95.7 %;
+with three 99.4 and 96.8 %.) Of a side with one network the variance over networks is unknown and in no interval.
 
 Networks are few and their variance is known badly, that of pairs is known well. Limits add their reaches in squares,
 
@@ -25,7 +26,8 @@ makes its own degrees of freedom look plentiful.)
 **Other training pairs of the heads.** With refits of all heads on halves of the training groups (the same half for
 all, see `probekit.stats.training`) the contrast of each refit is at hand, and with it SE_train. It is added to what
 pairs make, on the degrees of freedom of both together; where networks scatter because of their training pairs it is
-counted twice, on the safe side. More test pairs lower neither SE_networks nor SE_train.
+counted twice, on the safe side (2,000 runs, three networks a side: limits cover 97.0 %, those without refits 96.2 %;
+of single networks see `probekit.stats.training`). More test pairs lower neither SE_networks nor SE_train.
 
 The margin over random weights is such a contrast (1 for trained, -1 for the random networks), that of a large and a
 small model the difference of two of them: 1, -1, -1, 1. The seeds' variance is in it. A slope over these shapes is one
