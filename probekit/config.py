@@ -290,6 +290,9 @@ class Controls(_Strict):
     shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="shares of the training groups, each a part of the next: accuracy against training pairs"
     )
+    sources: bool = Field(
+        default=False, description="a head for each source (kind) of pairs, fitted on its training pairs alone"
+    )
     nested: int | None = Field(
         None, ge=2, description="outer folds of a nested cross-validation over training and validation pairs"
     )

@@ -137,6 +137,7 @@ ALTERED = {
     "permuted": "training labels permuted",
     "half": "a random half of the training groups",
     "share": "part of the training groups",
+    "source": "training pairs of one source",
     "beside": "beside the same layer of random weights",
     "padded": "one trained layer, the others of random weights",
     "projected": "random directions in the channels",
@@ -342,6 +343,9 @@ NO_FIT: dict[str, Any] = {
     "matrix_free": False,
     "head_parameters": 0,
 }
+
+#: What a fit and its altered ones have in common, on whichever pairs they are tested.
+FIT_KEYS = [*(key for key in _SETTING if key != "dataset"), "layer_set", "combination"]
 
 #: What a layer is chosen within: everything of a record but its layer set; altered fits choose among themselves.
 CHOICE_KEYS = ["backbone", "control", "dataset", "protocol", "sigma", "draw", "pooling", "head", "seed"]

@@ -4,7 +4,7 @@ Definitions are those of ``probekit/stats`` and ``probekit/report/contrasts.py``
 chosen anew from the margins of validation pairs; of the results table only names and sizes are read.
 """
 
-from math import gamma, pi, sqrt
+from math import exp, lgamma, pi, sqrt
 from pathlib import Path
 from statistics import NormalDist
 
@@ -22,9 +22,10 @@ class Run:
         folder = Path(folder)
         rows = pd.read_parquet(folder / "results.parquet")
         rows = rows[rows["head"] == head].drop_duplicates("record_id")
-        self.rows = rows.set_index("record_id")
+        self.rows = rows[rows["altered"] == ""].set_index("record_id")
+        self.halves = rows[rows["altered"] == "half"].sort_values("seed")
         self.right = {}
-        for key in self.rows.index:
+        for key in [*self.rows.index, *self.halves["record_id"]]:
             margins = pd.read_parquet(folder / "margins" / f"{key}.parquet")
             margins = margins[margins["label"] != 0.5].set_index("pair_id")
             right = basic.strict(margins["margin"].to_numpy(), margins["label"].to_numpy())
@@ -36,6 +37,12 @@ class Run:
 
     def test(self, key):
         return self.right[key]["test"].to_numpy()
+
+    def refits(self, key):
+        """Right or wrong (R, n) of a record refitted on halves of the training groups."""
+        same = ["backbone", "control", "layer_set"]
+        mine = self.halves[(self.halves[same] == self.rows.loc[key, same]).all(axis=1)]
+        return np.stack([self.test(again) for again in mine["record_id"]])
 
     def best(self, backbone, control, wanted):
         """Record of the network that is best on validation, the earlier one of equal layers."""
@@ -71,10 +78,34 @@ def difference(term, groups, n_boot):
     return estimate, estimate - high * error(gain, size), estimate - low * error(gain, size)
 
 
-def contrast(terms, groups, n_boot=2000):
-    """Estimate and limits of sum of sign x mean over the networks (S, n) of each side, networks being a sample."""
+def of_training(refits, groups):
+    """Variance over training samples, and that of the refits (R, n) themselves."""
+    right, size = basic.by_group(refits, groups)
+    accuracy, n = basic.accuracies(right, size), len(refits)
+    scatter = accuracy.var(ddof=1)
+    by_pairs = np.trace((np.eye(n) - 1 / n) @ basic.covariance(right, size)) / (n - 1)
+    return max(scatter - by_pairs, 0), scatter
+
+
+def freedom_of(rest, train, scatter, n):
+    return (n - 1) * (rest + train) ** 2 / scatter**2 if train > 0 else float("inf")
+
+
+def contrast(terms, groups, n_boot=2000, refits=None):
+    """Estimate and limits of sum of sign x mean over the networks (S, n) of each side, networks being a sample.
+
+    With refits (R, n) of the whole sum, training pairs are one too.
+    """
+    train, scatter = (0, 1) if refits is None else of_training(refits, groups)
     if all(len(networks) == 1 for _, networks in terms):
-        return difference(sum(sign * networks[0] for sign, networks in terms), groups, n_boot)
+        term = sum(sign * networks[0] for sign, networks in terms)
+        estimate, low, high = difference(term, groups, n_boot)
+        if refits is None:
+            return estimate, low, high
+        test = ((high - low) / 2 / Z) ** 2
+        t = t_quantile(freedom_of(test, train, scatter, len(refits)))
+        grown = t * sqrt(test + train) / (Z * sqrt(test))
+        return estimate, estimate - grown * (estimate - low), estimate + grown * (high - estimate)
     right, size = basic.by_group(np.concatenate([networks for _, networks in terms]), groups)
     accuracy, covariance = basic.accuracies(right, size), basic.covariance(right, size)
     weight = np.concatenate([np.full(len(networks), sign / len(networks)) for sign, networks in terms])
@@ -91,16 +122,17 @@ def contrast(terms, groups, n_boot=2000):
     rest = max(weight @ covariance @ weight - min(seen, sum(parts)), 0)
     uncertain = sum(part**2 / f for part, f in zip(parts, freedoms, strict=True))
     t = t_quantile(sum(parts) ** 2 / uncertain) if uncertain > 0 else Z
-    reach = sqrt(t**2 * sum(parts) + Z**2 * rest)
+    of_rest = Z if refits is None else t_quantile(freedom_of(rest, train, scatter, len(refits)))
+    reach = sqrt(t**2 * sum(parts) + of_rest**2 * (rest + train))
     estimate = weight @ accuracy
     return estimate, estimate - reach, estimate + reach
 
 
 def t_quantile(freedom, p=0.975):
     """Student's quantile, by the trapezium rule on x = tan(u) and halving."""
-    scale = gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2)) if freedom < 300 else None
-    if scale is None:
+    if freedom > 1e6:
         return NormalDist().inv_cdf(p)
+    scale = exp(lgamma((freedom + 1) / 2) - lgamma(freedom / 2)) / sqrt(freedom * pi)
 
     def below(limit):
         u = np.linspace(0, np.arctan(limit), 20_001)

@@ -1,6 +1,7 @@
 """What a run may claim: planted truths come out, what it cannot speak to is said, and a second computation agrees."""
 
 import json
+import re
 from dataclasses import replace
 
 import independent_claims as again
@@ -19,7 +20,10 @@ from probekit.errors import ConfigError, ResultsError
 from probekit.report import build_report, depth_points
 from probekit.report.claims import make_claims
 from probekit.report.contrasts import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE, TRAINED
-from probekit.report.depth import paths_table
+from probekit.report.controls import lines_figure
+from probekit.report.depth import of_setting, paths_table
+from probekit.report.primary import find_primary
+from probekit.report.select import Setting
 from probekit.report.transfer import transfer_points, transfer_table
 from probekit.results import load_families, load_margins, load_trajectories, write_config, write_families
 from probekit.stats import permutation_test, plateau_set
@@ -35,9 +39,9 @@ NETS = (
 )
 
 
-def swept(folder, signal, *, sets=("singles",), pairs=900):
-    """A sweep of one planted backbone and of a random control, which knows next to nothing, on the same pairs."""
-    told = {"trained": signal, "init:0": {0: 0.02}}
+def swept(folder, signal, *, sets=("singles",), pairs=900, seeds=3, **controls):
+    """A sweep of one planted backbone and of random controls, which know next to nothing, on the same pairs."""
+    told = {"trained": signal} | {f"init:{seed}": {0: 0.02} for seed in range(seeds)}
     stores = [
         planted_store(
             folder / str(place),
@@ -46,10 +50,12 @@ def swept(folder, signal, *, sets=("singles",), pairs=900):
             of=1,
             pairs=pairs,
             control=None if control == "trained" else control,
+            noise=place if place > 1 else None,
         )
         for place, (control, strength) in enumerate(told.items())
     ]
-    config = SweepConfig.checked({"heads": [HEAD | {"layer_sets": list(sets)}], "resamples": N_BOOT}, source="test")
+    head = HEAD | {"layer_sets": list(sets), "controls": controls}
+    config = SweepConfig.checked({"heads": [head], "resamples": N_BOOT}, source="test")
     return probekit.run_sweep(config, stores=stores, out=folder / "run")
 
 
@@ -101,6 +107,85 @@ def test_refits_on_halves_make_the_plateau_one_of_layers(tmp_path):
     assert row.reason.endswith("may be the best: layer 2, with other training pairs too")
 
 
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """A planted layer with refits on halves, and three random networks."""
+    folder = tmp_path_factory.mktemp("halved")
+    return swept(folder, {1: 0.6, 2: 0.9}, sets=([1], [2], [3], [1, 2]), pairs=300, seeds=2, halves=10)
+
+
+def test_a_second_computation_gives_headline_and_claims_with_other_training_pairs(halved):
+    """The headline with its limits, as a sweep wrote them, and both standard errors of the claims."""
+    second, claims = again.Run(halved), make_claims(halved)
+    backbone, groups = claims.endpoint.model.label, second.groups
+    key = second.chosen(backbone)
+    expected = basic.interval(second.test(key), groups, N_BOOT)
+    assert (claims.primary.estimate, claims.primary.low, claims.primary.high) == pytest.approx(expected, abs=1e-9)
+    rows = {(row.claim, row.quantity): row for row in claims.rows}
+
+    def agrees(claim, quantity, *terms, shared=False):
+        sides = [(sign, np.stack([second.test(key) for key in keys])) for sign, keys in terms]
+        refits = sum(sign * np.mean([second.refits(key) for key in keys], axis=0) for sign, keys in terms)
+        if shared:  # one network, fitted in two ways
+            sides = [(1, sum(sign * side for sign, side in sides))]
+        row = rows[claim, quantity]
+        expected = again.contrast(sides, groups, N_BOOT, refits)
+        assert (row.estimate, row.low, row.high) == pytest.approx(expected, abs=1e-6)
+        held = again.contrast(sides, groups, N_BOOT)
+        assert row.low <= held[1] + 1e-9
+        assert row.high >= held[2] - 1e-9
+        assert row.se_train == pytest.approx(np.sqrt(again.of_training(refits, groups)[0]))
+        assert row.about.endswith("other training pairs")
+        return row
+
+    def part(wanted):
+        return [second.best(backbone, "trained", lambda row: row["n_layers"] == 1 and wanted(row["layer"]))]
+
+    late, early = part(lambda layer: layer >= 2), part(lambda layer: layer < 2)
+    row = agrees(MIDDLE, "second half minus first half", (1, late), (-1, early), shared=True)
+    assert row.se_networks == 0
+    before, last = part(lambda layer: layer < 3), part(lambda layer: layer == 3)
+    agrees(DECLINE, "before the last minus the last layer", (1, before), (-1, last), shared=True)
+    joined = [second.best(backbone, "trained", lambda row: row["n_layers"] > 1)]
+    agrees(COMBINING, "several layers minus the chosen one", (1, joined), (-1, [key]), shared=True)
+    random = [second.chosen(backbone, f"init:{seed}") for seed in range(2)]
+    row = agrees(TRAINED, "trained minus random weights (init)", (1, [key]), (-1, random))
+    assert row.se_networks > 0
+    assert sum(row.se_train > 0 for row in claims.rows) >= 2
+    # a row without refits on both sides says that it is about the fitted heads
+    assert {row.about for row in claims.rows if row.se_train != row.se_train and row.about} <= {"the fitted heads"}
+    shown = CliRunner().invoke(app, ["claims", str(halved)]).output
+    assert re.search(r"\d\.\d pairs, \d\.\d training, \d\.\d networks", shown)
+
+
+def test_everything_that_was_tried_is_counted(halved):
+    frame = probekit.load_results(halved).query("split == 'test' and slice_by == 'all'")
+    (cells,) = make_claims(halved).cells.values()
+    features = frame["head_kind"] == "linear"
+    assert (
+        cells.tried
+        == (features & (frame["altered"] == "") & frame["control"].isin(["trained", "init:0", "init:1"])).sum()
+    )
+    assert cells.beside == len(frame) - cells.tried > 100
+
+
+def test_a_plateau_needs_more_than_pairs_where_training_samples_differ_as_much(tmp_path):
+    """Test pairs cannot tell layers apart whose heads differ more with their training pairs than from each other."""
+    run = swept(tmp_path, {1: 0.5, 2: 0.55}, pairs=200, seeds=0, halves=10)
+    (row,) = [row for row in make_claims(run).rows if row.claim == MIDDLE]
+    assert row.verdict == "undetermined"
+    assert row.pairs_needed == np.inf
+    assert "more training pairs" in CliRunner().invoke(app, ["claims", str(run)]).output
+
+
+def test_few_seeds_of_random_weights_support_nothing(tmp_path):
+    run = swept(tmp_path, {2: 2.0}, seeds=2)
+    rows = [row for row in make_claims(run).rows if row.claim == TRAINED]
+    assert rows[0].low > 0
+    assert rows[0].verdict == "undetermined"
+    assert "2 seeds of random weights, where 3 are the least" in rows[0].reason
+
+
 def test_a_planted_plateau_of_three_is_found(tmp_path):
     run = swept(tmp_path, {1: 1.2, 2: 1.2, 3: 1.2})
     found, _ = verdicts(run)
@@ -114,7 +199,8 @@ def test_a_planted_absence_is_not_found(tmp_path):
     run = swept(tmp_path, {})
     _, rows = verdicts(run)
     assert not [row for row in rows if row.verdict == "supported"]
-    assert (load_families(run)["permutation_adjusted"] > 0.05).all()
+    families = load_families(run).query("control in ('trained', 'init:0')")  # of many families some p are small
+    assert (families["permutation_adjusted"] > 0.05).all()
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +378,41 @@ def test_the_primary_endpoint_is_the_one_that_is_named(run, tmp_path):
         write_config(folder, {"sweep": {"primary": wrong}})
         with pytest.raises(ResultsError, match=r"primary: .* is 'x'; the run holds"):
             make_claims(folder)
+
+
+def test_a_primary_head_that_reads_noise_levels_side_by_side_has_its_own_setting(run):
+    frame = probekit.load_results(run)
+    joined = frame[frame["n_layers"] > 1].assign(head="joined", sigma="0.005+0.1")
+    both = pd.concat([frame, joined.assign(record_id=joined["record_id"] + "j")], ignore_index=True)
+    found = find_primary(both, {"primary": {"head": "joined", "layers": "all"}})
+    assert (found.setting.head, found.setting.sigma) == ("joined", "0.005+0.1")
+    assert len(found.rows(both)) == 1
+
+
+def test_imported_features_belong_to_every_setting():
+    told = {
+        "dataset": "d",
+        "protocol": "strict",
+        "sigma": "0.1",
+        "draw": 0,
+        "pooling": "mean",
+        "head": "linear",
+        "seed": 0,
+    }
+    table = pd.DataFrame([told | {"backbone": "dit"}, told | {"backbone": "clip", "sigma": "", "pooling": "given"}])
+    assert list(of_setting(table, Setting(**told), imported={"clip"})["backbone"]) == ["dit", "clip"]
+    assert list(of_setting(table, Setting(**told))["backbone"]) == ["dit"]
+
+
+def test_rules_of_joining_are_lines_of_their_own():
+    one = {"backbone": "dit", "control": "trained", "layer_set": "0+1", "layers": "widest set", "converged": True}
+    rows = [
+        one | {"combination": rule, "n_train": n, "accuracy": 0.6, "low": 0.5, "high": 0.7}
+        for rule in ("concat", "mean")
+        for n in (10, 100)
+    ]
+    figure = lines_figure(pd.DataFrame(rows), "n_train", "Training pairs")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dit, concat", "dit, mean"]
 
 
 def test_a_primary_endpoint_that_will_not_be_fitted_is_refused(tmp_path):

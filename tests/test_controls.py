@@ -10,6 +10,9 @@ from probekit.config import SweepConfig
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.report import build_report
+from probekit.report.claims import make_claims
+from probekit.report.contrasts import MIDDLE
+from probekit.report.transfer import transfer_points
 from probekit.results import load_controls, load_margins
 from probekit.stats import permuted_labels
 from probekit.sweep import dry_run
@@ -160,6 +163,26 @@ def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
     assert (pd.read_csv(tmp_path / "report_figures" / "depth.csv")["layer"] == [1, 2]).all()
 
 
+def test_heads_on_one_source_make_a_matrix_of_sources(tmp_path, caplog):
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    run = probekit.run_sweep(config({"sources": True}), stores=[store], out=tmp_path / "run")
+    frame = heads_of(run)
+    assert frame.groupby("altered")["n_train"].first().to_dict() == {"": 200, "source:easy": 160, "source:none": 40}
+    found = transfer_points(probekit.load_results(run)).set_index(["fitted_source", "source"])
+    assert (found["layer"] == 2).all()
+    margins = load_margins(run, frame.query("altered == 'source:easy' and layer == 2")["record_id"])
+    easy = margins[(margins["split"] == "test") & (margins["source"] == "easy")]
+    assert found.loc[("easy", "easy"), "accuracy"] == easy["correct"].mean()
+    assert found.loc[("easy", "easy"), "low"] > 0.7
+    assert found.loc[("none", "none"), "low"] < 0.5 < found.loc[("none", "none"), "high"]
+    page = build_report(run, tmp_path / "report.html").read_text()
+    table = page[page.index("<h2>Across kinds of pairs") :]
+    assert "<td>easy</td>" in table[: table.index("</table>")]
+    few = planted_store(tmp_path / "few", signal={2: 1.5}, seed=0, pairs=20)
+    probekit.run_sweep(config({"sources": True}), stores=[few], out=tmp_path / "other")
+    assert "no heads on none alone: fewer groups of decided training pairs than folds (5)" in caplog.text
+
+
 @pytest.mark.parametrize(("signal", "found"), [({2: 1.5}, True), ({}, False)])
 def test_nested_folds_measure_the_choice_of_a_layer(signal, found, tmp_path):
     store = planted_store(tmp_path / "store", signal=signal, seed=2)
@@ -293,3 +316,26 @@ def test_without_random_weights_there_is_nothing_to_put_beside(beside, tmp_path,
     asked = config({"conditional": True})
     probekit.run_sweep(asked, stores=stores[:1], out=tmp_path / "run")
     assert "no random weights of this backbone with the same pairs are in the sweep" in caplog.text
+
+
+def test_controls_by_a_mean_over_prompts(tmp_path):
+    """Rankings of unequal size weigh alike: in refits, in what they are compared with, and in claims."""
+    # of ten pairs each is of its own split; prompts have one pair or several
+    told = {pair: f"{pair % 10} {pair // 30 if pair // 10 % 2 else -pair}" for pair in range(400)}
+    store = planted_store(tmp_path / "store", signal={1: 0.8, 2: 1.2}, seed=5, told=told)
+    asked = config({"halves": 10}, folds=2).model_copy(update={"protocol": "hpsv2-imagereward"})
+    run = probekit.run_sweep(asked, stores=[store], out=tmp_path / "run")
+    whole = heads_of(run).query("altered == ''").set_index("layer")
+    rows = load_controls(run).set_index("layer")
+    margins = load_margins(run, whole["record_id"])
+    margins = margins[margins["split"] == "test"]
+    mean = margins.groupby(["record_id", "prompt_id"])["correct"].mean().groupby("record_id").mean()
+    assert margins.groupby("prompt_id").size().nunique() > 1
+    for layer in (1, 2):
+        assert rows.loc[layer, "accuracy"] == pytest.approx(mean[whole.loc[layer, "record_id"]])
+        assert rows.loc[layer, "se_train"] >= 0
+    by_layer = [mean[whole.loc[layer, "record_id"]] for layer in (1, 2)]
+    assert rows.loc[1, "difference"] == pytest.approx(by_layer[0] - by_layer[1])
+    (row,) = [row for row in make_claims(run).rows if row.claim == MIDDLE]
+    assert row.estimate == pytest.approx(by_layer[1] - by_layer[0])
+    assert row.about == "the fitted heads" or row.se_train >= 0

@@ -8,7 +8,7 @@ from planted_store import planted_store
 import probekit
 from probekit.config import SweepConfig
 from probekit.errors import ConfigError, StoreError
-from probekit.results import load_margins
+from probekit.results import load_controls, load_margins
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.1]}
 SIGNAL = {2: 1.5}
@@ -176,3 +176,38 @@ def test_tied_training_pairs_follow_the_rule(tmp_path, ties):
     assert set(heads(run)["train_ties"]) == {int((pairs.label == 0.5).sum())}
     text = probekit.build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"True ties among the training pairs: {int((pairs.label == 0.5).sum())}" in text
+
+
+def test_controls_of_a_mixture(stores, tmp_path):
+    """Refits, outer folds and layers beside random weights, tested on a data set that nothing is fitted on."""
+    told = {"a": TOLD, "b": {7: TOLD[0], 5: TOLD[10], 18: TOLD[15]}, "c": None}
+    of = {"of": 9, "control": "init:0", "noise": 1}
+    random = {
+        f"random {name}": planted_store(
+            tmp_path / name,
+            signal={},
+            seed=seed,
+            dataset=name,
+            told=told[name],
+            pairs=240 if name == "b" else 200,
+            **of,
+        )
+        for seed, name in enumerate(stores)
+    }
+    head = LINEAR | {"layer_sets": [[1], [2]], "controls": {"halves": 10, "nested": 2, "conditional": True}}
+    weights = {"a": 2.0, "b": 1.0, "random a": 2.0, "random b": 1.0}
+    asked = config(stores | random, weights, ["c", "random c"], heads=[head | {"folds": 2}], resamples=100)
+    run = probekit.run_sweep(asked, out=tmp_path / "run")
+    rows = load_controls(run).query("control == 'trained'").set_index(["dataset", "altered", "layer_set"])
+    whole = heads(run).query("altered == '' and control == 'trained' and split == 'test' and slice_by == 'all'")
+    half = rows.loc[("c", "half", "2")]
+    assert half["accuracy"] == pytest.approx(whole.set_index("layer_set")["accuracy"]["2"])
+    assert half["low"] > 0.6
+    assert rows.loc[("c", "beside:init", "2"), "difference_low"] > 0
+    folds = rows.query("altered == 'nested:2'").reset_index().set_index("dataset")
+    assert set(folds.index) == {"a", "b"}  # what is fitted on, of which the run tests neither
+    assert (folds["selected"] == "2: 2").all()
+    assert (folds["low"] > 0.55).all()
+    page = probekit.build_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "of a</td>" in page
+    assert "of b</td>" in page

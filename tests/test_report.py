@@ -561,7 +561,7 @@ def test_differences_use_the_resamples_and_the_level_of_the_run(tmp_path, monkey
     )
     build_report(folder, tmp_path / "out.html")
     assert used
-    assert all(options == {"weights": None, "n_boot": 150, "level": 0.8} for options in used)
+    assert all(options == {"refits": None, "weights": None, "n_boot": 150, "level": 0.8} for options in used)
 
 
 @pytest.mark.parametrize(("folder", "title"), [("me/family", "family"), ("demo/run", "demo/run")])

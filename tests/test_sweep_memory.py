@@ -143,6 +143,19 @@ def test_streamed_fits_give_what_fits_in_memory_give_and_leave_no_files(planted,
     assert other["margin"].to_numpy() == pytest.approx(one["margin"].to_numpy(), abs=1e-4)
 
 
+def test_refits_and_altered_features_of_streamed_fits(planted, monkeypatch, tmp_path):
+    """What is fitted again on parts of the pairs is the same whether differences lie in files or in memory."""
+    controls = {"halves": 10, "shares": [0.5], "nested": 2, "projected": [2], "sources": True}
+    heads = {"kind": "linear", "layer_sets": [[2]], "strengths": [0.1], "folds": 2, "controls": controls}
+    whole = probekit.run_sweep(config(heads), stores=[planted], out=tmp_path / "whole")
+    usual = memory.work_of
+    monkeypatch.setattr(memory, "work_of", lambda *given: replace(usual(*given), streamed=True, head_memory=1e8))
+    out = probekit.run_sweep(config(heads), stores=[planted], out=tmp_path / "run")
+    one, other = (load_margins(folder).sort_values(["record_id", "split", "pair_id"]) for folder in (whole, out))
+    assert one["record_id"].tolist() == other["record_id"].tolist()
+    assert other["margin"].to_numpy() == pytest.approx(one["margin"].to_numpy(), abs=1e-3)
+
+
 def streaming(monkeypatch):
     """Stand in for differences in files where the heads do not read them yet: the files are read whole."""
     try:

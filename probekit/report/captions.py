@@ -259,7 +259,7 @@ def kinds_caption(frame: pd.DataFrame, setting: Setting) -> str:
     return " ".join(parts)
 
 
-def limits(frame: pd.DataFrame, whole: pd.DataFrame, *, banded: bool) -> list[str]:
+def limits(frame: pd.DataFrame, whole: pd.DataFrame, *, banded: bool, refitted: bool) -> list[str]:
     """List what the page does not show.
 
     Parameters
@@ -270,6 +270,8 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame, *, banded: bool) -> list[st
         Rows of all settings.
     banded
         Whether bands hold for all layers together.
+    refitted
+        Whether heads were refitted on halves of the training groups.
     """
     rows = reported_rows(frame)
     whole = whole[whole["dataset"].isin(frame["dataset"])]
@@ -279,8 +281,13 @@ def limits(frame: pd.DataFrame, whole: pd.DataFrame, *, banded: bool) -> list[st
     dumped = whole[~whole["imported"]]
     items = [
         "The interval of an accuracy covers one fitted head on pairs like these. That of a difference covers, beside"
-        " the pairs, the seeds of every side that has several; of one seed the variance is unknown. None contains"
-        " refitting on other training pairs.",
+        " the pairs, the seeds of every side that has several; of one seed the variance is unknown. "
+        + (
+            "That of a difference also covers other training pairs, where all of its heads were refitted on halves of"
+            " their groups."
+            if refitted
+            else "None contains refitting on other training pairs."
+        ),
         "A probe finds what a head of this kind can read. A low accuracy does not show that the information is absent,"
         " and a high one not that the backbone uses it.",
         ("Bands hold for all layers of one backbone together. " if banded else "Bands are drawn layer by layer. ")

@@ -6,8 +6,9 @@ the rows of the same question (backbones), *contradicted* if it lies below, and 
 stands the number of test pairs that would decide if the effect were as large as it looks. What the run cannot speak to
 is undetermined, with the reason.
 
-All contrasts use one bootstrap: data with equally many groups share their resamples. The heads are held fixed; how they
-would differ with other training pairs is in no interval here.
+All contrasts use one bootstrap: data with equally many groups share their resamples. Where the run holds refits on
+halves of the training groups, intervals and p cover other training pairs too; without them rows are about the fitted
+heads, and say so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,12 @@ class Claims:
     primary: Effect | None
     cells: dict[str, Cells]
     rows: tuple[Claim, ...]
+
+    def subject(self, dataset: str) -> str:
+        """Label of the backbone that is spoken of first: that of the endpoint, else the last one of the data set."""
+        known = [row.subject for row in self.of(dataset) if row.claim != LARGER]
+        primary = self.endpoint.model.label if self.endpoint.model else ""
+        return primary if primary in known else known[-1] if known else ""
 
     def of(self, dataset: str) -> list[Claim]:
         """Rows of one data set."""
@@ -114,10 +121,7 @@ def claims_of(
     seen = frame[
         (frame["head_kind"] == "inputs") & (frame["dataset"] == setting.dataset) & (frame["slice_by"] == "all")
     ]
-    halves = frame[frame["altered"] == "half"]
-    for name in ("dataset", "protocol", "sigma", "draw", "pooling", "head"):  # their seeds count the draws
-        halves = halves[halves[name] == getattr(setting, name)]
-    rows = pd.concat([narrow(frame, setting), seen[seen["protocol"] == setting.protocol], halves])
+    rows = pd.concat([narrow(frame, setting), seen[seen["protocol"] == setting.protocol]])
     judge = Judge(rows, setting.dataset, verdicts, layers, level, resamples)
     found = [*judge.depth(), *judge.combining(), *judge.size(), *judge.trained(), *judge.inputs(), *judge.decline()]
     return _corrected(found, level)

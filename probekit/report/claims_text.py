@@ -9,7 +9,7 @@ import pandas as pd
 
 from probekit.diagnostics import marked
 from probekit.report.claims import Claims
-from probekit.report.contrasts import CLAIMS, HALF, LARGER, Claim
+from probekit.report.contrasts import CLAIMS, HALF, LARGER, TRAINED, Claim
 from probekit.report.primary import Cells
 from probekit.report.select import CHOSEN
 from probekit.report.tables import NONE, interval, percent, points
@@ -37,7 +37,8 @@ def primary_sentence(claims: Claims) -> str:
 def exploratory_sentence(cells: Cells, *, primary: bool) -> str:
     """Say how many test accuracies there are, and what the highest of them is worth."""
     rest = "All other numbers on this data set are" if primary else "All numbers on this data set are"
-    text = f"{rest} exploratory: {cells.tried:,} test accuracies were computed on it."
+    more = f", and {cells.beside:,} of refits, altered features and baselines" * bool(cells.beside)
+    text = f"{rest} exploratory: {cells.tried:,} test accuracies were computed on it{more}."
     if cells.best is None:
         return text
     best = cells.best
@@ -48,27 +49,6 @@ def exploratory_sentence(cells: Cells, *, primary: bool) -> str:
     )
 
 
-def summary(rows: Sequence[Claim]) -> list[str]:
-    """One sentence for each claim: how its rows came out."""
-    found = []
-    for claim in CLAIMS:
-        mine = [row for row in rows if row.claim == claim]
-        if claim == LARGER:
-            told = [f"{row.quantity}{f', {row.about}' if row.about else ''}: {row.verdict}" for row in mine]
-        else:
-            told = [f"{name}{_counts(some)}" for name, some in _by_question(mine)]
-        found.append(f"{claim}: {'; '.join(told)}." if told else f"{claim}: undetermined, as there is no backbone.")
-    return found
-
-
-def _by_question(rows: Sequence[Claim]) -> Iterable[tuple[str, list[Claim]]]:
-    """Rows of each quantity, the first without a name."""
-    quantities = list(dict.fromkeys(row.quantity for row in rows))
-    for quantity in quantities:
-        _, _, beyond = quantity.partition(", ")
-        yield f"{beyond}: " if beyond else "", [row for row in rows if row.quantity == quantity]
-
-
 def _counts(rows: Sequence[Claim]) -> str:
     told = []
     for verdict in ("supported", "contradicted", "undetermined"):
@@ -77,6 +57,51 @@ def _counts(rows: Sequence[Claim]) -> str:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             told.append(f"{verdict} for {len(names)} of {len(rows)} ({shown})")
     return ", ".join(told)
+
+
+def glance_table(rows: Sequence[Claim], subject: str) -> pd.DataFrame:
+    """One row for each claim: the verdict for one backbone, what is left beyond random weights, and for how many it is.
+
+    Parameters
+    ----------
+    rows
+        Of one data set.
+    subject
+        Label of the backbone; claims about size have subjects of their own.
+    """
+    table = []
+    for claim in CLAIMS:
+        asked = [row for row in rows if row.claim == claim]
+        mine = [row for row in asked if claim == LARGER or row.subject == subject]
+        plain = [row for row in mine if claim == TRAINED or "random weights" not in row.quantity]
+        beyond = [row for row in mine if row not in plain]
+        if claim == LARGER:  # the last row before a slope has most of the networks as a sample
+            slopes = [row for row in asked if "slope" in row.quantity]
+            plain, beyond = ([row for row in some if row not in slopes][-1:] for some in (plain, beyond))
+            told = "; ".join(f"{row.quantity.removesuffix(' of the parameters')}: {row.verdict}" for row in slopes)
+        else:
+            first = asked[0].quantity if asked else ""
+            told = _counts([row for row in asked if claim == TRAINED or row.quantity == first])
+        table.append(
+            {
+                "mark": plain[0].verdict if plain else "undetermined",
+                "Claim": claim,
+                "Of": plain[0].subject if plain else subject or NONE,
+                "Verdict": _told(plain),
+                "Beyond random weights": _told(beyond),
+                "All backbones": told or NONE,
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def _told(rows: Sequence[Claim]) -> str:
+    found = [
+        marked(row.verdict, row.converged)
+        + ("" if math.isnan(row.estimate) else f"\n{points(row.estimate)} {interval(row.low, row.high, signed=True)}")
+        for row in rows
+    ]
+    return "\n".join(found) or NONE
 
 
 def claims_table(rows: Iterable[Claim]) -> pd.DataFrame:
@@ -90,6 +115,7 @@ def claims_table(rows: Iterable[Claim]) -> pd.DataFrame:
             "What is estimated": row.quantity,
             "Estimate": NONE if math.isnan(row.estimate) else points(row.estimate),
             "Interval": interval(row.low, row.high, signed=True),
+            "SE": _errors(row),
             "Adjusted p": NONE if math.isnan(row.p_adjusted) else f"{row.p_adjusted:.2g}",
             "Against": row.against,
             "About": row.about or NONE,
@@ -101,11 +127,18 @@ def claims_table(rows: Iterable[Claim]) -> pd.DataFrame:
     )
 
 
+def _errors(row: Claim) -> str:
+    """Say the standard errors in points, by what is a sample."""
+    parts = {"pairs": row.se_pairs, "training": row.se_train, "networks": row.se_networks or float("nan")}
+    return ", ".join(f"{100 * se:.1f} {name}" for name, se in parts.items() if not math.isnan(se)) or NONE
+
+
 def _needed(row: Claim) -> str:
     if math.isnan(row.pairs_needed):
         return NONE
     if math.isinf(row.pairs_needed):
-        return NONE if row.verdict != "undetermined" else "more networks"
+        few = ["networks"] * bool(row.se_networks > 0) + ["training pairs"] * bool(row.se_train > 0)
+        return NONE if row.verdict != "undetermined" else f"more {' and '.join(few)}"
     return f"{row.pairs_needed:,.0f}" if row.pairs_needed < _SHOWN else f"over {_SHOWN:,}"
 
 
@@ -119,8 +152,11 @@ def definitions(level: float) -> str:
         f" set) on its side. Second half: relative depth from {HALF:g} on. About: what is a sample beside the pairs; a"
         " finding about these checkpoints says nothing about other trainings, and a slope for new backbones rests on"
         " as few values as there are sizes. Pairs needed: test pairs that would decide in 80 % of samples if the truth"
-        " were the estimate; more networks: no number of pairs would, as the networks differ too much. How heads would"
-        " differ with other training pairs is in no interval."
+        " were the estimate; more networks: no number of pairs would, as the networks differ too much; more training"
+        " pairs: none would, as heads differ too much with their training pairs. SE: standard errors in points over"
+        " test pairs, training pairs and networks, as far as they are a sample. About the fitted heads: how these would"
+        " differ with other training pairs is not in the interval; about other training pairs: it is, by refits on"
+        " halves of the training groups. Against random weights nothing is concluded from fewer than three seeds."
     )
 
 
@@ -131,11 +167,10 @@ def markdown(claims: Claims) -> str:
         rows = claims.of(dataset)
         lines += [f"## {dataset}", ""]
         lines += [exploratory_sentence(cells, primary=dataset == claims.endpoint.setting.dataset), ""]
-        lines += [*(f"- {sentence}" for sentence in summary(rows)), ""]
-        table = claims_table(rows).drop(columns="mark")
-        lines += [_row(table.columns), _row("---" for _ in table.columns)]
-        lines += [_row(row) for row in table.to_numpy(object)]
-        lines += [""]
+        for table in (glance_table(rows, claims.subject(dataset)), claims_table(rows)):
+            shown = table.drop(columns="mark")
+            lines += [_row(shown.columns), _row("---" for _ in shown.columns)]
+            lines += [*(_row(row) for row in shown.to_numpy(object)), ""]
     return "\n".join([*lines, definitions(claims.level)])
 
 
@@ -161,7 +196,7 @@ def facts(claims: Claims) -> dict[str, Any]:
             "n_pairs": found.n_pairs if found else 0,
         },
         "exploratory": {
-            dataset: {"tried": cells.tried, "highest": cells.where or None}
+            dataset: {"tried": cells.tried, "beside": cells.beside, "highest": cells.where or None}
             | {
                 name: getattr(cells.best, name) if cells.best else None
                 for name in ("naive", "corrected", "low", "high")

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
 
 from probekit._types import FloatArray
 from probekit.report.effects import Effect, Side, Verdicts, control_side, trained_side
@@ -29,7 +28,7 @@ from probekit.report.select import (
     single_layers,
     trained_rows,
 )
-from probekit.stats import Contrast, network_contrast, pairs_needed, plateau_set, size_slope
+from probekit.stats import Contrast, network_contrast, pairs_needed, plateau_set, size_slope, slope_weights
 
 HALF = 0.5
 """Relative depth from which on layers are called middle to late."""
@@ -42,6 +41,7 @@ MIDDLE, COMBINING, LARGER, TRAINED, INPUTS, DECLINE = CLAIMS = (
     "Accuracy declines in late layers",
 )
 _FEW = 50
+_SEEDS = 3  # of random weights, below which nothing is said of them
 
 Verdict = Literal["supported", "contradicted", "undetermined"]
 
@@ -64,16 +64,19 @@ class Claim:
         The control that it stands against.
     about
         What else than the test pairs is a sample: whether a finding is about these checkpoints, other trainings or
-        random networks, or new backbones.
+        random networks, or new backbones, and about the fitted heads or other training pairs.
     verdict
         Supported, contradicted or undetermined.
     estimate, low, high
         In shares of pairs, of a slope per doubling of the parameters; NaN where there is no contrast.
     p, p_adjusted
         Two-sided p of no effect, alone and corrected.
+    se_pairs, se_train, se_networks
+        Standard errors over test pairs, training pairs (NaN where the heads are held fixed) and networks (0 where none
+        is a sample).
     n_pairs, pairs_needed
         Test pairs, and how many would decide in 80 % of samples if the truth were the estimate (infinite where more
-        networks are needed instead).
+        networks or training pairs are needed instead).
     converged
         Whether all fits did.
     reason
@@ -92,6 +95,9 @@ class Claim:
     high: float = float("nan")
     p: float = float("nan")
     p_adjusted: float = float("nan")
+    se_pairs: float = float("nan")
+    se_train: float = float("nan")
+    se_networks: float = float("nan")
     n_pairs: int = 0
     pairs_needed: float = float("nan")
     converged: bool = True
@@ -102,20 +108,20 @@ class Claim:
 class _Plateau:
     """Layers of a model that may be the best (of training seeds: their mean), and right or wrong (n,) at each.
 
-    With refits on halves of the training groups they are layers that may be best whatever pairs are trained on.
+    With refits (R, n) on halves of the training groups they are layers that may be best whatever pairs are trained on.
     """
 
     inside: list[int]
     depth: dict[int, float]
     right: dict[int, FloatArray]
-    n_refits: int
+    refits: dict[int, FloatArray]
     groups: NDArray[Any]
     options: dict[str, Any]
 
     def judged(self, claim: Claim, others: Sequence[int], which: str) -> Claim:
         """Say which layers may be the best; a claim that `others` of them speak against is undetermined."""
         told = f"may be the best: layer{'s' * (len(self.inside) > 1)} {_listed(self.inside)}"
-        told += ", with other training pairs too" * bool(self.n_refits)
+        told += ", with other training pairs too" * bool(self.refits)
         if not others:
             return because(claim, told)
         needed = max(self._needed(layer) for layer in others)
@@ -125,7 +131,9 @@ class _Plateau:
     def _needed(self, layer: int) -> float:
         """Count the test pairs that would tell a layer from the one that is highest here."""
         best = max(self.right, key=lambda one: float(np.average(self.right[one], weights=self.options["weights"])))
-        found = network_contrast([(1.0, (self.right[best] - self.right[layer])[None])], self.groups, **self.options)
+        again = self.refits[best] - self.refits[layer] if self.refits else None
+        terms = [(1.0, (self.right[best] - self.right[layer])[None])]
+        found = network_contrast(terms, self.groups, refits=again, **self.options)
         return _needed(found, self.options["level"])
 
 
@@ -137,7 +145,6 @@ class Judge:
     ) -> None:
         self._dataset, self._verdicts = dataset, verdicts
         self._test = reported_rows(probed(rows))
-        self._halves = reported_rows(rows[rows["altered"] == "half"])
         self._inputs = reported_rows(rows[rows["head_kind"] == "inputs"])
         self._layers, self._level, self._resamples = layers, level, resamples
         whole = rows[(rows["split"] == "validation") & (rows["slice_by"] == "all")]
@@ -312,10 +319,14 @@ class Judge:
         values = [_mean(right, one) - (0.0 if other is None else _mean(right, other)) for one, other in sides]
         groups, weights = self._verdicts.groups_and_weights(right)
         log_size = np.log2([float(model.parameters or 1) for model in known])
-        found = size_slope(np.array(values), log_size, groups, weights=weights, level=self._level)
+        slopes = list(zip(sides, slope_weights(log_size), strict=True))
+        weighed = [(c, one) for (one, _), c in slopes] + [(-c, other) for (_, other), c in slopes if other is not None]
+        refits = self._verdicts.refits(weighed, right.index)
+        found = size_slope(np.array(values), log_size, groups, refits=refits, weights=weights, level=self._level)
         fine = all(side.converged for pair in sides for side in pair if side is not None)
+        seeds = tuple((side.name, len(set(side.seeds))) for pair in sides for side in pair if side is not None)
         effect = Effect(
-            quantity, found.estimate, found.low, found.high, found.detectable, found.n_pairs, (), 0, fine, found
+            quantity, found.estimate, found.low, found.high, found.detectable, found.n_pairs, seeds, 0, fine, found
         )
         told = f"{len(known)} backbones are the sample: {len(known) - 2} degrees of freedom"
         return because(self._claim(place, quantity, against, effect, about="new backbones"), told)
@@ -338,27 +349,20 @@ class Judge:
         rows = single_layers(trained_rows(self._test, model))
         rows = rows[rows["accuracy"].notna()].sort_values("layer", kind="stable")
         depth = rows.drop_duplicates("layer").set_index("layer")["relative_depth"]
-        halves = single_layers(trained_rows(self._halves, model))
-        halves = halves[halves["accuracy"].notna() & halves["layer"].isin(depth.index)]
-        drawn = sorted(halves["seed"].unique())
-        if len(drawn) < 2 or len(halves) != len(rows) * len(drawn):
-            halves, drawn = halves[:0], []
-        right = self._verdicts.right([*rows["record_id"], *halves["record_id"]])
+        right = self._verdicts.right(list(rows["record_id"]))
         groups, weights = self._verdicts.groups_and_weights(right)
-        layers = [int(layer) for layer in depth.index]
-
-        def at_layers(some: pd.DataFrame) -> list[FloatArray]:
-            keys = [list(some.loc[some["layer"] == layer, "record_id"]) for layer in layers]
-            return [right[each].mean(axis=1).to_numpy(np.float64) for each in keys]
-
-        by_layer = at_layers(rows)
-        refits = np.array([at_layers(halves[halves["seed"] == seed]) for seed in drawn]) if drawn else None
+        sides = {int(layer): trained_side(rows[rows["layer"] == layer], model) for layer in depth.index}
+        right_at = {layer: _mean(right, side) for layer, side in sides.items()}
+        drawn = {layer: self._verdicts.refits([(1.0, side)], right.index) for layer, side in sides.items()}
+        refits = {layer: again for layer, again in drawn.items() if again is not None}
+        if len(refits) < len(sides):
+            refits = {}
         options: dict[str, Any] = {"weights": weights, "n_boot": self._resamples, "level": self._level}
-        found = plateau_set(np.array(by_layer), groups, refits=refits, **options)
-        inside = [layer for layer, held in zip(layers, found.inside, strict=True) if held]
-        right_at = dict(zip(layers, np.array(by_layer), strict=True))
-        depths = dict(zip(layers, depth.astype(float), strict=True))
-        return _Plateau(inside, depths, right_at, len(drawn), groups, options)
+        by_layer, again = np.array(list(right_at.values())), np.stack([*refits.values()], axis=1) if refits else None
+        found = plateau_set(by_layer, groups, refits=again, **options)
+        inside = [layer for layer, held in zip(sides, found.inside, strict=True) if held]
+        depths = dict(zip(sides, depth.astype(float), strict=True))
+        return _Plateau(inside, depths, right_at, refits, groups, options)
 
     def _silent(self, place: dict[str, str], quantity: str, against: str, reason: str, about: str = "") -> Claim:
         return Claim(place["claim"], self._dataset, place["subject"], quantity, against, about, reason=reason)
@@ -369,22 +373,28 @@ class Judge:
         assert found is not None
         reasons = [f"fewer than {_FEW} effective groups"] * (found.effective_groups < _FEW)
         reasons += [f"{effect.dropped:,} pairs that not all sides judged are left out"] * bool(effect.dropped)
+        seeds = min((n for name, n in effect.seeds if name.partition(" ")[0] in RANDOM), default=_SEEDS)
+        few = f"{seeds} seed{'s' * (seeds > 1)} of random weights, where {_SEEDS} are the least"
+        reasons += [few] * (seeds < _SEEDS)
         return Claim(
             place["claim"],
             dataset=self._dataset,
             subject=place["subject"],
             quantity=quantity,
             against=against,
-            about=about or _about(effect.seeds),
+            about=", ".join(filter(None, (about or _about(effect.seeds), _of_heads(effect)))),
             estimate=effect.estimate,
             low=effect.low,
             high=effect.high,
             p=found.p,
+            se_pairs=found.se_pairs,
+            se_train=found.se_train,
+            se_networks=found.se_networks,
             n_pairs=effect.n_pairs,
             pairs_needed=_needed(found, self._level),
             converged=effect.converged,
             reason="; ".join(reasons),
-            verdict=_verdict(effect.low, effect.high),
+            verdict="undetermined" if seeds < _SEEDS else _verdict(effect.low, effect.high),
         )
 
 
@@ -398,13 +408,13 @@ def because(claim: Claim, *reasons: str) -> Claim:
 
 
 def _needed(found: Contrast, level: float) -> float:
-    """Test pairs that would decide if the truth were the estimate; the networks stay as many as they are.
+    """Test pairs that would decide if the truth were the estimate; networks and training pairs stay as they are."""
+    return pairs_needed(found.estimate, found.se_pairs, found.n_pairs, fixed_se=found.se_lasting, level=level)
 
-    The networks' part is known by few degrees of freedom: it counts with Student's quantile over the normal one.
-    """
-    tail = (1 + level) / 2
-    wider = 1.0 if np.isinf(found.freedom) else float(stdtrit(found.freedom, tail)) / float(ndtri(tail))
-    return pairs_needed(found.estimate, found.se_pairs, found.n_pairs, fixed_se=wider * found.se_networks, level=level)
+
+def _of_heads(effect: Effect) -> str:
+    """Say whether a contrast is about the fitted heads or about any that other training pairs give."""
+    return "other training pairs" if effect.refitted else "the fitted heads"
 
 
 def _about(seeds: Sequence[tuple[str, int]]) -> str:

@@ -1,6 +1,6 @@
 """Refits and altered features in the report: their table, and accuracy against training pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ else:  # the subscript exists for type checkers only
 _KEYS = ["backbone", "control", "layer_set", "combination"]
 
 
-def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.DataFrame:
+def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame, *, datasets: Collection[str]) -> pd.DataFrame:
     """Rows of a setting for chosen layers and the widest set of each backbone, with `fit`, accuracy and pairs as it is.
 
     Parameters
@@ -32,9 +32,15 @@ def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.Data
         The run, and the setting of the figures.
     whole
         Test rows of its fits as they are.
+    datasets
+        Data sets that the run tests on. Outer folds are of those that it is fitted on; where these are no others, they
+        are shown with each.
     """
     rows = load_controls(run)
-    for key in ("dataset", "protocol", "sigma", "draw", "pooling", "head"):
+    rows = rows[~rows["altered"].str.startswith("source:")]  # these make a matrix of their own
+    folds = rows["altered"].str.startswith("nested:") & ~rows["dataset"].isin(datasets)
+    rows = rows[(rows["dataset"] == setting.dataset) | folds]
+    for key in ("protocol", "sigma", "draw", "pooling", "head"):
         rows = rows[rows[key] == getattr(setting, key)]
     most = rows.groupby(["backbone", "control"])["n_layers"].transform("max")
     shown = rows[rows["chosen"] | ((rows["n_layers"] == most) & (most > 1))]
@@ -44,14 +50,15 @@ def control_rows_of(run: Path, setting: Setting, whole: pd.DataFrame) -> pd.Data
 
 def altered_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Show `control_rows_of`: each kind of what is altered, beside the fit as it is."""
-    table = []
+    table, several = [], rows["dataset"].nunique() > 1
     for row in rows.to_dict("records"):
         kind, _, parameter = row["altered"].partition(":")
         entry: dict[str, Any] = {
             "Backbone": f"{row['backbone']}" + f" ({row['control']})" * (row["control"] != "trained"),
             "Layers": _layers(row),
             "Altered": f"{ALTERED[kind]}: {parameter}".removesuffix(": ")
-            + f"\n{row['n_fits']} fits" * (row["n_fits"] > 1),
+            + f"\n{row['n_fits']} fits" * (row["n_fits"] > 1)
+            + f"\nof {row['dataset']}" * (kind == "nested" and several),
             "Training pairs": f"{row['n_train']:,}",
             "As it is": marked(percent(row["accuracy_as_it_is"]), row["converged_as_it_is"] is not False, before="\n"),
             "Training, as it is": percent(row["train_accuracy_as_it_is"]),
@@ -110,6 +117,8 @@ def lines_figure(drawn: pd.DataFrame, x: str, title: str) -> Figure:
     drawn = in_percent(drawn, x)
     kinds = sorted(drawn["layers"].unique())
     names = drawn["backbone"] + (" (" + drawn["control"] + ")").where(drawn["control"] != "trained", "")
+    rules = drawn[drawn["combination"] != "single"].groupby("backbone")["combination"].transform("nunique")
+    names += (", " + drawn["combination"]).where(rules.reindex(drawn.index).gt(1), "")
     drawn = drawn.assign(name=names)
     colours = dict(zip(names.unique(), style.colours(names.nunique()), strict=True))
     with look():
@@ -118,7 +127,7 @@ def lines_figure(drawn: pd.DataFrame, x: str, title: str) -> Figure:
         for axes, kind in zip(panels, kinds, strict=True):
             percent_axis(axes, pd.concat([drawn["low"], drawn["high"]]))
             for name, mine in drawn[drawn["layers"] == kind].groupby("name", sort=False):
-                dashed = "--" if name.endswith(")") else "-"
+                dashed = "-" if (mine["control"] == "trained").all() else "--"
                 axes.fill_between(mine[x], mine["low"], mine["high"], color=colours[name], alpha=0.12, lw=0)
                 axes.plot(mine[x], mine["accuracy"], dashed, color=colours[name], marker="o", markersize=3, label=name)
             axes.set_title(kind)
@@ -126,7 +135,8 @@ def lines_figure(drawn: pd.DataFrame, x: str, title: str) -> Figure:
             style.log_axis(axes, ticks, [f"{tick:,.0f}" for tick in ticks])
         panels[0].set_ylabel("Test accuracy (%)")
         figure.supxlabel(title, fontsize=8)
-        handles = panels[0].get_legend_handles_labels()[0] + unconverged_handles(drawn)
+        shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles = [*(shown[name] for name in colours), *unconverged_handles(drawn)]
         figure_legend(figure, handles, columns=3)
     return figure
 

@@ -1,5 +1,6 @@
 """What is said of the layers of a backbone together, and of the paths of pairs: functions of the tables of a run."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,16 @@ from probekit.report.tables import NONE, interval, percent, points
 _KINDS_FROM = 20  # pairs of a kind below which its path says nothing
 
 
-def of_setting(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Keep the rows of one setting in the table of families or of trajectories."""
-    same = table["dataset"] == setting.dataset
-    for name in ("protocol", "sigma", "draw", "pooling", "head", "seed"):
+def of_setting(table: pd.DataFrame, setting: Setting, *, imported: Collection[str] = ()) -> pd.DataFrame:
+    """Keep the rows of one setting in the table of families or of trajectories.
+
+    Imported features (names of backbones) know nothing of noise and pooling and belong to every setting.
+    """
+    same = pd.Series(data=True, index=table.index)
+    for name in ("dataset", "protocol", "head", "seed"):
         same &= table[name] == getattr(setting, name)
+    for name in ("sigma", "draw", "pooling"):
+        same &= (table[name] == getattr(setting, name)) | table["backbone"].isin(imported)
     return table[same]
 
 

@@ -1,13 +1,15 @@
 """Effects as paired differences on the stored margins: both sides of a comparison judged the same pairs.
 
 Every effect is a difference of accuracies averaged over the seeds of each side. Its interval covers the pairs that
-might have been drawn, with the fitted heads held fixed, and the seeds that might have been drawn, of every side that
-has several (`probekit.stats.network_contrast`). Of a side with one seed the variance over seeds is unknown and in no
-interval.
+might have been drawn and the seeds that might have been drawn, of every side that has several
+(`probekit.stats.network_contrast`). Of a side with one seed the variance over seeds is unknown and in no interval.
+Where the run holds refits of all heads on the same halves of the training groups, the interval covers other training
+pairs as well; else the fitted heads are held fixed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ from probekit.report.select import (
     trained_rows,
     training_series,
 )
-from probekit.results import CONTROLS, load_margins
+from probekit.results import CONTROLS, FIT_KEYS, as_they_are, load_margins, load_results
 from probekit.stats import PROTOCOLS, Contrast, network_contrast, prompt_weights
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ class Effect:
     converged: bool = True
     contrast: Contrast | None = None
 
+    @property
+    def refitted(self) -> bool:
+        """Whether other training pairs are in the interval."""
+        return self.contrast is not None and not np.isnan(self.contrast.se_train)
+
 
 @dataclass(frozen=True)
 class Margin:
@@ -162,7 +169,15 @@ class Verdicts:
         if fixed:
             terms = [(weight, value.mean(axis=0, keepdims=True)) for weight, value in terms]
         groups, weights_of_pairs = self.groups_and_weights(right)
-        found = network_contrast(terms, groups, weights=weights_of_pairs, n_boot=self._resamples, level=self._level)
+        weighed = [(1.0 if place < len(gains) else -1.0, side) for place, side in enumerate(sides)]
+        found = network_contrast(
+            terms,
+            groups,
+            refits=self.refits(weighed, right.index),
+            weights=weights_of_pairs,
+            n_boot=self._resamples,
+            level=self._level,
+        )
         return Effect(
             what=what,
             converged=all(side.converged for side in sides),
@@ -188,6 +203,39 @@ class Verdicts:
         return groups, prompt_weights(
             right.iloc[:, 0].to_numpy(), right.index.map(self._prompts).to_numpy(dtype=object)
         )
+
+    def refits(self, sides: Sequence[tuple[float, Side]], pairs: pd.Index) -> FloatArray | None:
+        """Weighted sum (R, n) of sides refitted on halves of the training groups; None where not all of them are.
+
+        Parameters
+        ----------
+        sides
+            Weight and side, each the mean over its networks.
+        pairs
+            Test pairs (n,).
+        """
+        draws = [self._halves.get(key, ()) for _, side in sides for key in side.keys]
+        n_draws = len(draws[0]) if draws else 0
+        if n_draws < 2 or any(len(some) != n_draws for some in draws):
+            return None
+        right = self._judged([Side("", keys, keys) for keys in draws]).reindex(pairs)
+        if right.isna().to_numpy().any():
+            return None
+        found = np.zeros((n_draws, len(pairs)))
+        for weight, side in sides:
+            for draw in range(n_draws):
+                again = replace(side, keys=tuple(self._halves[key][draw] for key in side.keys))
+                found[draw] += weight * _networks(right, again).mean(axis=0)
+        return found
+
+    @cached_property
+    def _halves(self) -> dict[str, tuple[str, ...]]:
+        """For each fit, its refits on halves of the training groups in the order of the draws."""
+        frame = load_results(self._run).drop_duplicates("record_id")
+        again = frame[frame["altered"] == "half"].sort_values("seed", kind="stable")
+        drawn = again.groupby(FIT_KEYS, sort=False)["record_id"].agg(tuple)
+        whole = as_they_are(frame).merge(drawn.rename("draws"), left_on=FIT_KEYS, right_index=True)
+        return dict(zip(whole["record_id"], whole["draws"], strict=True))
 
     def _judged(self, sides: Sequence[Side]) -> pd.DataFrame:
         """Right (1) or wrong (0) of every record of the sides, for each decided test pair that one of them judged."""
@@ -237,12 +285,14 @@ def control_margins(frame: pd.DataFrame, verdicts: Verdicts) -> list[Margin]:
             part = layer_rows(rows, layers)
             trained, controls = trained_side(part, model), control_rows(part, model)
             for kind in control_kinds(controls) if trained.keys else []:
-                seeds = of_kind(controls, kind)
-                sd = float(seeds["accuracy"].std(ddof=1)) if len(seeds) > 1 else float("nan")
+                seeds, side = of_kind(controls, kind), control_side(part, model, kind)
+                # of training seeds, each with several controls, the training seeds are the sample
+                by_network = seeds["accuracy"].groupby(list(side.seeds)).mean()
+                sd = float(by_network.std(ddof=1)) if len(by_network) > 1 else float("nan")
                 what = f"{model.label}: {'real prompts' if kind in PROMPTS else 'trained'} - {CONTROLS[kind]}"
-                effect = verdicts.compare(what, [trained], [control_side(part, model, kind)])
-                mean, fine = float(seeds["accuracy"].mean()), bool(seeds["converged"].all())
-                margins.append(Margin(model.label, kind, layers, len(seeds), mean, sd, effect, fine))
+                effect = verdicts.compare(what, [trained], [side])
+                mean = float(by_network.mean())
+                margins.append(Margin(model.label, kind, layers, len(by_network), mean, sd, effect, side.converged))
     return margins
 
 

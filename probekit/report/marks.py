@@ -194,7 +194,7 @@ def mark_at(axes: Axes, points: pd.DataFrame, colour: str, *, marker: str, place
 
 
 def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: float) -> None:
-    """Ring the chosen layer and write its accuracy beside the band, above it only where the text has room.
+    """Ring the chosen layer and write its accuracy beside the band: above or below it, or over the name of all layers.
 
     Parameters
     ----------
@@ -224,6 +224,8 @@ def name_chosen(axes: Axes, points: pd.DataFrame, colour: str, *, text_height: f
     numbers = ", ".join(map(str, sorted(set(chosen["layer"]))))
     text = f"layer{'s' * (',' in numbers)} {numbers}: {chosen['accuracy'].mean():.1f}"
     height = float(trained["high"].max() if up else trained["low"].min())
+    if not up and len(joined) and below < 1.3 * text_height:
+        height, up = float(joined["accuracy"].max()) + 1.3 * text_height, True
     options = {"ha": side, "va": "bottom" if up else "top", "offset": (0, 1 if up else -1)}
     text = marked(text + " (mean)" * (len(chosen) > 1), *chosen["converged"])
     label(axes, place, height, text, colour, **options)

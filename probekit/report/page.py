@@ -142,7 +142,11 @@ def _section(
     sizes, lengths = size_effects(frame, verdicts), training_effects(frame, verdicts)
     others = import_effects(frame, verdicts)
     models = trained_models(reported_rows(frame))
-    families, paths = (depth.of_setting(load(run), setting) for load in (load_families, load_trajectories))
+    largest = models[-1].backbones[-1] if models else ""
+    imported = set(frame.loc[frame["imported"], "backbone"])
+    families, paths = (
+        depth.of_setting(load(run), setting, imported=imported) for load in (load_families, load_trajectories)
+    )
     judged, primary = claims.of(setting.dataset), setting == claims.endpoint.setting
     figures = []
 
@@ -190,9 +194,10 @@ def _section(
             )
         if len(kinds_points(frame, setting=setting)["source"].unique()) > 1:
             add("kinds", "Kinds of pairs", kinds_figure, kinds_points, captions.kinds_caption(frame, setting))
-    altered = control_rows_of(run, setting, reported_rows(frame))
+    altered = control_rows_of(run, setting, reported_rows(frame), datasets=set(whole["dataset"]))
     for name, title, figure, points, caption in control_figures(altered, level=level):
         add(name, title, lambda *_, drawn=figure, **__: drawn, lambda *_, told=points, **__: told, caption)
+    refitted = bool((altered["altered"] == "half").any())
     everything = trained_models(frame, every_length=True)
     effects = {
         layers: [
@@ -213,10 +218,10 @@ def _section(
             *captions.found(frame, margins, joins, sizes, lengths, others),
             *beside.found_beside(rows, setting, baselines, gains),
         ],
-        "claims": claims_text.summary(judged),
+        "claims": claims_text.glance_table(judged, claims.subject(setting.dataset)),
         "claims_table": claims_text.claims_table(judged),
         "layers": depth.layers_table(families, level),
-        "paths": depth.paths_table(paths, models[-1].backbones[-1] if models else ""),
+        "paths": depth.paths_table(paths, largest),
         "baselines": baselines,
         "slices": beside.slices_table(rows, setting),
         "beyond": beside.beyond_table(gains),
@@ -228,6 +233,8 @@ def _section(
         ],
         "controls": tables.controls_table(frame),
         "altered": altered_table(altered),
+        "sources": transfer.sources_table(rows, setting, largest),
+        "largest": largest,
         "combinations": combinations.combinations_table(whole, setting, verdicts),
         "blocks": combinations.blocks_table(run, setting),
         "warnings": tables.warnings_list(
@@ -237,7 +244,7 @@ def _section(
         ),
         "counts": tables.counts_table(frame),
         "protocol": PROTOCOLS[setting.protocol].rule,
-        "limits": captions.limits(frame, whole, banded=len(families) > 0),
+        "limits": captions.limits(frame, whole, banded=len(families) > 0, refitted=refitted),
     }
 
 

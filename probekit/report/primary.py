@@ -1,7 +1,7 @@
 """The one endpoint that a run is about: named in its configuration, or the default; everything else is exploratory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -102,12 +102,12 @@ def find_primary(frame: pd.DataFrame, options: Mapping[str, Any]) -> Endpoint:
         msg = f"primary: data set is {asked.dataset!r}; the run holds {names}; name one of them and sweep again"
         raise ResultsError(msg)
     if asked.head not in (None, setting.head):
-        rows = probed(frame)
-        rows = rows[(rows["dataset"] == setting.dataset) & (rows["head"] == asked.head)]
-        if rows.empty:
+        # a head may read other noise levels or poolings than the first one does
+        read = [one for one in settings(frame[frame["head"] == asked.head]) if one.dataset == setting.dataset]
+        if not read:
             msg = f"primary: head is {asked.head!r}; the run holds none of this name; name another and sweep again"
             raise ResultsError(msg)
-        setting = replace(setting, head=asked.head, seed=int(rows["seed"].iloc[0]))
+        setting = read[0]
     rows = reported_rows(narrow(frame, setting))
     if asked.backbone is None:
         model = next(reversed(dumped_models(rows)), None)
@@ -128,6 +128,8 @@ class Cells:
     ----------
     tried
         Test accuracies in the run: every head on features, trained backbones and controls.
+    beside
+        And those of refits, altered features, baselines and scores from elsewhere.
     where
         The highest of the trained ones, in words.
     best
@@ -135,6 +137,7 @@ class Cells:
     """
 
     tried: int
+    beside: int
     where: str
     best: BestOf | None
 
@@ -153,16 +156,18 @@ def cells_tried(frame: pd.DataFrame, setting: Setting, verdicts: Verdicts, *, le
     level, resamples
         Of the interval.
     """
-    rows = reported_rows(probed(frame))
-    rows = rows[(rows["dataset"] == setting.dataset) & (rows["protocol"] == setting.protocol)]
-    rows = rows[rows["accuracy"].notna()]
+    every = reported_rows(frame)
+    every = every[(every["dataset"] == setting.dataset) & (every["protocol"] == setting.protocol)]
+    every = every[every["accuracy"].notna() & ~every["altered"].str.startswith("nested:")]  # outer folds are no test
+    rows = probed(every)
+    beside = len(every) - len(rows)
     trained = rows[rows["control"] == "trained"]
     right = verdicts.right(list(trained["record_id"])) if len(trained) > 1 else pd.DataFrame()
     if right.empty:
-        return Cells(len(rows), "", None)
+        return Cells(len(rows), beside, "", None)
     groups, weights = verdicts.groups_and_weights(right)
     if len(set(groups)) < 2:
-        return Cells(len(rows), "", None)
+        return Cells(len(rows), beside, "", None)
     best = best_of_many(right.to_numpy().T, groups, weights=weights, n_boot=resamples, level=level)
     row = trained.iloc[best.best]
-    return Cells(len(rows), f"{row['backbone']}, layers {row['layer_set']}, head {row['head']}", best)
+    return Cells(len(rows), beside, f"{row['backbone']}, layers {row['layer_set']}, head {row['head']}", best)

@@ -66,7 +66,8 @@ def seeds_text(*effects: Effect) -> str:
     seeds = {name: n for effect in effects for name, n in effect.seeds}
     if not seeds:
         return ""
-    several = [f"{n} seeds of {name}" for name, n in seeds.items() if n > 1]
+    several = ["training pairs"] * all(effect.refitted for effect in effects)
+    several += [f"{n} seeds of {name}" for name, n in seeds.items() if n > 1]
     lone = [name for name, n in seeds.items() if n == 1]
     intervals = "the interval" if len(effects) == 1 else "these intervals, each for its own sides"
     text = f" In {intervals}: {', '.join(['test pairs', *several])}"
@@ -216,12 +217,12 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
     table = []
     for model in trained_models(rows):
         controls = control_rows(rows, model)
-        for control in controls["control"].unique():
-            chosen, joined = (
-                layer_rows(controls[controls["control"] == control], layers) for layers in (CHOSEN, ALL_LAYERS)
-            )
+        several = of_kind(controls, "init").empty and controls["backbone"].nunique() > 1
+        for backbone, control in controls[["backbone", "control"]].drop_duplicates().to_numpy(object):
+            mine = controls[(controls["backbone"] == backbone) & (controls["control"] == control)]
+            chosen, joined = (layer_rows(mine, layers) for layers in (CHOSEN, ALL_LAYERS))
             entry = {
-                "Backbone": model.label,
+                "Backbone": backbone if several else model.label,
                 "Control": control.replace("+", " + "),
                 "Layer": ", ".join(map(str, chosen["layer"])) or NONE,
             }

@@ -11,8 +11,9 @@ SD_i^2, the variance of the S_i accuracies on the same pairs, also contains what
 With P the covariance of all accuracies over resampled pairs (cluster linearisation) and w the weight of each network
 (c_i / S_i), pairs make w'Pw, of which sum_i c_i^2 tr(M_i P_i) / ((S_i - 1) S_i) is already in the first term (M_i takes
 off the mean of side i, P_i is its part of P): only the rest is added, and nothing if it is negative. No more is taken
-off than the first term holds: networks that agree by chance never make the error smaller than that over pairs. Of a
-side with one network the variance over networks is unknown and in no interval.
+off than the first term holds: networks that agree by chance never make the error smaller than that over pairs. (2,000
+runs, 200 effective groups, networks of one accuracy: with ten a side limits cover 97.1 %, without this floor 95.7 %;
+with three 99.4 and 96.8 %.) Of a side with one network the variance over networks is unknown and in no interval.
 
 Networks are few and their variance is known badly, that of pairs is known well. Limits add their reaches in squares,
 
@@ -21,6 +22,12 @@ Networks are few and their variance is known badly, that of pairs is known well.
 with Welch and Satterthwaite's degrees of freedom for the networks alone. (One t for both parts, on degrees of freedom
 from their estimated shares, covered 93 % where three degrees were left: a variance that is too small by chance also
 makes its own degrees of freedom look plentiful.)
+
+**Other training pairs of the heads.** With refits of all heads on halves of the training groups (the same half for
+all, see `probekit.stats.training`) the contrast of each refit is at hand, and with it SE_train. It is added to what
+pairs make, on the degrees of freedom of both together; where networks scatter because of their training pairs it is
+counted twice, on the safe side (2,000 runs, three networks a side: limits cover 97.0 %, those without refits 96.2 %;
+of single networks see `probekit.stats.training`). More test pairs lower neither SE_networks nor SE_train.
 
 The margin over random weights is such a contrast (1 for trained, -1 for the random networks), that of a large and a
 small model the difference of two of them: 1, -1, -1, 1. The seeds' variance is in it. A slope over these shapes is one
@@ -50,8 +57,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from probekit._types import FloatArray
-from probekit.stats.comparisons import POWER, mean_gain
+from probekit.stats.comparisons import POWER, Gain, mean_gain
 from probekit.stats.intervals import Scored
+from probekit.stats.training import TrainingPart, widened
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,13 @@ class Contrast:
         Its part that the scatter of networks shows; 0 where no side has several.
     se_pairs
         What test pairs alone make: with these networks held fixed.
+    se_train
+        What other training pairs of the heads make; NaN without refits, where the limits hold the fitted heads fixed.
+    se_lasting
+        What more test pairs do not lower, networks and training pairs, each times its quantile over the normal one.
     freedom
-        Degrees of freedom of the networks' part; infinite for limits by the bootstrap over pairs alone.
+        Degrees of freedom of the networks' part, without networks of that of training pairs; infinite for limits by the
+        bootstrap over pairs alone.
     p
         Two-sided p of no effect.
     detectable
@@ -90,6 +103,8 @@ class Contrast:
     se: float
     se_networks: float
     se_pairs: float
+    se_train: float
+    se_lasting: float
     freedom: float
     p: float
     detectable: float
@@ -105,6 +120,7 @@ def network_contrast(
     sides: Sequence[tuple[float, FloatArray]],
     groups: NDArray[Any],
     *,
+    refits: FloatArray | None = None,
     weights: FloatArray | None = None,
     n_boot: int = 2000,
     level: float = 0.95,
@@ -117,6 +133,9 @@ def network_contrast(
     sides
         Weight and right or wrong (S, n) of the networks of each side. Two ways of fitting the same networks are one
         side: the differences of right and wrong, network by network.
+    refits
+        (R, n) the same weighted sum of heads refitted on random halves of the training groups. With them training
+        pairs are a sample too; without them the heads are held fixed.
     groups, weights, n_boot, level, seed
         As in `accuracy_interval`. The bootstrap serves where every side has one network.
 
@@ -143,46 +162,23 @@ def network_contrast(
             freedoms.append(s - 1)
             block = covariance[own, own]
             seen += c**2 * float(np.trace(block) - block.sum() / s) / ((s - 1) * s)
-    if not parts:
-        return Contrast(
-            pairs.estimate,
-            pairs.low,
-            pairs.high,
-            pairs.spread,
-            0.0,
-            pairs.spread,
-            float("inf"),
-            pairs.p,
-            (float(ndtri((1 + level) / 2)) + float(ndtri(POWER))) * pairs.spread,
-            networks,
-            tuple(deviations),
-            scored.n_pairs,
-            len(size),
-            scored.effective_groups,
-            "these checkpoints",
-        )
+    part = None if refits is None else TrainingPart.of(refits, groups, weights)
     among = np.array(parts)
+    about: dict[str, Any] = {
+        "networks": networks,
+        "sd": tuple(deviations),
+        "n_pairs": scored.n_pairs,
+        "n_groups": len(size),
+        "effective_groups": scored.effective_groups,
+        "about": "other trainings" if parts else "these checkpoints",
+    }
+    if not parts:
+        return Contrast(**_of_pairs(pairs, part, level=level), **about)
     uncertain = float((among**2 / np.array(freedoms)).sum())
     freedom = float(among.sum()) ** 2 / uncertain if uncertain > 0 else float("inf")
-    found = _limits(
-        pairs.estimate,
-        float(among.sum()),
-        freedom,
-        max(pairs.spread**2 - min(seen, float(among.sum())), 0.0),
-        level=level,
-    )
-    return Contrast(
-        *found[:4],
-        float(np.sqrt(among.sum())),
-        pairs.spread,
-        *found[4:],
-        networks,
-        tuple(deviations),
-        scored.n_pairs,
-        len(size),
-        scored.effective_groups,
-        "other trainings",
-    )
+    rest = max(pairs.spread**2 - min(seen, float(among.sum())), 0.0)
+    found = _limits(pairs.estimate, float(among.sum()), freedom, rest, part, level=level)
+    return Contrast(**found, se_pairs=pairs.spread, **about)
 
 
 def size_slope(
@@ -190,6 +186,7 @@ def size_slope(
     log_size: FloatArray,
     groups: NDArray[Any],
     *,
+    refits: FloatArray | None = None,
     weights: FloatArray | None = None,
     level: float = 0.95,
 ) -> Contrast:
@@ -202,6 +199,8 @@ def size_slope(
         or wrong less the mean of the random networks.
     log_size
         (k,) logarithm of the size. Its base is the unit of the slope: with base 2, accuracy per doubling.
+    refits
+        (R, n) sums over backbones with the weights of `slope_weights`, as in `network_contrast`.
     groups, weights, level
         As in `accuracy_interval`.
 
@@ -231,18 +230,16 @@ def size_slope(
     by_pairs = float(c @ covariance @ c)
     seen = float(np.trace(off_line @ covariance)) / ((k - 2) * spread)
     hidden = max(by_pairs - min(seen, backbones), 0.0)
-    found = _limits(float(c @ accuracy), backbones, float(k - 2), hidden, level=level)
+    part = None if refits is None else TrainingPart.of(refits, groups, weights)
     return Contrast(
-        *found[:4],
-        float(np.sqrt(backbones)),
-        float(np.sqrt(by_pairs)),
-        *found[4:],
-        (1,) * k,
-        (float(np.sqrt(s_squared)),),
-        scored.n_pairs,
-        len(scored.size),
-        scored.effective_groups,
-        "new backbones",
+        **_limits(float(c @ accuracy), backbones, float(k - 2), hidden, part, level=level),
+        se_pairs=float(np.sqrt(by_pairs)),
+        networks=(1,) * k,
+        sd=(float(np.sqrt(s_squared)),),
+        n_pairs=scored.n_pairs,
+        n_groups=len(scored.size),
+        effective_groups=scored.effective_groups,
+        about="new backbones",
     )
 
 
@@ -269,18 +266,50 @@ def _covariance(scored: Scored, accuracy: FloatArray) -> FloatArray:
     return np.asarray(n_groups / max(n_groups - 1, 1) * influence.T @ influence)
 
 
+def _of_pairs(pairs: Gain, part: TrainingPart | None, *, level: float) -> dict[str, Any]:
+    """Limits by the bootstrap over pairs, wider where training pairs are a sample too."""
+    z = float(ndtri((1 + level) / 2))
+    found: dict[str, Any] = {"estimate": pairs.estimate, "se_networks": 0.0, "se_pairs": pairs.spread}
+    if part is None:
+        found |= {"low": pairs.low, "high": pairs.high, "se": pairs.spread, "p": pairs.p, "freedom": float("inf")}
+        return found | {
+            "se_train": float("nan"),
+            "se_lasting": 0.0,
+            "detectable": (z + float(ndtri(POWER))) * pairs.spread,
+        }
+    total = widened(pairs.estimate, pairs.low, pairs.high, part, level=level)
+    found |= {name: getattr(total, name) for name in ("low", "high", "se", "se_train", "freedom", "detectable")}
+    lasting = total.se_train * float(stdtrit(total.freedom, (1 + level) / 2)) / z
+    return found | {"se_lasting": lasting, "p": max(total.p, pairs.p)}
+
+
 def _limits(
-    estimate: float, networks: float, freedom: float, rest: float, *, level: float
-) -> tuple[float, float, float, float, float, float, float]:
-    """Estimate, low, high, se, freedom, p and detectable effect, from the variances of both parts."""
+    estimate: float, networks: float, freedom: float, rest: float, part: TrainingPart | None, *, level: float
+) -> dict[str, Any]:
+    """Limits, errors, p and detectable effect from the variances of networks, pairs and training samples."""
+    train = 0.0 if part is None else part.variance
+    of_rest = float("inf") if part is None else part.freedom(rest)
+    rest += train
 
     def reach(quantile: float) -> float:
-        return float(np.hypot(stdtrit(freedom, quantile) * np.sqrt(networks), ndtri(quantile) * np.sqrt(rest)))
+        parts = stdtrit(freedom, quantile) * np.sqrt(networks), stdtrit(of_rest, quantile) * np.sqrt(rest)
+        return float(np.hypot(*parts))
 
-    outer = reach((1 + level) / 2)
+    outer, z = reach((1 + level) / 2), float(ndtri((1 + level) / 2))
     inside, outside = -30.0, 0.0  # logarithm of the p at which a limit touches zero, by halving
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if reach(1 - np.exp(middle) / 2) < abs(estimate) else (middle, outside)
-    se = float(np.sqrt(networks + rest))
-    return estimate, estimate - outer, estimate + outer, se, freedom, float(np.exp(outside)), outer + reach(POWER)
+    wider = [float(stdtrit(f, (1 + level) / 2)) / z for f in (freedom, of_rest)]
+    return {
+        "estimate": estimate,
+        "low": estimate - outer,
+        "high": estimate + outer,
+        "se": float(np.sqrt(networks + rest)),
+        "se_networks": float(np.sqrt(networks)),
+        "se_train": float("nan") if part is None else float(np.sqrt(train)),
+        "se_lasting": float(np.hypot(wider[0] * np.sqrt(networks), wider[1] * np.sqrt(train))),
+        "freedom": freedom,
+        "p": float(np.exp(outside)),
+        "detectable": outer + reach(POWER),
+    }

@@ -21,17 +21,21 @@ fresh training samples on fixed test pairs; leaving out a fifth, with factor 4, 
 maximum the accuracy is curved, which halves exaggerate: SE_train was 1.4 times the true one at 400 training pairs, and
 the limits of `with_training` covered 96 %, on the safe side; those over test pairs alone 93 %.
 
+Limits: SE_test is the mean half-width over its normal quantile z, so that limits that are not symmetric stay so: each
+side grows by ``t SE_total / (z SE_test)``, t on Welch and Satterthwaite's degrees of freedom ``SE_total^4 (R - 1) /
+s^4``, s^2 the variance of the refits' accuracies.
+
 Sources: P. McCarthy, "Pseudo-replication: half samples", Review of the International Statistical Institute 37 (1969);
 J. Shao and C. Wu, "A general theory for jackknife variance estimation", Annals of Statistics 17 (1989); D. Politis, J.
 Romano and M. Wolf, Subsampling (1999).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from probekit._types import FloatArray
 from probekit.stats.comparisons import POWER, Difference
@@ -50,6 +54,10 @@ class TotalError:
         Standard errors over test groups, over training samples, and of both.
     detectable
         True difference (from zero, or from a given accuracy) that would be found in 80 % of samples.
+    freedom
+        Degrees of freedom of the limits.
+    p
+        Two-sided p of zero: that of the level at which a limit touches it.
     n_refits
         Refits on half of the training groups.
     """
@@ -61,6 +69,8 @@ class TotalError:
     se_train: float
     se: float
     detectable: float
+    freedom: float
+    p: float
     n_refits: int
 
 
@@ -105,6 +115,28 @@ def training_covariance(
     return (vectors * np.maximum(values, 0)) @ vectors.T, np.diag(scatter) / (n_refits - 1)
 
 
+@dataclass(frozen=True)
+class TrainingPart:
+    """What training samples make of an accuracy or a contrast: ``variance``, and ``scatter`` of its ``n_refits``."""
+
+    variance: float
+    scatter: float
+    n_refits: int
+
+    @classmethod
+    def of(cls, refits: FloatArray, groups: NDArray[Any], weights: FloatArray | None = None) -> "TrainingPart":
+        """Estimate it from refits (R, n) as in `with_training`."""
+        scale = max(float(np.nanmax(np.abs(refits))), 1.0)  # a difference of differences of a pair may be 2
+        covariance, scatter = training_covariance(np.asarray(refits)[:, None] / scale, groups, weights=weights)
+        return cls(scale**2 * float(covariance[0, 0]), scale**2 * float(scatter[0]), len(refits))
+
+    def freedom(self, rest: float) -> float:
+        """Degrees of freedom of this variance and that of the rest together."""
+        if not self.variance > 0:
+            return float("inf")
+        return (self.n_refits - 1) * ((rest + self.variance) / self.scatter) ** 2
+
+
 def with_training(
     found: Interval | Difference,
     refits: FloatArray,
@@ -114,10 +146,6 @@ def with_training(
     level: float = 0.95,
 ) -> TotalError:
     """Widen limits over test groups by the variance over training samples.
-
-    SE_test is the mean half-width over its normal quantile z, so that limits that are not symmetric stay so: each side
-    grows by ``t SE_total / (z SE_test)``, t on Welch and Satterthwaite's degrees of freedom
-    ``SE_total^4 (R - 1) / s^4``, s^2 the variance of the refits' accuracies.
 
     Parameters
     ----------
@@ -136,22 +164,30 @@ def with_training(
     ValueError
         As in `training_covariance`.
     """
-    refits = np.asarray(refits)
-    covariance, scatter = training_covariance(refits[:, None], groups, weights=weights)
-    z = float(ndtri((1 + level) / 2))
-    test, train = (found.high - found.low) / (2 * z), float(np.sqrt(covariance[0, 0]))
-    total = float(np.hypot(test, train))
-    freedom = (len(refits) - 1) * total**4 / float(scatter[0]) ** 2 if train > 0 else float("inf")
-    t = float(stdtrit(freedom, (1 + level) / 2))
-    grown = t * total / (z * test)
+    part = TrainingPart.of(refits, groups, weights)
+    grown = widened(found.estimate, found.low, found.high, part, level=level)
     floor = 0.0 if isinstance(found, Interval) else -1.0
+    return replace(grown, low=max(grown.low, floor), high=min(grown.high, 1.0))
+
+
+def widened(estimate: float, low: float, high: float, part: TrainingPart, *, level: float) -> TotalError:
+    """Widen limits over test groups by what training samples make; see `with_training`."""
+    z = float(ndtri((1 + level) / 2))
+    test = (high - low) / (2 * z)
+    total = float(np.hypot(test, np.sqrt(part.variance)))
+    freedom = part.freedom(test**2)
+    t = float(stdtrit(freedom, (1 + level) / 2))
+    below, above = (t * total / (z * test) * side for side in (estimate - low, high - estimate))
+    reach = below if estimate > 0 else above  # of the side on which zero lies
     return TotalError(
-        found.estimate,
-        max(found.estimate - grown * (found.estimate - found.low), floor),
-        min(found.estimate + grown * (found.high - found.estimate), 1.0),
+        estimate,
+        estimate - below,
+        estimate + above,
         test,
-        train,
+        float(np.sqrt(part.variance)),
         total,
         (t + float(stdtrit(freedom, POWER))) * total,
-        len(refits),
+        freedom,
+        2 * float(stdtr(freedom, -t * abs(estimate) / reach)),
+        part.n_refits,
     )

@@ -6,6 +6,7 @@ names of groups alone, so that all layers, stores and heads see the same ones.
     permuted      the labels of the training pairs, as `probekit.stats.permuted_labels` draws them
     half          another half of the training groups for each seed
     share:0.2     that share of the training groups, part of every larger share
+    source:blur   the training pairs of that source alone
     nested:5      training and validation pairs outside of an outer fold, whose number is the seed; "validation" rows
                   are of these pairs, each judged by the inner fit that held it out, "test" rows of the fold
     beside:init:0     a layer beside the same layer of a random-weights store of the backbone
@@ -96,6 +97,9 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
         for share in sorted(set(controls.shares)):
             _check_groups(record, share, record.head.folds)
             yield replace(record, altered=f"share:{share:g}")
+        if controls.sources:
+            names = _sources(record.selection, record.data_digest, record.head.folds)
+            yield from (replace(record, altered=f"source:{name}") for name in names)
         if controls.nested and record.combination == "single":
             _check_folds(record, controls.nested)
             yield from (
@@ -183,9 +187,11 @@ def altered(record: Record) -> Altered:
     if record.kind == "permuted":
         label = _permuted(record.selection, data.digest, record.seed)
         return Altered(replace(data, train=replace(data.train, label=label)), everything)
-    if record.kind in ("half", "share"):
+    if record.kind in ("half", "share", "source"):
         groups = data.train.frame["group"].to_numpy()
-        if record.kind == "half":
+        if record.kind == "source":
+            inside = (data.train.frame["source"] == record.altered.partition(":")[2]).to_numpy()
+        elif record.kind == "half":
             inside = _rank(groups, 1, record.seed) < len(np.unique(groups)) // 2
         else:
             inside = _rank(groups, 0) < _groups_of(groups, float(record.altered.partition(":")[2]))
@@ -243,6 +249,23 @@ def _check_folds(record: Record, folds: int) -> None:
             f"validation pairs of {record.trained_on}; allowed: with {least} groups or more"
         )
         raise ConfigError(message)
+
+
+@lru_cache(maxsize=64)
+def _sources(selection: Selection, digest: str, folds: int) -> list[str]:
+    """List the sources of training pairs that a head can be fitted on; `digest` is that of the pairs."""
+    train = material(selection).train
+    held = pd.DataFrame({"source": train.frame["source"], "group": train.frame["group"], "tied": train.label == 0.5})
+    groups = held[~held["tied"]].groupby("source")["group"].nunique()
+    every = sorted(held["source"].unique())
+    if len(every) < 2:
+        logger.warning("%s: its training pairs name one source, so there are no heads by source", selection.trained_on)
+        return []
+    few = [name for name in every if groups.get(name, 0) < folds]
+    if few:
+        text = "%s: no heads on %s alone: fewer groups of decided training pairs than folds (%d)"
+        logger.warning(text, selection.trained_on, ", ".join(few), folds)
+    return [name for name in every if name not in few]
 
 
 @lru_cache(maxsize=64)

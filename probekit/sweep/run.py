@@ -298,12 +298,11 @@ def _judged(record: Record, head: PairHead | None, facts: dict[str, Any], values
         n = len(on.data.train.label)
         values[n : 2 * n] = head.cv_margins_
     facts = record_facts(record, open_cached(record.store)) | facts
-    rows, kept = judged_rows(
-        record, on.data, on.data.by_part(values), facts, blind=head is None, whole=bool(record.altered)
-    )
+    whole = record.kind not in ("", "source")  # heads by source are for the matrix of sources
+    rows, kept = judged_rows(record, on.data, on.data.by_part(values), facts, blind=head is None, whole=whole)
     results.write_part(out, record.record_id, rows, kept)
-    whole = rows[rows["slice_by"] == "all"]
-    validation, test = (whole.loc[whole["split"] == split, "accuracy"] for split in ("validation", "test"))
+    told = rows[rows["slice_by"] == "all"]
+    validation, test = (told.loc[told["split"] == split, "accuracy"] for split in ("validation", "test"))
     name = results.set_label(facts["layer_set"], record.combination)
     return Fitted(name, float(validation.iloc[0]), tuple(test), head is None)
 

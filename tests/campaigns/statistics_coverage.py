@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_stats import clustered
@@ -250,6 +251,37 @@ def seeds(rng, effective, tau=0.008):
     }
 
 
+def agreeing(rng, effective):
+    """See `agreeing_of`, for three and for ten networks a side."""
+    return {f"{n} networks: {what}": kept for n in (3, 10) for what, kept in agreeing_of(rng, effective, n).items()}
+
+
+def agreeing_of(rng, effective, n_networks, n_boot=300):
+    """Networks of one true accuracy: they scatter by what pairs do to each, by chance less or more than that."""
+    _, groups = clustered(rng, groups_for(effective))
+    uneven = rng.normal(0, 0.15, (1, groups.max() + 1))
+    sides = [networks(rng, np.full(n_networks, a), groups, np.repeat(uneven, n_networks, axis=0)) for a in (0.7, 0.6)]
+    found = network_contrast([(1.0, sides[0]), (-1.0, sides[1])], groups, n_boot=n_boot)
+    right = np.concatenate(sides)
+    size = np.bincount(groups)
+    total = np.stack([np.bincount(groups, row) for row in right])
+    influence = (total - right.mean(axis=1)[:, None] * size) / size.sum()
+    covariance = len(size) / (len(size) - 1) * influence @ influence.T
+    taken_off = 0.0
+    for own in (slice(0, n_networks), slice(n_networks, None)):
+        block = covariance[own, own]
+        taken_off += (np.trace(block) - block.sum() / n_networks) / ((n_networks - 1) * n_networks)
+    lower = np.sqrt(max(found.se_networks**2 + found.se_pairs**2 - taken_off, 0))
+    t = stdtrit(found.freedom, 0.975)
+    reach = np.hypot(t * found.se_networks, 1.96 * np.sqrt(max(lower**2 - found.se_networks**2, 0)))
+    return {
+        "covered": found.low <= 0.1 <= found.high,
+        "without the floor": abs(found.estimate - 0.1) <= reach,
+        "error below that of pairs": found.se < found.se_pairs - 1e-12,
+        "and without the floor": lower < found.se_pairs,
+    }
+
+
 def logistic(differences, weights, strength=1.0):
     """Coefficients (R, d) of heads without intercept on differences (n, d), by Newton; weights (R, n)."""
     n, d = differences.shape
@@ -306,8 +338,29 @@ def training(rng, _, n_boot=300):
     return found
 
 
+def trained_networks(rng, _, n_networks=3, n=400, n_refits=10):
+    """Three networks a side, each with 8 of a layer's 12 channels, fitted on the same 400 pairs and the same halves."""
+    train, pairs = HEADS.draw(rng, n), HEADS.draw(rng, 800)
+    halves = [np.isin(np.arange(n) // 2, rng.permutation(n // 2)[: n // 4]) for _ in range(n_refits)]
+    weights = np.vstack([np.ones(n), np.array(halves)])
+    whole, sides = [], []
+    for layer in HEADS.layers:
+        seen = [np.sort(rng.permutation(np.arange(16)[layer])[:8]) for _ in range(n_networks)]
+        w = [logistic(train[:, some], weights) for some in seen]
+        whole.append(
+            np.mean([(v[0] @ HEADS.everything[:, some].T > 0).mean() for v, some in zip(w, seen, strict=True)])
+        )
+        sides.append(np.stack([v @ pairs[:, some].T > 0 for v, some in zip(w, seen, strict=True)]).astype(float))
+    terms = [(1.0, sides[0][:, 0]), (-1.0, sides[1][:, 0])]
+    refits = (sides[0][:, 1:] - sides[1][:, 1:]).mean(axis=0)
+    held = network_contrast(terms, np.arange(800) // 2, n_boot=200)
+    found = network_contrast(terms, np.arange(800) // 2, refits=refits, n_boot=200)
+    beyond = np.hypot(found.se_networks, found.se_train)
+    return {"difference": [whole[0] - whole[1], beyond, held.low, held.high, found.low, found.high]}
+
+
 def summed(runs):
-    """What the runs of `training` say together."""
+    """What the runs of `training` and `trained_networks` say together."""
     found = {}
     for what in runs[0]:
         true, se, *limits = np.array([run[what] for run in runs]).T
@@ -366,10 +419,15 @@ EXPERIMENTS = {
         permutation,
         slope,
         seeds,
+        agreeing,
         training,
+        trained_networks,
         scores,
     )
 }
+
+
+OF_SAMPLES = (training, trained_networks)  # whose truth is that of all runs together
 
 
 def repeat(experiment, runs, *arguments, seed=0, **options):
@@ -377,7 +435,9 @@ def repeat(experiment, runs, *arguments, seed=0, **options):
     rng = np.random.default_rng([seed, *arguments])
     found = [experiment(rng, *arguments, **options) for _ in range(runs)]
     return (
-        summed(found) if experiment is training else {name: np.mean([run[name] for run in found]) for name in found[0]}
+        summed(found)
+        if experiment in OF_SAMPLES
+        else {name: np.mean([run[name] for run in found]) for name in found[0]}
     )
 
 
@@ -390,7 +450,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in options.only:
-        for effective in options.groups if name != "training" else [0]:
+        for effective in [0] if EXPERIMENTS[name] in OF_SAMPLES else options.groups:
             start = time.process_time()
             found = repeat(EXPERIMENTS[name], options.runs, effective, seed=options.seed)
             line = ", ".join(f"{what} {value:.4f}" for what, value in found.items())
