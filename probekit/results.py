@@ -699,17 +699,17 @@ def _check_rows(rows: pd.DataFrame, where: str) -> None:
         ("head_kind", ("linear", "mlp", *UNPROBED)),
         ("slice_by", ("all", *SLICES)),
     ):
-        if not set(rows[column]) <= set(allowed):
-            bad = sorted(set(rows[column]) - set(allowed))[0]
+        if strange := set(rows[column].unique()) - set(allowed):
+            bad = sorted(strange)[0]
             msg = f"{where}: column {column} holds {bad!r}; allowed: {', '.join(allowed)}"
             raise ResultsError(msg)
     accuracy = rows["accuracy"].to_numpy(dtype=np.float64)
     if ((accuracy < 0) | (accuracy > 1)).any():
         msg = f"{where}: column accuracy holds {accuracy[(accuracy < 0) | (accuracy > 1)][0]}; allowed: 0 to 1, or NaN"
         raise ResultsError(msg)
-    twice = rows.duplicated(["record_id", "dataset", "split", "slice_by", "source", "protocol"])
-    if twice.any():
-        row = rows[twice].iloc[0]
+    names = ["record_id", "dataset", "split", "slice_by", "source", "protocol"]
+    if len(set(zip(*(rows[name].tolist() for name in names), strict=True))) < len(rows):
+        row = rows[rows.duplicated(names)].iloc[0]
         msg = (
             f"{where}: two rows for data set {row['dataset']!r}, split {row['split']!r}, {row['slice_by']!r}, source "
             f"{row['source']!r}, protocol {row['protocol']!r}"
@@ -725,18 +725,20 @@ def _write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) ->
         raise ResultsError(msg)
     fields = [pa.field(name, _ARROW[dtype], nullable=dtype in ("Int64", "float64")) for name, dtype in columns.items()]
     schema = pa.schema(fields, metadata={"probekit_results": RESULTS_VERSION})
-    for name, dtype in columns.items():
-        if dtype not in ("Int64", "float64") and frame[name].isna().any():
-            msg = f"{path.name}: column {name} has missing values"
+    arrays = []
+    for field in schema:
+        try:
+            arrays.append(pa.array(frame[field.name], field.type, from_pandas=True))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            msg = f"{path.name}: column {field.name} does not have the type of the schema ({error})"
+            raise ResultsError(msg) from error
+        if not field.nullable and arrays[-1].null_count:
+            msg = f"{path.name}: column {field.name} has missing values"
             raise ResultsError(msg)
-    try:
-        table = pa.Table.from_pandas(frame[list(columns)], schema=schema, preserve_index=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        msg = f"{path.name}: a column does not have the type of the schema ({error})"
-        raise ResultsError(msg) from error
+    table = pa.Table.from_arrays(arrays, schema=schema)
     sink = pa.BufferOutputStream()
     with ParquetWriter(sink, schema, compression="zstd") as writer:
-        writer.write_table(table.replace_schema_metadata(schema.metadata))
+        writer.write_table(table)
     _replace(path, sink.getvalue().to_pybytes())
 
 
@@ -768,14 +770,13 @@ def _read_arrow(path: Path, columns: Mapping[str, str]) -> pa.Table:
 
 
 def _to_pandas(table: pa.Table, columns: Mapping[str, str]) -> pd.DataFrame:
-    data = {}
+    schema = pa.schema([(name, _ARROW[dtype]) for name, dtype in columns.items()])
+    table = table.cast(schema)
+    frame: pd.DataFrame = table.to_pandas()
     for name, dtype in columns.items():
-        values = table.column(name)
-        # through pandas' own nullable type, since a plain conversion would turn integers with gaps into floats
-        data[name] = (
-            pd.array(values.to_pylist(), dtype="Int64") if dtype == "Int64" else values.to_pandas().astype(dtype)
-        )
-    return pd.DataFrame(data)
+        if dtype == "Int64":  # a plain conversion turns integers with gaps into floats
+            frame[name] = table.column(name).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return frame
 
 
 def _replace(path: Path, content: bytes) -> None:

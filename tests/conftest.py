@@ -18,8 +18,8 @@ N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start; read when torch is loaded
     os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-LONGEST = ["families", "docs", "sweep", "demo"]
-"""Test files that begin first, so that no process is left alone with one of them."""
+LONGEST = ["docs", "families", "report", "demo", "sweep", "plan", "controls", "dump_shares", "claims", "stages", "dump"]
+"""Test files that begin first, longest before shorter, so that no process is left alone with one of them."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -434,17 +434,17 @@ def expectations(
     1.0
     """
     labels = np.asarray(labels, dtype=np.float64)
-
-    def accuracy(margins: FloatArray) -> float:
-        judged = PROTOCOLS[protocol](margins, labels, prompts=prompts, threshold=0.0, listed_first=listed_first)
-        if not judged.n_pairs:
-            message = f"none of the {len(labels)} pairs is scored; an expectation needs at least one"
-            raise ValueError(message)
-        return judged.accuracy
-
     sides = np.ones(len(labels))
-    listed = float("nan") if listed_first is None else accuracy(np.where(listed_first, 1.0, -1.0))
-    return Expectations((accuracy(sides) + accuracy(-sides)) / 2, accuracy(0 * sides), listed)
+    scorers = [sides, -sides, 0 * sides, *([] if listed_first is None else [np.where(listed_first, 1.0, -1.0)])]
+    judged = [
+        PROTOCOLS[protocol](margins, labels, prompts=prompts, threshold=0.0, listed_first=listed_first)
+        for margins in scorers
+    ]
+    if not all(outcome.n_pairs for outcome in judged):
+        message = f"none of the {len(labels)} pairs is scored; an expectation needs at least one"
+        raise ValueError(message)
+    first, second, constant, *listed = (outcome.accuracy for outcome in judged)
+    return Expectations((first + second) / 2, constant, listed[0] if listed else float("nan"))
 
 
 def _agreement(margins: FloatArray, labels: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:

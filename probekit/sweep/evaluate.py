@@ -14,7 +14,7 @@ from probekit._types import FloatArray
 from probekit.heads import layer_set_name
 from probekit.stats import Outcome, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
-from probekit.sweep.judging import judge, measures, tuned_threshold
+from probekit.sweep.judging import Asked, judge, measures, tuned_threshold
 from probekit.sweep.material import Material
 from probekit.sweep.plan import Judged, Record
 from probekit.sweep.slices import Slices, slices
@@ -86,7 +86,7 @@ def judged_rows(
     chosen_on = margins(data.validation)
     threshold = tuned_threshold(record.protocol, chosen_on, data.validation.label)
     judged = partial(judge, record.protocol, threshold=threshold)
-    trained = judged(margins(data.train), data.train.label, data.train.frame)
+    trained = judged(margins(data.train), data.train.label, Asked.of(data.train.frame))
     tests = {dataset: margins(pairs) for dataset, pairs in data.tests.items()}
     facts |= {
         "train_accuracy": np.nan if blind else trained.accuracy,
@@ -108,8 +108,8 @@ def judged_rows(
 
 
 def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcome], *, split: str) -> pd.DataFrame:
-    """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, frame) under the protocol."""
-    outcome = judged(margins, pairs.label, pairs.frame)
+    """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, `Asked`) under the protocol."""
+    outcome = judged(margins, pairs.label, Asked.of(pairs.frame))
     kept = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
     rows = {"row_a": pairs.rows[:, 0], "row_b": pairs.rows[:, 1]}
     return kept.assign(split=split, **rows, label=pairs.label, margin=margins, correct=outcome.correct)
@@ -158,11 +158,8 @@ def accuracies(
     """
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
-    excluded = pairs.excluded
-    # What a protocol looks at, prompts as numbers: a slice of every column of text takes longer than its intervals.
-    asked = pd.DataFrame({"prompt_id": pd.factorize(pairs.frame["prompt_id"])[0]})
-    if "a_listed_first" in pairs.frame:
-        asked["a_listed_first"] = pairs.frame["a_listed_first"].to_numpy()
+    excluded = pairs.excluded["source"].to_numpy()
+    asked = Asked.of(pairs.frame)
     left_out = {"all": len(excluded)}
     rows = sliced(pairs, split=split)
     for slicing, source, inside in islice(rows, 1) if whole else rows:
@@ -176,7 +173,7 @@ def accuracies(
             "n_pairs": outcome.n_pairs,
             "true_ties": outcome.true_ties,
             "predicted_ties": outcome.predicted_ties,
-            "left_out": left_out.get(slicing, int((excluded["source"] == source).sum()) * (slicing == "source")),
+            "left_out": left_out.get(slicing, int((excluded == source).sum()) * (slicing == "source")),
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)

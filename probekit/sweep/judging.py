@@ -5,8 +5,9 @@ n = pairs. A frame of pairs has ``dataset``, ``group``, ``prompt`` and ``prompt_
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -25,16 +26,39 @@ def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
     return texts.map(hashed).to_numpy(object)
 
 
-def _numbers(frame: pd.DataFrame) -> IntArray:
-    """Give each pair (n,) the number of its prompt: numbers are quicker to tell apart than names."""
-    return pd.factorize(frame["prompt_id"])[0]
-
-
 def listed_first(frame: pd.DataFrame) -> NDArray[np.bool_] | None:
     """Whether the first side of each pair (n,) stood first in the preference file; None where that is not known."""
     if "a_listed_first" not in frame or frame["a_listed_first"].isna().any():
         return None
     return frame["a_listed_first"].to_numpy(bool)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What protocols look at beside margins and labels, (n,) each and free of pandas, as there are many slices.
+
+    ``prompts`` are numbers, which are quicker to tell apart than names; ``first`` is whether the first side of a pair
+    stood first in the preference file, where that is ``known``.
+    """
+
+    prompts: IntArray
+    first: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Self:
+        """Take it from the pairs of a frame."""
+        told = frame.get("a_listed_first", pd.Series(pd.NA, frame.index, dtype=object)).to_numpy(object)
+        known = pd.notna(told)
+        return cls(pd.factorize(frame["prompt_id"])[0], np.where(known, told, 0).astype(bool), known)
+
+    def __getitem__(self, inside: NDArray[np.bool_]) -> Self:
+        return type(self)(self.prompts[inside], self.first[inside], self.known[inside])
+
+    @property
+    def listed_first(self) -> NDArray[np.bool_] | None:
+        """As the function of this name."""
+        return self.first if self.known.all() else None
 
 
 def check_protocol(protocol: str, frame: pd.DataFrame, *, where: Path) -> None:
@@ -59,31 +83,28 @@ def tuned_threshold(protocol: str, margins: FloatArray, labels: FloatArray) -> f
     return tune_threshold(margins, labels) if "threshold" in PROTOCOLS[protocol].needs else None
 
 
-def judge(
-    protocol: str, margins: FloatArray, labels: FloatArray, frame: pd.DataFrame, *, threshold: float | None
-) -> Outcome:
-    """Score margins (n,) of the pairs of a frame under a protocol."""
+def judge(protocol: str, margins: FloatArray, labels: FloatArray, asked: Asked, *, threshold: float | None) -> Outcome:
+    """Score margins (n,) of pairs under a protocol."""
     return PROTOCOLS[protocol](
-        margins, labels, prompts=_numbers(frame), threshold=threshold, listed_first=listed_first(frame)
+        margins, labels, prompts=asked.prompts, threshold=threshold, listed_first=asked.listed_first
     )
 
 
 def measures(
-    protocol: str, outcome: Outcome, labels: FloatArray, frame: pd.DataFrame, *, threshold: float | None, blind: bool
+    protocol: str, outcome: Outcome, labels: FloatArray, asked: Asked, *, threshold: float | None, blind: bool
 ) -> dict[str, Any]:
     """Give the columns of results that belong to the protocol: both means, threshold, and what knows-nothing gets.
 
     Without a head (`blind`) there are no means.
     """
-    prompts = _numbers(frame)
     row = {
         "micro_accuracy": np.nan if blind else outcome.over_pairs,
-        "prompt_accuracy": np.nan if blind else outcome.over_prompts(prompts),
+        "prompt_accuracy": np.nan if blind else outcome.over_prompts(asked.prompts),
         "threshold": np.nan if threshold is None else threshold,
     }
     if not outcome.n_pairs:
         return row | dict.fromkeys(("expected_random", "expected_constant", "expected_first"), np.nan)
-    known = expectations(protocol, labels, prompts=prompts, listed_first=listed_first(frame))
+    known = expectations(protocol, labels, prompts=asked.prompts, listed_first=asked.listed_first)
     return row | {
         "expected_random": known.random,
         "expected_constant": known.constant,
