@@ -68,8 +68,10 @@ class Differences:
 
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
-        w = w * self.gain.to(w.dtype)
-        return torch.cat([_product(w, block.to(w).T) for _, block in _blocks(self.rows, _BLOCK)], dim=1)
+        w, margins = w * self.gain.to(w.dtype), w.new_empty(len(w), self.rows.shape[0])
+        for part, block in _in_precision_of(w, self.rows):
+            margins[:, part] = _product(w, block.T)
+        return margins
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
@@ -77,22 +79,21 @@ class Differences:
             total = _product(residual, self.rows)
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
-            for part, block in _blocks(self.rows, _BLOCK):
-                total += _product(residual[:, part], block.to(residual))
+            for part, block in _in_precision_of(residual, self.rows):
+                total += _product(residual[:, part], block)
         return total * self.gain.to(residual.dtype)
 
     def margins_and_gradient(self, w: Tensor, residual: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
         """Z w (columns, n) and Z' r (columns, d), r = residual(margins of a slice of pairs, the slice).
 
-        Streamed rows are read once.
+        Rows that are streamed, or of another precision, are read and converted once.
         """
-        if not self.streamed:
+        if isinstance(self.rows, Tensor) and self.rows.dtype == w.dtype:
             margins = self.margins(w)
             return margins, self.gradient(residual(margins, slice(None)))
         gain = self.gain.to(w.dtype)
         scaled, total, margins = w * gain, torch.zeros_like(w), w.new_empty(len(w), self.rows.shape[0])
-        for part, rows in _blocks(self.rows, _BLOCK):
-            block = rows.to(w)
+        for part, block in _in_precision_of(w, self.rows):
             margins[:, part] = _product(scaled, block.T)
             total += _product(residual(margins[:, part], part), block)
         return margins, total * gain
@@ -309,6 +310,22 @@ def _blocks(rows: Tensor | StreamedDifferences, size: int, *, check: bool = Fals
         for start in range(0, len(piece), size):
             block = piece[start : start + size]
             yield slice(part.start + start, part.start + start + len(block)), block
+
+
+def _in_precision_of(like: Tensor, rows: Tensor | StreamedDifferences) -> Iterator[tuple[slice, Tensor]]:
+    """Yield at most `_BLOCK` rows at a time in the precision and on the device of a tensor, with their place.
+
+    Those that are converted are overwritten when the next ones are asked for: new memory would take longer than the
+    conversion.
+    """
+    buffer = None
+    for part, block in _blocks(rows, _BLOCK):
+        if block.dtype == like.dtype and block.device == like.device:
+            yield part, block
+            continue
+        if buffer is None:
+            buffer = like.new_empty(_BLOCK, rows.shape[1])
+        yield part, buffer[: len(block)].copy_(block)
 
 
 def _gram(rows: Tensor | StreamedDifferences, weight: Tensor, dtype: torch.dtype) -> Tensor:
