@@ -9,9 +9,9 @@ which is scikit-learn's logistic regression without intercept, divided by C time
 counts both ways round.
 
 All columns go through L-BFGS together, preconditioned by the inverse of the Hessian that Gaussian z would have. With
-S = Z'Z / n = V e V' (`probekit.heads.factorisation`) and Stein's lemma it is
+S = Z'Z / n = V T V' (`probekit.heads.factorisation`) and Stein's lemma it is
 
-    E[sigmoid'(z.w) z z'] + lam = V (c e + lam) V' + k S w w' S,
+    E[sigmoid'(z.w) z z'] + lam = V (c T + lam) V' + k S w w' S,
 
 where c is the mean of sigmoid' over the column's margins, and k is such that the curvature along w is that of the
 margins. The line search needs no product with Z, since margins Z w_j (n,) are kept; held-out scores come for free.
@@ -54,6 +54,7 @@ _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
 _PER_PAIR, _PER_CHANNEL = 5, 8  # numbers that a column on streamed rows holds at once, besides its history
 _ROUGH = 16  # a scaled diagonal puts gaps about ten times too low
+_CACHE = 2**18  # bytes
 _UNDERSHOOT, _OVERSHOOT = 0.9, 0.8  # largest slopes after a full step, as shares of the one before: Hager and Zhang's
 
 
@@ -190,7 +191,7 @@ def _descend(
     data: Differences, spectrum: Spectrum, columns: Columns, start: Tensor | None, tol: float, max_iter: int
 ) -> Solution:
     """Preconditioned L-BFGS in the precision of the spectrum; a column leaves when it has converged."""
-    dtype = spectrum.eigenvalues.dtype
+    dtype = spectrum.diagonal.dtype
     if spectrum.rough:
         tol = max(tol / _ROUGH, _SINGLE_LEAST if dtype == torch.float32 else 0.0)
     total = columns.weight.sum(1, keepdim=True)
@@ -219,7 +220,7 @@ def _descend(
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iter + 1):
         hessian = hessian_of(spectrum, w, at.moments, lam, history)
-        direction = -two_loop(at.gradient, spectrum, hessian, history)
+        direction = -two_loop(at.gradient, hessian, history)
         slope = (direction * at.gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
         leaves = done | (iteration == max_iter)
@@ -239,7 +240,7 @@ def _descend(
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
         uphill = slope >= 0
         if uphill.any():
-            direction[uphill] = -two_loop(at.gradient[uphill], spectrum, hessian.of(uphill), [])
+            direction[uphill] = -two_loop(at.gradient[uphill], hessian.of(uphill), [])
             slope = (direction * at.gradient).sum(1)
         advance = _one_pass_step if data.streamed else _exact_step
         step, after = advance(data, w, direction, at, slope, label, weight, lam)
@@ -262,12 +263,29 @@ def _evaluate(data: Differences, w: Tensor, label: Tensor, weight: Tensor, lam: 
     moments = lam.new_zeros(len(lam), 3)
 
     def residual(margins: Tensor, pairs: slice) -> Tensor:
-        chance = margins.sigmoid()
-        moments.add_(_moments(margins, chance, weight[:, pairs]))
-        return (chance - label[:, pairs]).mul_(weight[:, pairs])
+        found = torch.empty_like(margins)
+        for some in _in_cache(margins):
+            z, v = margins[some], weight[some, pairs]
+            chance = z.sigmoid()
+            moments[some] += _moments(z, chance, v)
+            torch.sub(chance, _of(label, some)[:, pairs], out=found[some]).mul_(v)
+        return found
 
     margins, gradient = data.margins_and_gradient(w, residual)
     return _Point(margins, gradient + lam * w, moments)
+
+
+def _in_cache(margins: Tensor) -> Iterator[slice]:
+    """Yield columns of margins (columns, n) so few that several arrays of their size stay in the processor's cache."""
+    count, n = margins.shape
+    together = max(1, _CACHE // (n * margins.element_size())) if margins.device.type == "cpu" else count
+    for start in range(0, count, together):
+        yield slice(start, start + together)
+
+
+def _of(label: Tensor, some: slice) -> Tensor:
+    """Labels (columns, n) of some columns; (1, n) where all have the same."""
+    return label[some] if len(label) > 1 else label
 
 
 def _moments(margins: Tensor, chance: Tensor, weight: Tensor) -> Tensor:
@@ -288,12 +306,16 @@ def _exact_step(
     lam: Tensor,
 ) -> tuple[Tensor, _Point]:
     """Go to the minimum along the directions: steps (columns, r), and what is there."""
-    ahead = data.margins(direction)
-    t, chance = _line_search(w, direction, at.margins, ahead, slope, label, weight, lam)
-    step, margins = t * direction, torch.addcmul(at.margins, t, ahead)
-    moments = _moments(margins, chance, weight)
-    gradient = data.gradient((chance - label).mul_(weight)) + lam * (w + step)
-    return step, _Point(margins, gradient, moments)
+    margins = data.margins(direction)
+    residual, t, moments = torch.empty_like(margins), torch.empty_like(lam), lam.new_empty(len(lam), 3)
+    for some in _in_cache(margins):
+        before, ahead, wanted, v = at.margins[some], margins[some], _of(label, some), weight[some]
+        t[some], chance = _line_search(w[some], direction[some], before, ahead, slope[some], wanted, v, lam[some])
+        torch.addcmul(before, t[some], ahead, out=ahead)
+        moments[some] = _moments(ahead, chance, v)
+        torch.sub(chance, wanted, out=residual[some]).mul_(v)
+    step = t * direction
+    return step, _Point(margins, data.gradient(residual) + lam * (w + step), moments)
 
 
 def _one_pass_step(
