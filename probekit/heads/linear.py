@@ -29,6 +29,7 @@ from probekit.heads.streaming import StreamedDifferences
 
 MEMORY = float(4 * 2**30)
 """Bytes that a factorisation may take by default: enough for 11,500 channels."""
+_ROWS = 512  # that are scored at a time
 INNER_TOL = 3e-7
 """Gap to the optimum of the fits inside a cross-validation; refits go down to the estimator's own ``tol``."""
 
@@ -50,7 +51,8 @@ class _LinearHead(PairHead):
     matrix_free_: bool
 
     def _score(self, X: FloatArray) -> FloatArray:
-        return np.asarray(X @ self.coef_)  # float64 coefficients: rows are not rounded to their own precision
+        # float64 coefficients, so rows are not rounded to their own precision; a few at a time, as they are converted
+        return np.concatenate([X[start : start + _ROWS] @ self.coef_ for start in range(0, max(len(X), 1), _ROWS)])
 
     def _prepare(
         self,
