@@ -19,16 +19,16 @@ Where only the diagonal of S is known, that is the Hessian, scaled to the curvat
 
 Where Z is streamed from files, an iteration reads it once: margins and gradient of the full step, block by block. The
 step is kept where it satisfies the approximate Wolfe conditions, as nearly all do; where not, the line search on
-margins finds its length, and a second pass the gradient there. Columns whose state would not fit into the memory given
-take turns.
+margins finds its length, and the column goes there in the next pass, while the others go on. Columns whose state would
+not fit into the memory given take turns.
 
 The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
 w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
 on all pairs would leak into held-out scores.
 
 Precision: iterations run in float32, which resolves the gap of well-conditioned columns to about 1e-9. A column that
-is not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64,
-and go on there if that finds them too far away.
+is not finished after 40 of them, or 250 without a factorisation, goes on in float64. Columns that have to come below
+1e-7 are also judged in float64, and go on there if that finds them too far away.
 
 Sources: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4; W. Hager and H. Zhang, "A new conjugate
 gradient method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), for the conditions.
@@ -49,7 +49,7 @@ from probekit.heads.factorisation import Differences, Problem, Spectrum
 HISTORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
 _POOLS = ThreadpoolController()
-_SINGLE_ITERATIONS = 40
+_SINGLE_ITERATIONS, _SINGLE_ROUGH = 40, 250  # in float32; the second without a factorisation
 _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
 _PER_PAIR, _PER_CHANNEL = 5, 8  # numbers that a column on streamed rows holds at once, besides its history
@@ -157,7 +157,8 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
     spectrum = problem.spectrum.to(torch.float32)
     judged = tol < _SINGLE_TOL
     near = max(tol / 2, _SINGLE_LEAST) if judged else tol
-    rough = _descend(problem.fast, spectrum, columns, start, near, min(max_iter, _SINGLE_ITERATIONS))
+    most = _SINGLE_ROUGH if spectrum.rough else _SINGLE_ITERATIONS
+    rough = _descend(problem.fast, spectrum, columns, start, near, min(max_iter, most))
     open_ = torch.nonzero(~rough.converged | judged)[:, 0]
     if not len(open_):
         return rough
@@ -217,12 +218,15 @@ def _descend(
         converged=torch.zeros(count, dtype=torch.bool, device=w.device),
     )
     active = torch.arange(count, device=w.device)
+    again = torch.zeros_like(lam)  # lengths of steps that were too long; 0 elsewhere
+    direction = torch.zeros_like(w)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iter + 1):
         hessian = hessian_of(spectrum, w, at.moments, lam, history)
-        direction = -two_loop(at.gradient, hessian, history)
+        direction = torch.where(again > 0, again * direction, -two_loop(at.gradient, hessian, history))
         slope = (direction * at.gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
+        done &= again[:, 0] == 0
         leaves = done | (iteration == max_iter)
         if leaves.any():
             places = active[leaves]
@@ -238,12 +242,16 @@ def _descend(
             label = label[stays] if apart else label
             hessian, direction, slope = hessian.of(stays), direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
+            again = again[stays]
         uphill = slope >= 0
         if uphill.any():
             direction[uphill] = -two_loop(at.gradient[uphill], hessian.of(uphill), [])
             slope = (direction * at.gradient).sum(1)
-        advance = _one_pass_step if data.streamed else _exact_step
-        step, after = advance(data, w, direction, at, slope, label, weight, lam)
+        if data.streamed:
+            again, after = _one_pass_step(data, w, direction, at, slope, label, weight, lam)
+            step = torch.where(again > 0, 0.0, direction)
+        else:
+            step, after = _exact_step(data, w, direction, at, slope, label, weight, lam)
         history.append(curvature_pair(step, after.gradient - at.gradient))
         history = history[-HISTORY:]
         w, at = w + step, after
@@ -328,24 +336,21 @@ def _one_pass_step(
     weight: Tensor,
     lam: Tensor,
 ) -> tuple[Tensor, _Point]:
-    """Take the whole directions where the slope there allows it, in one pass; else as `_exact_step`, in a second."""
+    """Take the whole directions where the slope there allows it; elsewhere stay, and say how far to go (columns, 1)."""
     after = _evaluate(data, w + direction, label, weight, lam)
     slope_after = (direction * after.gradient).sum(1)
-    t = torch.ones_like(lam)
-    again = torch.nonzero((slope_after < _UNDERSHOOT * slope) | (slope_after > -_OVERSHOOT * slope))[:, 0]
-    for column in again.tolist():  # one at a time, to save memory
+    t = torch.zeros_like(lam)
+    wrong = torch.nonzero((slope_after < _UNDERSHOOT * slope) | (slope_after > -_OVERSHOOT * slope))[:, 0]
+    for column in wrong.tolist():  # one at a time, to save memory
         one = slice(column, column + 1)
         ahead = after.margins[one] - at.margins[one]
-        wanted = label[one] if len(label) > 1 else label
-        found = _line_search(w[one], direction[one], at.margins[one], ahead, slope[one], wanted, weight[one], lam[one])
+        found = _line_search(
+            w[one], direction[one], at.margins[one], ahead, slope[one], _of(label, one), weight[one], lam[one]
+        )
         t[one] = found[0]
-    step = t * direction
-    if len(again):
-        wanted = label[again] if len(label) > 1 else label
-        right = _evaluate(data, (w + step)[again], wanted, weight[again], lam[again])
-        after.margins[again], after.gradient[again] = right.margins, right.gradient
-        after.moments[again] = right.moments
-    return step, after
+    after.margins[wrong], after.gradient[wrong] = at.margins[wrong], at.gradient[wrong]
+    after.moments[wrong] = at.moments[wrong]
+    return t, after
 
 
 def _line_search(
