@@ -95,6 +95,7 @@ def cross_fit(
         noise=torch.zeros(1) if noise is None else torch.tensor(noise),
         memory=float("inf"),  # subsets are screened by submatrices of a Gram matrix, so there must be one
         smallest_lam=1 / float(grid.max() * weight.sum()),
+        axes=True,
     )
     inside = np.where(folds == np.arange(n_folds)[:, None], 0.0, weight)
     columns = solvers.Columns(
@@ -112,13 +113,13 @@ def cross_fit(
     best = int(np.argmin(log_loss.mean(axis=0)))
     first = min(max(best - 1, 0), max(len(grid) - NEIGHBOURS, 0))
     heads = (
-        problem.spectrum.rotate(solution.w.to(problem.spectrum.eigenvalues.dtype))
+        problem.spectrum.rotate(solution.w.to(problem.spectrum.diagonal.dtype))
         .reshape(n_folds, len(grid), -1)[:, first : first + NEIGHBOURS]
         .transpose(1, 2)
     )
     chosen = solution.margins.reshape(n_folds, len(grid), -1)[:, best]
     slope = float((chosen.sigmoid() * (-chosen).sigmoid()).mean())
-    e, vectors = problem.spectrum.eigenvalues.double(), problem.spectrum.vectors
+    e, vectors = problem.spectrum.diagonal.double(), problem.spectrum.vectors
     rows = problem.exact.rows
     assert isinstance(rows, torch.Tensor)  # nothing is streamed here
     return LayerFit(

@@ -3,11 +3,12 @@
 D (n, d) holds differences of feature vectors, first minus second, and Z = D / scale. Z is never formed: w is divided by
 the scale before each product with D, which rounds the same.
 
-With Z'Z / n = V e V', the Hessian of a fit is close to V (c e + lam) V' for a number c of its own, so one symmetric
-eigendecomposition preconditions every fold and strength. It does not enter the objective: its rounding errors slow a
-fit down but do not change what it converges to.
+With Z'Z / n = V T V', the Hessian of a fit is close to V (c T + lam) V' for a number c of its own, so one
+decomposition preconditions every fold and strength. T is tridiagonal on the CPU, which divides by c T + lam in no time:
+to diagonalise it as well would double the time of a wide layer. Elsewhere T holds the eigenvalues e. The decomposition
+does not enter the objective: its rounding errors slow a fit down but do not change what it converges to.
 
-    n >= d:  Gram matrix Z'Z / n = V e V'         fits on Z                        w
+    n >= d:  Gram matrix Z'Z / n = V T V'         fits on Z                        w
     n <  d:  kernel      Z Z'/ n = U e U'         fits on T = U sqrt(n e) (n, r)   w = Z' U a / sqrt(n e), as long as a
     matrix-free (either is larger than the memory given): e = diagonal of Z'Z / n  w
 
@@ -22,8 +23,10 @@ once for the diagonal.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import scipy.linalg
+import numpy as np
 import torch
+from scipy import linalg
+from scipy.linalg import lapack
 from torch import Tensor
 
 from probekit.errors import HeadError
@@ -68,8 +71,10 @@ class Differences:
 
     def margins(self, w: Tensor) -> Tensor:
         """Z w for each of w (columns, d): (columns, n), computed in the precision of w."""
-        w = w * self.gain.to(w.dtype)
-        return torch.cat([_product(w, block.to(w).T) for _, block in _blocks(self.rows, _BLOCK)], dim=1)
+        w, margins = w * self.gain.to(w.dtype), w.new_empty(len(w), self.rows.shape[0])
+        for part, block in _in_precision_of(w, self.rows):
+            margins[:, part] = _product(w, block.T)
+        return margins
 
     def gradient(self, residual: Tensor) -> Tensor:
         """Z' residual for each of residual (columns, n): (columns, d), computed in the precision of residual."""
@@ -77,22 +82,21 @@ class Differences:
             total = _product(residual, self.rows)
         else:
             total = residual.new_zeros(len(residual), self.rows.shape[1])
-            for part, block in _blocks(self.rows, _BLOCK):
-                total += _product(residual[:, part], block.to(residual))
+            for part, block in _in_precision_of(residual, self.rows):
+                total += _product(residual[:, part], block)
         return total * self.gain.to(residual.dtype)
 
     def margins_and_gradient(self, w: Tensor, residual: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
         """Z w (columns, n) and Z' r (columns, d), r = residual(margins of a slice of pairs, the slice).
 
-        Streamed rows are read once.
+        Rows that are streamed, or of another precision, are read and converted once.
         """
-        if not self.streamed:
+        if isinstance(self.rows, Tensor) and self.rows.dtype == w.dtype:
             margins = self.margins(w)
             return margins, self.gradient(residual(margins, slice(None)))
         gain = self.gain.to(w.dtype)
         scaled, total, margins = w * gain, torch.zeros_like(w), w.new_empty(len(w), self.rows.shape[0])
-        for part, rows in _blocks(self.rows, _BLOCK):
-            block = rows.to(w)
+        for part, block in _in_precision_of(w, self.rows):
             margins[:, part] = _product(scaled, block.T)
             total += _product(residual(margins[:, part], part), block)
         return margins, total * gain
@@ -100,27 +104,58 @@ class Differences:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues e (r,) of Z'Z / n and their vectors V (r, r).
+    """Z'Z / n = V T V' with T diagonal or tridiagonal.
 
-    Vectors are None where Z'Z is diagonal, or, if ``rough``, is taken for its diagonal.
+    Attributes
+    ----------
+    diagonal
+        Of T (r,): the eigenvalues where it has nothing else.
+    vectors
+        V (r, r), orthogonal; None where Z'Z is diagonal, or, if ``rough``, is taken for its diagonal.
+    beside
+        What lies beside the diagonal of T (r - 1,); None where that is nothing.
+    rough
+        Whether T is the diagonal of Z'Z / n itself.
     """
 
-    eigenvalues: Tensor
+    diagonal: Tensor
     vectors: Tensor | None
+    beside: Tensor | None = None
     rough: bool = False
 
     def rotate(self, w: Tensor) -> Tensor:
-        """Turn w (columns, r) into the eigenbasis."""
+        """Turn w (columns, r) into the basis V."""
         return w if self.vectors is None else _product(w, self.vectors)
 
     def back(self, a: Tensor) -> Tensor:
-        """Turn a (columns, r) from the eigenbasis."""
+        """Turn a (columns, r) from the basis V."""
         return a if self.vectors is None else _product(a, self.vectors.T)
+
+    def times(self, a: Tensor) -> Tensor:
+        """T a for each of a (columns, r)."""
+        product = a * self.diagonal
+        if self.beside is not None:
+            product[:, 1:] += a[:, :-1] * self.beside
+            product[:, :-1] += a[:, 1:] * self.beside
+        return product
+
+    def divide(self, a: Tensor, c: Tensor, lam: Tensor) -> Tensor:
+        """(c T + lam)^-1 a for each of a (columns, r) with its c and lam (columns, 1)."""
+        if self.beside is None:
+            return a / (c * self.diagonal + lam)
+        along = (c.double() * self.diagonal + lam).numpy()
+        beside = (c.double() * self.beside).numpy()
+        found = np.empty(a.shape)
+        for column, right in enumerate(a.double().numpy()):
+            *_, found[column], failed = lapack.dptsv(along[column], beside[column], right)
+            assert not failed, "c T + lam is not positive definite"  # `_spectrum` sees to it
+        return torch.from_numpy(found).to(a.dtype)
 
     def to(self, dtype: torch.dtype) -> "Spectrum":
         """Return the spectrum in another precision."""
         vectors = None if self.vectors is None else self.vectors.to(dtype)
-        return Spectrum(self.eigenvalues.to(dtype), vectors, self.rough)
+        beside = None if self.beside is None else self.beside.to(dtype)
+        return Spectrum(self.diagonal.to(dtype), vectors, beside, self.rough)
 
 
 @dataclass(frozen=True)
@@ -169,6 +204,7 @@ def factorise(
     noise: Tensor,
     memory: float,
     smallest_lam: float,
+    axes: bool = False,
 ) -> Problem:
     """Find scales and preconditioner.
 
@@ -187,6 +223,8 @@ def factorise(
     smallest_lam
         Weakest ridge penalty of all fits: where rounding errors of a float32 Gram matrix would drown it, float64 is
         used.
+    axes
+        Whether the spectrum has to be diagonal: fits do as well without, which takes half the time.
 
     Raises
     ------
@@ -211,14 +249,12 @@ def factorise(
     exact, fast = _in_both_precisions(rows, scale, fast=standardize)
     scaled = matrix * exact.gain * exact.gain[:, None]
     left = memory - 12 * d**2  # vectors are kept in both precisions
-    if single:
-        eigenvalues, vectors = _eigh(scaled.float())
-        rounding = 4 * torch.finfo(torch.float32).eps * float(eigenvalues[-1])
-        if rounding <= max(float(eigenvalues[0]), smallest_lam):
-            return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
+    spectrum = _spectrum(scaled.float() if single else scaled, smallest_lam, axes=axes)
+    if spectrum is None:
         scaled = _gram(rows, weight, torch.float64) * exact.gain * exact.gain[:, None]
-    eigenvalues, vectors = _eigh(scaled)
-    return Problem(exact, fast, Spectrum(eigenvalues.clamp(min=0), vectors), scale, memory=left)
+        spectrum = _spectrum(scaled, smallest_lam, axes=axes)
+        assert spectrum is not None  # of float64 there always is one
+    return Problem(exact, fast, spectrum, scale, memory=left)
 
 
 def channel_scale(moments: Tensor, noise: Tensor, *, standardize: bool) -> Tensor:
@@ -288,10 +324,43 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (r,), ascending, and vectors (r, r); on the CPU by scipy, as `_product` by numpy."""
     if matrix.device.type == "cpu":
-        values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)
+        values, vectors = linalg.eigh(matrix.numpy(), driver="evd", check_finite=False)
         return torch.from_numpy(values), torch.from_numpy(vectors)
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
+
+
+def _spectrum(matrix: Tensor, smallest_lam: float, *, axes: bool) -> Spectrum | None:
+    """Factorise a symmetric matrix (r, r); None of a float32 one whose rounding would drown the penalties.
+
+    On the CPU T is tridiagonal where c T + lam stays positive definite in spite of rounding.
+    """
+    single = matrix.dtype == torch.float32
+    if axes or len(matrix) == 1 or matrix.device.type != "cpu":
+        eigenvalues, vectors = _eigh(matrix)
+        drowned = 4 * torch.finfo(matrix.dtype).eps * float(eigenvalues[-1]) > max(float(eigenvalues[0]), smallest_lam)
+        return None if single and drowned else Spectrum(eigenvalues.clamp(min=0), vectors)
+    diagonal, beside, vectors = _tridiagonal(matrix)
+    smallest, largest = (
+        float(linalg.eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(at, at))[0])
+        for at in (0, len(matrix) - 1)
+    )
+    rounding = max(4 * torch.finfo(matrix.dtype).eps, 64 * torch.finfo(torch.float64).eps) * largest
+    if rounding <= max(smallest, smallest_lam):
+        return Spectrum(diagonal - min(smallest, 0.0), vectors, beside)
+    return None if single else _spectrum(matrix, smallest_lam, axes=True)
+
+
+def _tridiagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonal (r,) and what lies beside it (r - 1,) of T, and V (r, r), with matrix = V T V'; by LAPACK."""
+    kind, size = "s" if matrix.dtype == torch.float32 else "d", len(matrix)
+    work = int(getattr(lapack, f"{kind}sytrd_lwork")(size, lower=1)[0])
+    # of a symmetric matrix the transpose is the same, and it is in the order that LAPACK works in
+    reflected, diagonal, beside, tau, _ = getattr(lapack, f"{kind}sytrd")(matrix.numpy().T, lower=1, lwork=work)
+    # its reflections are kept as those of a Hessenberg form are
+    work = int(getattr(lapack, f"{kind}orghr_lwork")(size)[0])
+    vectors, _ = getattr(lapack, f"{kind}orghr")(reflected, tau, lwork=work, overwrite_a=1)
+    return torch.from_numpy(diagonal), torch.from_numpy(beside), torch.from_numpy(vectors)
 
 
 def _is_single(rows: Tensor | StreamedDifferences) -> bool:
@@ -309,6 +378,22 @@ def _blocks(rows: Tensor | StreamedDifferences, size: int, *, check: bool = Fals
         for start in range(0, len(piece), size):
             block = piece[start : start + size]
             yield slice(part.start + start, part.start + start + len(block)), block
+
+
+def _in_precision_of(like: Tensor, rows: Tensor | StreamedDifferences) -> Iterator[tuple[slice, Tensor]]:
+    """Yield at most `_BLOCK` rows at a time in the precision and on the device of a tensor, with their place.
+
+    Those that are converted are overwritten when the next ones are asked for: new memory would take longer than the
+    conversion.
+    """
+    buffer = None
+    for part, block in _blocks(rows, _BLOCK):
+        if block.dtype == like.dtype and block.device == like.device:
+            yield part, block
+            continue
+        if buffer is None:
+            buffer = like.new_empty(_BLOCK, rows.shape[1])
+        yield part, buffer[: len(block)].copy_(block)
 
 
 def _gram(rows: Tensor | StreamedDifferences, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,8 @@ from probekit.heads.base import (
 from probekit.heads.factorisation import channel_scale
 from probekit.heads.linear import BradleyTerryClassifierCV
 
+_BLOCK = 512  # rows that are standardised at a time, in float64
+
 
 class BradleyTerryMLP(PairHead):
     """Bradley-Terry head with hidden layers; by default the shape of DiT-Reward's head.
@@ -239,7 +241,7 @@ def fit_together(
                 raise HeadError(message)
     X = checked_rows(X)
     pairs = checked_pairs(pairs, len(X))
-    _, label, weight = checked_targets(differences(X, pairs), label, sample_weight)
+    D, label, weight = checked_targets(differences(X, pairs), label, sample_weight)
     groups = row_groups(pairs) if groups is None else checked_groups(groups, len(pairs))
     held_out = first._held_out(groups)
     train = ~held_out
@@ -255,22 +257,23 @@ def fit_together(
     if not varies.any():
         message = f"none of the {X.shape[1]} channels varies over the rows; there is nothing to fit"
         raise HeadError(message)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(raw), _BLOCK)]
     share = trained / trained.sum()
-    rows = raw.astype(np.float64)
-    mean = share @ rows
-    rows -= mean
-    # rounding of the mean gives constant channels a tiny deviation
-    variance = np.where(varies, np.einsum("m,md,md->d", share, rows, rows), 0.0)
+    mean = np.sum([share[block] @ raw[block].astype(np.float64) for block in blocks], axis=0)
+    squares = np.sum([share[block] @ np.square(raw[block] - mean) for block in blocks], axis=0)
+    variance = np.where(varies, squares, 0.0)  # rounding of the mean gives constant channels a tiny deviation
     noise = checked_noise(first.quantisation, X.shape[1]) / np.sqrt(2)  # a difference has the errors of two rows
     scale = channel_scale(torch.from_numpy(variance), torch.from_numpy(noise), standardize=True).numpy()
     # A dropped channel is multiplied by zero, so that it reaches the network as a constant.
     gain = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
-    rows *= gain
+    rows = np.empty(raw.shape, dtype=np.float32)
+    for block in blocks:
+        rows[block] = (raw[block] - mean) * gain
     device = first.device
     linear = skip = None
     if first.linear_skip:
         linear = BradleyTerryClassifierCV(quantisation=first.quantisation, device=device)
-        linear.fit(X, pairs[train], label[train], weight[train], groups[train])
+        linear.fit_differences(D[train], label[train], weight[train], groups[train])
         skip = torch.from_numpy(linear.score_items(raw)).float().to(device)
 
     def batch(chosen: NDArray[np.bool_]) -> training.PairBatch:
@@ -282,7 +285,7 @@ def fit_together(
 
     how = training.Schedule(**{name: getattr(first, name) for name in training.Schedule.__dataclass_fields__})
     shapes = [training.Shape(tuple(head.hidden), head.seed) for head in heads]
-    standardised = torch.from_numpy(rows).float().to(device)
+    standardised = torch.from_numpy(rows).to(device)
     with solvers.one_thread():
         results = training.train_mlps(standardised, skip, batch(train), batch(held_out), shapes, how)
     for head, result in zip(heads, results, strict=True):

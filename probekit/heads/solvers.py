@@ -9,9 +9,9 @@ which is scikit-learn's logistic regression without intercept, divided by C time
 counts both ways round.
 
 All columns go through L-BFGS together, preconditioned by the inverse of the Hessian that Gaussian z would have. With
-S = Z'Z / n = V e V' (`probekit.heads.factorisation`) and Stein's lemma it is
+S = Z'Z / n = V T V' (`probekit.heads.factorisation`) and Stein's lemma it is
 
-    E[sigmoid'(z.w) z z'] + lam = V (c e + lam) V' + k S w w' S,
+    E[sigmoid'(z.w) z z'] + lam = V (c T + lam) V' + k S w w' S,
 
 where c is the mean of sigmoid' over the column's margins, and k is such that the curvature along w is that of the
 margins. The line search needs no product with Z, since margins Z w_j (n,) are kept; held-out scores come for free.
@@ -19,16 +19,16 @@ Where only the diagonal of S is known, that is the Hessian, scaled to the curvat
 
 Where Z is streamed from files, an iteration reads it once: margins and gradient of the full step, block by block. The
 step is kept where it satisfies the approximate Wolfe conditions, as nearly all do; where not, the line search on
-margins finds its length, and a second pass the gradient there. Columns whose state would not fit into the memory given
-take turns.
+margins finds its length, and the column goes there in the next pass, while the others go on. Columns whose state would
+not fit into the memory given take turns.
 
 The start needs no pass per column: for Gaussian z, E[sigmoid(z.w) z] = c (Z'Z / n) w (Stein), so
 w = (c Z'Z / n + lam)^-1 b with b = sum_i v_i (y_i - 1/2) z_i. Every fold starts from its own pairs: a start from a fit
 on all pairs would leak into held-out scores.
 
 Precision: iterations run in float32, which resolves the gap of well-conditioned columns to about 1e-9. A column that
-is not finished after 40 of them goes on in float64. Columns that have to come below 1e-7 are also judged in float64,
-and go on there if that finds them too far away.
+is not finished after 40 of them, or 250 without a factorisation, goes on in float64. Columns that have to come below
+1e-7 are also judged in float64, and go on there if that finds them too far away.
 
 Sources: J. Nocedal and S. Wright, Numerical Optimization (2006), algorithm 7.4; W. Hager and H. Zhang, "A new conjugate
 gradient method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), for the conditions.
@@ -49,11 +49,12 @@ from probekit.heads.factorisation import Differences, Problem, Spectrum
 HISTORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
 _POOLS = ThreadpoolController()
-_SINGLE_ITERATIONS = 40
+_SINGLE_ITERATIONS, _SINGLE_ROUGH = 40, 250  # in float32; the second without a factorisation
 _SINGLE_TOL = 1e-7  # from here on, float64 has the last word
 _SINGLE_LEAST = 1e-9
 _PER_PAIR, _PER_CHANNEL = 5, 8  # numbers that a column on streamed rows holds at once, besides its history
 _ROUGH = 16  # a scaled diagonal puts gaps about ten times too low
+_CACHE = 2**18  # bytes
 _UNDERSHOOT, _OVERSHOOT = 0.9, 0.8  # largest slopes after a full step, as shares of the one before: Hager and Zhang's
 
 
@@ -156,7 +157,8 @@ def solve(problem: Problem, columns: Columns, *, tol: float, max_iter: int, star
     spectrum = problem.spectrum.to(torch.float32)
     judged = tol < _SINGLE_TOL
     near = max(tol / 2, _SINGLE_LEAST) if judged else tol
-    rough = _descend(problem.fast, spectrum, columns, start, near, min(max_iter, _SINGLE_ITERATIONS))
+    most = _SINGLE_ROUGH if spectrum.rough else _SINGLE_ITERATIONS
+    rough = _descend(problem.fast, spectrum, columns, start, near, min(max_iter, most))
     open_ = torch.nonzero(~rough.converged | judged)[:, 0]
     if not len(open_):
         return rough
@@ -190,7 +192,7 @@ def _descend(
     data: Differences, spectrum: Spectrum, columns: Columns, start: Tensor | None, tol: float, max_iter: int
 ) -> Solution:
     """Preconditioned L-BFGS in the precision of the spectrum; a column leaves when it has converged."""
-    dtype = spectrum.eigenvalues.dtype
+    dtype = spectrum.diagonal.dtype
     if spectrum.rough:
         tol = max(tol / _ROUGH, _SINGLE_LEAST if dtype == torch.float32 else 0.0)
     total = columns.weight.sum(1, keepdim=True)
@@ -216,12 +218,15 @@ def _descend(
         converged=torch.zeros(count, dtype=torch.bool, device=w.device),
     )
     active = torch.arange(count, device=w.device)
+    again = torch.zeros_like(lam)  # lengths of steps that were too long; 0 elsewhere
+    direction = torch.zeros_like(w)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     for iteration in range(max_iter + 1):
         hessian = hessian_of(spectrum, w, at.moments, lam, history)
-        direction = -two_loop(at.gradient, spectrum, hessian, history)
+        direction = torch.where(again > 0, again * direction, -two_loop(at.gradient, hessian, history))
         slope = (direction * at.gradient).sum(1)
         done = (slope.abs() / 2 <= tol) & (direction.norm(dim=1) <= 2 * math.sqrt(tol) * w.norm(dim=1))
+        done &= again[:, 0] == 0
         leaves = done | (iteration == max_iter)
         if leaves.any():
             places = active[leaves]
@@ -237,12 +242,16 @@ def _descend(
             label = label[stays] if apart else label
             hessian, direction, slope = hessian.of(stays), direction[stays], slope[stays]
             history = [(s[stays], y[stays], rho[stays]) for s, y, rho in history]
+            again = again[stays]
         uphill = slope >= 0
         if uphill.any():
-            direction[uphill] = -two_loop(at.gradient[uphill], spectrum, hessian.of(uphill), [])
+            direction[uphill] = -two_loop(at.gradient[uphill], hessian.of(uphill), [])
             slope = (direction * at.gradient).sum(1)
-        advance = _one_pass_step if data.streamed else _exact_step
-        step, after = advance(data, w, direction, at, slope, label, weight, lam)
+        if data.streamed:
+            again, after = _one_pass_step(data, w, direction, at, slope, label, weight, lam)
+            step = torch.where(again > 0, 0.0, direction)
+        else:
+            step, after = _exact_step(data, w, direction, at, slope, label, weight, lam)
         history.append(curvature_pair(step, after.gradient - at.gradient))
         history = history[-HISTORY:]
         w, at = w + step, after
@@ -262,12 +271,29 @@ def _evaluate(data: Differences, w: Tensor, label: Tensor, weight: Tensor, lam: 
     moments = lam.new_zeros(len(lam), 3)
 
     def residual(margins: Tensor, pairs: slice) -> Tensor:
-        chance = margins.sigmoid()
-        moments.add_(_moments(margins, chance, weight[:, pairs]))
-        return (chance - label[:, pairs]).mul_(weight[:, pairs])
+        found = torch.empty_like(margins)
+        for some in _in_cache(margins):
+            z, v = margins[some], weight[some, pairs]
+            chance = z.sigmoid()
+            moments[some] += _moments(z, chance, v)
+            torch.sub(chance, _of(label, some)[:, pairs], out=found[some]).mul_(v)
+        return found
 
     margins, gradient = data.margins_and_gradient(w, residual)
     return _Point(margins, gradient + lam * w, moments)
+
+
+def _in_cache(margins: Tensor) -> Iterator[slice]:
+    """Yield columns of margins (columns, n) so few that several arrays of their size stay in the processor's cache."""
+    count, n = margins.shape
+    together = max(1, _CACHE // (n * margins.element_size())) if margins.device.type == "cpu" else count
+    for start in range(0, count, together):
+        yield slice(start, start + together)
+
+
+def _of(label: Tensor, some: slice) -> Tensor:
+    """Labels (columns, n) of some columns; (1, n) where all have the same."""
+    return label[some] if len(label) > 1 else label
 
 
 def _moments(margins: Tensor, chance: Tensor, weight: Tensor) -> Tensor:
@@ -288,12 +314,16 @@ def _exact_step(
     lam: Tensor,
 ) -> tuple[Tensor, _Point]:
     """Go to the minimum along the directions: steps (columns, r), and what is there."""
-    ahead = data.margins(direction)
-    t, chance = _line_search(w, direction, at.margins, ahead, slope, label, weight, lam)
-    step, margins = t * direction, torch.addcmul(at.margins, t, ahead)
-    moments = _moments(margins, chance, weight)
-    gradient = data.gradient((chance - label).mul_(weight)) + lam * (w + step)
-    return step, _Point(margins, gradient, moments)
+    margins = data.margins(direction)
+    residual, t, moments = torch.empty_like(margins), torch.empty_like(lam), lam.new_empty(len(lam), 3)
+    for some in _in_cache(margins):
+        before, ahead, wanted, v = at.margins[some], margins[some], _of(label, some), weight[some]
+        t[some], chance = _line_search(w[some], direction[some], before, ahead, slope[some], wanted, v, lam[some])
+        torch.addcmul(before, t[some], ahead, out=ahead)
+        moments[some] = _moments(ahead, chance, v)
+        torch.sub(chance, wanted, out=residual[some]).mul_(v)
+    step = t * direction
+    return step, _Point(margins, data.gradient(residual) + lam * (w + step), moments)
 
 
 def _one_pass_step(
@@ -306,24 +336,21 @@ def _one_pass_step(
     weight: Tensor,
     lam: Tensor,
 ) -> tuple[Tensor, _Point]:
-    """Take the whole directions where the slope there allows it, in one pass; else as `_exact_step`, in a second."""
+    """Take the whole directions where the slope there allows it; elsewhere stay, and say how far to go (columns, 1)."""
     after = _evaluate(data, w + direction, label, weight, lam)
     slope_after = (direction * after.gradient).sum(1)
-    t = torch.ones_like(lam)
-    again = torch.nonzero((slope_after < _UNDERSHOOT * slope) | (slope_after > -_OVERSHOOT * slope))[:, 0]
-    for column in again.tolist():  # one at a time, to save memory
+    t = torch.zeros_like(lam)
+    wrong = torch.nonzero((slope_after < _UNDERSHOOT * slope) | (slope_after > -_OVERSHOOT * slope))[:, 0]
+    for column in wrong.tolist():  # one at a time, to save memory
         one = slice(column, column + 1)
         ahead = after.margins[one] - at.margins[one]
-        wanted = label[one] if len(label) > 1 else label
-        found = _line_search(w[one], direction[one], at.margins[one], ahead, slope[one], wanted, weight[one], lam[one])
+        found = _line_search(
+            w[one], direction[one], at.margins[one], ahead, slope[one], _of(label, one), weight[one], lam[one]
+        )
         t[one] = found[0]
-    step = t * direction
-    if len(again):
-        wanted = label[again] if len(label) > 1 else label
-        right = _evaluate(data, (w + step)[again], wanted, weight[again], lam[again])
-        after.margins[again], after.gradient[again] = right.margins, right.gradient
-        after.moments[again] = right.moments
-    return step, after
+    after.margins[wrong], after.gradient[wrong] = at.margins[wrong], at.gradient[wrong]
+    after.moments[wrong] = at.moments[wrong]
+    return t, after
 
 
 def _line_search(

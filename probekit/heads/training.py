@@ -83,6 +83,34 @@ def mlp_scores(layers: Layers, rows: Tensor) -> Tensor:
     return (h @ layers[-1][0].T)[:, 0]
 
 
+class _AdamW:
+    """AdamW with PyTorch's defaults, as one call of its fused kernel: for small heads the calls around it cost more."""
+
+    def __init__(self, parameters: Sequence[Tensor], how: Schedule) -> None:
+        self.how = how
+        self.state = {x: (torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(())) for x in parameters}
+
+    def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Change the parameters in place."""
+        means, squares, steps = (list(part) for part in zip(*(self.state[x] for x in parameters), strict=True))
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            [x.detach() for x in parameters],
+            list(gradients),
+            means,
+            squares,
+            [],
+            steps,
+            lr=self.how.learning_rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=self.how.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
 class _Together:
     """Heads whose first layers are one matrix (H, d).
 
@@ -149,19 +177,18 @@ class _Together:
         later = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in self.later[k]]
         return [(weight, bias), *([(out[0][None], torch.empty(0))] if self.shallow else later)]
 
-    def keep(self, heads: list[int], optimiser: torch.optim.AdamW) -> None:
+    def keep(self, heads: list[int], optimiser: _AdamW) -> None:
         """Let all but some heads leave, and their moments with them."""
         chosen = self.of_head[:, heads].any(dim=1)
         for place, old in enumerate(self.wide):
             new = old.detach()[chosen].requires_grad_()
-            state = optimiser.state.pop(old)
-            optimiser.state[new] = {key: x[chosen] if x.dim() else x for key, x in state.items()}
+            mean, square, step = optimiser.state.pop(old)
+            optimiser.state[new] = mean[chosen], square[chosen], step
             self.wide[place] = new
         self.widths = [self.widths[k] for k in heads]
         self.of_head = self._units()
         self.later = [self.later[k] for k in heads]
         self.generators = [self.generators[k] for k in heads]
-        optimiser.param_groups[0]["params"] = self.parameters()
 
 
 def train_mlps(
@@ -189,21 +216,15 @@ def train_mlps(
     heads = _Together(
         [[(w.to(rows.device), b.to(rows.device)) for w, b in layers] for layers in starts], noise, how.dropout
     )
-    optimiser = torch.optim.AdamW(
-        heads.parameters(),
-        lr=how.learning_rate,
-        weight_decay=how.weight_decay,
-        fused=rows.device.type in ("cpu", "cuda"),
-    )
+    optimiser = _AdamW(heads.parameters(), how)
     fits = [MLPFit(heads.layers(k), loss) for k, loss in enumerate(_mean_losses(heads, rows, skip, validation))]
     running = fits
     for epoch in range(1, how.max_epochs + 1):
         for chosen in torch.split(torch.randperm(len(train.label), generator=order), how.batch_size):
             at = chosen.to(rows.device)
             loss = _losses(heads, rows, skip, train, at, training=True).mean(dim=0).sum()
-            optimiser.zero_grad()
-            torch.autograd.backward([loss])
-            optimiser.step()
+            parameters = heads.parameters()
+            optimiser.step(parameters, torch.autograd.grad([loss], parameters))
         for k, (fit, loss_now) in enumerate(zip(running, _mean_losses(heads, rows, skip, validation), strict=True)):
             fit.epochs = epoch
             if loss_now < fit.best_validation_loss:
@@ -236,7 +257,7 @@ def _losses(
 ) -> Tensor:
     """Losses (n, K) of the chosen pairs."""
     pairs = batch.pairs[at]
-    scores = heads.scores(rows[pairs.reshape(-1)], training=training).reshape(len(at), 2, -1)
+    scores = heads.scores(rows.index_select(0, pairs.reshape(-1)), training=training).reshape(len(at), 2, -1)
     margins = scores[:, 0] - scores[:, 1]
     if skip is not None:
         margins = margins + (skip[pairs[:, 0]] - skip[pairs[:, 1]])[:, None]
