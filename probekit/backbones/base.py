@@ -106,7 +106,7 @@ class Base:
         settings = {
             "vae": [self.weights["vae"], self.files["vae"], str(like.dtype)],
             "rules": [IMAGE_RULE, RESIZE_RULES[size.resize], latent_rules.LATENT_RULES[family.latents].definition],
-            "pixels": DEFINITIONS["pixels"],
+            "statistics": [DEFINITIONS["pixels"], DEFINITIONS["latents"]],
             "size": [size.resolution, size.step],
         }
         self.cache.forget("latents")
@@ -159,5 +159,7 @@ class Base:
             if self._vae is None:
                 self._vae = self.load("vae", like)
             latents = latent_rules.encode(self._vae, family.latents, pixels, size)
-        for (key, _), latent, statistics in zip(batch, latents, picture_statistics(pixels), strict=True):
-            self.cache.put("latents", key, {"latents": latent.contiguous(), "pixels": statistics})
+        of_pixels, of_latents = picture_statistics(pixels), picture_statistics(torch.stack(list(latents)))
+        for (key, _), latent, pixel, own in zip(batch, latents, of_pixels, of_latents, strict=True):
+            item = {"latents": latent.contiguous(), "pixel_statistics": pixel, "latent_statistics": own}
+            self.cache.put("latents", key, item)

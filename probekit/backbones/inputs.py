@@ -3,7 +3,7 @@
 Shapes: (c, h, w) a latent, (3, H, W) pixels, d channels of an embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from probekit._types import FloatArray
 from probekit.backbones.conditioning import Embeddings
+from probekit.backbones.latents import EncodedImage
 
 PARTS = 4
 TEXT_WIDTH = 256
-_AT_ONCE = 16  # latents of which there is a second copy, in float64
 DEFINITIONS = {
     "pixels": "1: mean and standard deviation (divided by n) of the pixels in [-1, 1] over the 4 x 4 parts of the "
     "picture, each as (channel, row, column)",
@@ -30,30 +30,14 @@ def widths(latent_channels: int) -> dict[str, int]:
     return {"pixels": 2 * 3 * PARTS**2, "latents": 2 * latent_channels * PARTS**2, "text": TEXT_WIDTH}
 
 
-def input_statistics(
-    latents: Sequence[torch.Tensor],
-    pixels: Sequence[torch.Tensor],
-    prompts: Sequence[str],
-    embeddings: Callable[[str], Embeddings],
-) -> dict[str, FloatArray]:
-    """All groups of `DEFINITIONS`, (m, numbers) float32 each.
-
-    Parameters
-    ----------
-    latents, pixels
-        m latents, and `picture_statistics` of the pixels they are of.
-    prompts
-        What the backbone is told, m texts.
-    embeddings
-        From such a text to the pipeline's embeddings of it.
-    """
-    summaries = {prompt: text_summary(embeddings(prompt)) for prompt in dict.fromkeys(prompts)}
+def input_statistics(images: Sequence[EncodedImage], summaries: Sequence[torch.Tensor]) -> dict[str, FloatArray]:
+    """All groups of `DEFINITIONS`, (m, numbers) float32 each, from m images and the `text_summary` of each prompt."""
     rows = {
-        "pixels": torch.stack(list(pixels)),
-        "latents": torch.cat([picture_statistics(few) for few in _together(latents)]),
-        "text": torch.stack([summaries[prompt] for prompt in prompts]),
+        "pixels": [image.pixel_statistics for image in images],
+        "latents": [image.latent_statistics for image in images],
+        "text": list(summaries),
     }
-    return {name: values.numpy() for name, values in rows.items()}
+    return {name: torch.stack(values).numpy() for name, values in rows.items()}
 
 
 def picture_statistics(pictures: torch.Tensor) -> torch.Tensor:
@@ -62,16 +46,6 @@ def picture_statistics(pictures: torch.Tensor) -> torch.Tensor:
     mean, square = (torch.nn.functional.adaptive_avg_pool2d(x, PARTS) for x in (values, values.square()))
     deviation = (square - mean.square()).clamp(min=0).sqrt()
     return torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1).float()
-
-
-def _together(pictures: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield pictures (m, c, h, w), a few at a time where their sizes agree."""
-    for start in range(0, len(pictures), _AT_ONCE):
-        few = pictures[start : start + _AT_ONCE]
-        if len({picture.shape for picture in few}) == 1:
-            yield torch.stack(list(few))
-        else:
-            yield from (picture.unsqueeze(0) for picture in few)
 
 
 def text_summary(embeddings: Embeddings) -> torch.Tensor:

@@ -41,12 +41,13 @@ class EncodedImage:
     ----------
     latents
         float32 on the CPU, (c, h, w): the posterior mode, normalised as the pipeline's decoding undoes it.
-    pixels
-        float32, (96,): see `probekit.backbones.inputs.picture_statistics`.
+    pixel_statistics, latent_statistics
+        float32, (96,) and (32 c,): see `probekit.backbones.inputs.picture_statistics`.
     """
 
     latents: torch.Tensor
-    pixels: torch.Tensor
+    pixel_statistics: torch.Tensor
+    latent_statistics: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from probekit.backbones.base import Base
 from probekit.backbones.cache import Item, content_key
 from probekit.backbones.conditioning import Conditioner, Embeddings
 from probekit.backbones.devices import enough_memory
+from probekit.backbones.inputs import DEFINITIONS, text_summary
 from probekit.backbones.stages import Stages
 
 PROMPT_BYTES = 4 << 30
 """Prompt embeddings that are held in memory at once where there is no cache folder."""
+
+_SUMMARY = "summary"  # beside the embeddings in the cache
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Prompts:
         self._conditioner = conditioner
         self._stages = stages
         self._base = base
-        self._settings = settings
+        self._settings = {**settings, _SUMMARY: DEFINITIONS["text"]}
         self._keys: dict[str, str] = {}
         self._latent_shape = latent_shape
 
@@ -91,7 +94,7 @@ class Prompts:
                 filled = batch + [""] * (size - len(batch))
                 encoded = self._conditioner.encode(filled, self._latent_shape)
                 for prompt, embeddings in zip(batch, encoded, strict=False):
-                    item = _to_item(embeddings)
+                    item = _to_item(embeddings) | {_SUMMARY: text_summary(embeddings)}
                     self._base.cache.put("prompts", self._key(prompt), item)
                     if self._base.cache.folder is None:
                         held += sum(tensor.nbytes for tensor in item.values())
@@ -114,6 +117,10 @@ class Prompts:
         return list(
             pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, found)
         )
+
+    def summary(self, prompt: str) -> torch.Tensor:
+        """Return the `text_summary` of a prompt's embeddings."""
+        return self._base.cache.get("prompts", self._key(prompt))[_SUMMARY]
 
     def _key(self, prompt: str) -> str:
         if prompt not in self._keys:

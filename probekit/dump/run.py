@@ -283,8 +283,10 @@ def _fill(
             real = bool(images)
             if not real:  # one grey picture says how wide the features are
                 good, prompts = part[:1], told[number][:1]
-                grey = picture_statistics(torch.zeros(1, 3, 1, 1))
-                images = [EncodedImage(torch.zeros(backbone.latent_shape), *grey)]
+                grey = torch.zeros(backbone.latent_shape)
+                images = [
+                    EncodedImage(grey, *picture_statistics(torch.zeros(1, 3, 1, 1)), *picture_statistics(grey[None]))
+                ]
             latents = [image.latents for image in images]
             if number == 0:  # a row of the table that does not fit is refused before all prompts are embedded
                 backbone.load(prompts[0], tuple(latents[0].shape))
@@ -293,8 +295,7 @@ def _fill(
                 draw: noise_of(good, latents, settings, draw=draw, canvas=backbone.canvas)
                 for draw in dict.fromkeys([0, *(draw for _, draw in one.missing)])
             }
-            pixels = [image.pixels for image in images]
-            inputs = input_statistics(latents, pixels, prompts, backbone.prompts.get)
+            inputs = input_statistics(images, [backbone.prompts.summary(prompt) for prompt in prompts])
             entering = {(name, plan.points[0].index): values for name, values in inputs.items()}
             if real and not measured:
                 levels = [sigma for sigma, _ in plan.coordinates]
