@@ -224,6 +224,19 @@ def test_few_seeds_of_random_weights_support_nothing(tmp_path):
     assert needed == "more seeds"
 
 
+def test_random_weights_of_every_training_seed_count(tmp_path):
+    """Two training seeds are the sample, with three shuffles of each: six networks of random weights."""
+    seeds = (Net("2x16-seed0", 2, 16), Net("2x16-seed1", 2, 16))
+    shuffled = [replace(net, control=f"shuffled:{seed}", training_images=None) for net in seeds for seed in range(3)]
+    write_run(tmp_path / "run", (*with_controls(seeds, n_init=2), *shuffled), kinds=(), n_test=240, n_validation=90)
+    rows = {row.quantity: row for row in make_claims(tmp_path / "run").rows if row.claim == TRAINED}
+    told = {kind: rows[f"trained minus random weights ({kind})"] for kind in ("init", "shuffled")}
+    assert {kind: row.random_seeds for kind, row in told.items()} == {"init": 2, "shuffled": 6}
+    assert ["are the least" in row.reason for row in told.values()] == [True, False]
+    assert told["shuffled"].against == "random weights (shuffled, 6 seeds)"
+    assert told["shuffled"].about == "other trainings of 2x16, other random networks, the fitted heads"
+
+
 def claim(kind, **told):
     given = {"dataset": "demo", "subject": "b", "quantity": f"trained minus random weights ({kind})"}
     return Claim(TRAINED, **given | {"against": "", "about": "this b, the fitted heads"} | told)

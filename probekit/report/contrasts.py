@@ -251,8 +251,8 @@ class Judge:
             for kind in kinds:
                 control = control_side(rows, model, kind)
                 effect = self._verdicts.compare(model.label, [trained_side(rows, model)], [control])
-                seeds = len(set(control.seeds))
-                against = f"random weights ({kind}, {seeds} seed{'s' * (seeds > 1)})"
+                seeds = random_seeds([control])
+                against = f"random weights ({kind}, {seeds} seed{'s' * (seeds != 1)})"
                 yield self._claim(place, f"{quantity} ({kind})", against, effect)
 
     def inputs(self) -> Iterator[Claim]:

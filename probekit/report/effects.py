@@ -271,8 +271,8 @@ def _networks(right: pd.DataFrame, side: Side) -> FloatArray:
 
 
 def random_seeds(sides: Sequence[Side]) -> int | None:
-    """Count the seeds of random weights of the side that has fewest; None where no side has any."""
-    return min((len(set(side.seeds)) for side in sides if side.name.partition(" ")[0] in RANDOM), default=None)
+    """Count the draws of random weights of the side that has fewest, those of every training seed; None without any."""
+    return min((len(side.keys) for side in sides if side.name.partition(" ")[0] in RANDOM), default=None)
 
 
 def trained_side(rows: pd.DataFrame, model: Model) -> Side:
