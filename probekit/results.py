@@ -147,7 +147,7 @@ ALTERED = {
 #: By what pairs are told apart, in `slice_by`: kinds of the file; the two generators (frequent ones, "other",
 #: "unknown"); whether they are the same; the share of votes of the preferred side; the images that were compared
 #: under a prompt (or in a ranking). Every test pair is in one slice of each. Intervals of slices other than "source"
-#: rest on a quarter of the resamples.
+#: rest on a quarter of the resamples. Of altered fits (`ALTERED`) only heads by source have slices: "source".
 SLICES = ("source", "generators", "same_generator", "vote_share", "images")
 
 MARGIN_COLUMNS: dict[str, str] = {

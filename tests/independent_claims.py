@@ -88,7 +88,7 @@ def of_training(refits, groups):
 
 
 def freedom_of(rest, train, scatter, n):
-    return (n - 1) * (rest + train) ** 2 / scatter**2 if train > 0 else float("inf")
+    return (n - 1) * max((rest + train) ** 2 / scatter**2, 1) if train > 0 else float("inf")
 
 
 def contrast(terms, groups, n_boot=2000, refits=None):

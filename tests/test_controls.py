@@ -164,8 +164,11 @@ def test_the_report_shows_refits_and_nothing_else_changes(refitted, tmp_path):
 
 
 def test_heads_on_one_source_make_a_matrix_of_sources(tmp_path, caplog):
-    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
+    store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0, metadata=True)
     run = probekit.run_sweep(config({"sources": True}), stores=[store], out=tmp_path / "run")
+    every = probekit.load_results(run)
+    slicings = {kind: set(rows["slice_by"]) for kind, rows in every[every["head_kind"] == "linear"].groupby("altered")}
+    assert slicings[""] > {"all", "source"} == slicings["source:easy"] == slicings["source:none"]
     frame = heads_of(run)
     assert frame.groupby("altered")["n_train"].first().to_dict() == {"": 200, "source:easy": 160, "source:none": 40}
     found = transfer_points(probekit.load_results(run)).set_index(["fitted_source", "source"])
@@ -333,9 +336,31 @@ def test_controls_by_a_mean_over_prompts(tmp_path):
     assert margins.groupby("prompt_id").size().nunique() > 1
     for layer in (1, 2):
         assert rows.loc[layer, "accuracy"] == pytest.approx(mean[whole.loc[layer, "record_id"]])
-        assert rows.loc[layer, "se_train"] >= 0
     by_layer = [mean[whole.loc[layer, "record_id"]] for layer in (1, 2)]
     assert rows.loc[1, "difference"] == pytest.approx(by_layer[0] - by_layer[1])
     (row,) = [row for row in make_claims(run).rows if row.claim == MIDDLE]
     assert row.estimate == pytest.approx(by_layer[1] - by_layer[0])
-    assert row.about == "the fitted heads" or row.se_train >= 0
+    assert row.about.endswith("other training pairs")
+    right = load_margins(run).query("split == 'test'").pivot(index="pair_id", columns="record_id", values="correct")
+    again = heads_of(run).query("altered == 'half'").sort_values("seed")
+    refits = {layer: right[again.query(f"layer == {layer}")["record_id"]].to_numpy() for layer in (1, 2)}
+    for layer in (1, 2):
+        assert rows.loc[layer, "se_train"] == pytest.approx(se_train(refits[layer], right.index, margins), abs=1e-9)
+    assert rows["se_train"].max() > 0
+    assert row.se_train == pytest.approx(se_train(refits[2] - refits[1], right.index, margins), abs=1e-9)
+    # here the refits of the difference scatter less than test pairs alone would make them
+    assert row.se_train == 0
+    assert "refits scatter no more than their test pairs make them" in row.reason
+
+
+def se_train(gain, pairs, margins):
+    """Standard error over training pairs by numpy: refits (n, R) on pairs of which prompts weigh alike."""
+    told = margins.drop_duplicates("pair_id").set_index("pair_id").loc[pairs]
+    weight = 1 / told.groupby("prompt_id")["prompt_id"].transform("size").to_numpy()
+    weight /= weight.sum()
+    accuracy, n = weight @ gain, gain.shape[1]
+    residual = weight[:, None] * (gain - accuracy)
+    by_group = np.array([residual[told["group"] == group].sum(axis=0) for group in told["group"].unique()])
+    covariance = len(by_group) / (len(by_group) - 1) * by_group.T @ by_group
+    by_pairs = np.trace((np.eye(n) - 1 / n) @ covariance) / (n - 1)
+    return np.sqrt(max(accuracy.var(ddof=1) - by_pairs, 0))

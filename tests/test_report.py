@@ -36,7 +36,7 @@ from probekit.report.select import (
     training_series,
 )
 from probekit.report.style import colours, in_millions, readable, spread
-from probekit.report.tables import other_settings_table, unresolved, warnings_list
+from probekit.report.tables import controls_table, other_settings_table, unresolved, warnings_list
 from probekit.results import load_margins, load_results, write_config, write_part
 from probekit.stats import network_contrast, paired_difference
 
@@ -299,6 +299,38 @@ def test_an_effect_around_zero_is_not_called_one():
     effect = Effect("a - b", 0.01, -0.01, 0.03, 0.03, 100)
     text = size_sentence("all layers", [effect], "small", "large")
     assert text == "With all layers together, large cannot be told (+1.0 points [\N{MINUS SIGN}1.0, +3.0]) from small."
+
+
+def test_few_seeds_of_random_weights_conclude_nothing_in_sentences(run, frame, page):
+    text = "".join(Reader(page.read_text(encoding="utf-8")).words)
+    assert "no conclusion from 2 seeds of random weights" in text
+    (margin,) = [
+        one
+        for one in control_margins(narrow(frame), Verdicts(run, "strict"))
+        if one.layers == CHOSEN and one.model == "3x32"
+    ]
+    assert margin.effect.random_seeds == 2
+    size = size_effects(narrow(frame), Verdicts(run, "strict"))
+    for seeds, words in ((2, ": no conclusion from 2 seeds"), (3, ", and that is separated")):
+        apart = Effect("a - b", 0.05, 0.03, 0.07, 0.03, 100, random_seeds=seeds)
+        told = found(frame, [replace(margin, effect=apart)], {}, {CHOSEN: [size[CHOSEN][0], apart, apart]}, {}, {})
+        assert words in told[2]
+        above = "That is 5.0 points [3.0, 7.0] above the same network with random weights" in told[1]
+        differs = "That differs by +5.0 points [+3.0, +7.0] from the same network with random weights" in told[1]
+        assert (above, differs) == (seeds == 3, seeds == 2)
+
+
+def test_controls_of_training_seeds_are_told_apart(tmp_path):
+    seeds = (Net("2x16-seed0", 2, 16), Net("2x16-seed1", 2, 16))
+    shuffled = [replace(net, control=f"shuffled:{seed}", training_images=None) for net in seeds for seed in range(3)]
+    nets = (*with_controls(seeds, n_init=1), *shuffled)
+    write_run(tmp_path / "run", nets, kinds=(), **SIZE)
+    frame = load_results(tmp_path / "run")
+    table = controls_table(frame)
+    assert list(zip(table["Backbone"], table["Control"], strict=True)) == [
+        ("2x16 (2 seeds)", "init:0"),
+        *((net.name, net.control) for net in shuffled),
+    ]
 
 
 def test_names_from_files_are_escaped(tmp_path):

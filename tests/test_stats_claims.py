@@ -25,6 +25,7 @@ from probekit.stats import (
     with_training,
 )
 from probekit.stats.families import step_down
+from probekit.stats.training import TrainingPart
 
 
 def margins_of(accuracies, n, *, seed, shared=0.8):
@@ -304,6 +305,25 @@ def test_training_samples_widen_limits():
     assert wide.high - wide.low > 2 * 1.96 * wide.se  # t, as eight refits know their variance badly
     with pytest.raises(ValueError, match="at least two refits"):
         with_training(found, correct, groups)
+
+
+def test_errors_of_a_contrast_with_refits_add_up():
+    rng = np.random.default_rng(18)
+    correct, groups = clustered(rng, 60, layers=2)
+    gain = correct[0] - correct[1]
+    refits = np.where(rng.random((8, len(groups))) < np.linspace(0, 0.6, 8)[:, None], 1, gain)
+    found = network_contrast([(1.0, gain[None])], groups, refits=refits)
+    held = network_contrast([(1.0, gain[None])], groups)
+    assert found.se_train > 0.01
+    assert found.se == pytest.approx(np.hypot(found.se_pairs, found.se_train), rel=1e-12)
+    assert found.se_pairs == pytest.approx((held.high - held.low) / 2 / 1.959964)
+
+
+def test_degrees_of_freedom_are_never_fewer_than_those_of_the_refits():
+    """Refits whose scatter is nearly all that of their test pairs, and hardly any other error."""
+    mostly_pairs = TrainingPart(variance=1e-6, scatter=1e-3, n_refits=10)
+    assert mostly_pairs.freedom(1e-7) == 9
+    assert mostly_pairs.freedom(1e-3) == pytest.approx(9 * 1.001**2)
 
 
 def test_training_covariance_by_a_loop():

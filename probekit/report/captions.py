@@ -63,7 +63,11 @@ def found(
             else:
                 network = f"the same trained network with {CONTROLS[margin.kind]} ({share.removeprefix('mean ')})"
             verb = _verdict(margin.effect, "is {} above", "is {} below", "cannot be told ({}) from")
-            sentences.append(f"That {verb} {network}.{seeds_text(margin.effect)}")
+            if margin.effect.few_seeds:
+                text = f"That differs by {_points(margin.effect)} from {network}: {_few(margin.effect)}"
+            else:
+                text = f"That {verb} {network}"
+            sentences.append(f"{text}.{seeds_text(margin.effect)}")
     if join := joins.get(large.label):
         verb = _verdict(join, "is {} above", "is {} below", "cannot be told ({}) from")
         sentences.append(f"A head on all its layers together {verb} the one on the chosen layer.{seeds_text(join)}")
@@ -90,14 +94,15 @@ def size_sentence(layers: str, effects: Sequence[Effect], small: str, large: str
     text = f"{_LAYERS[layers]}, {large} {verb} {small}"
     for random, left in zip(effects[1::2], effects[2::2], strict=True):
         kind = random.what.rpartition("(")[2].rstrip(")")
-        rest = (
-            "is separated from zero"
-            if _apart(left)
-            else "is not separated from zero: width, shape or the draw of the seeds may explain it"
-        )
+        if left.few_seeds:
+            rest = f": {_few(left)}"
+        elif _apart(left):
+            rest = ", and that is separated from zero"
+        else:
+            rest = ", and that is not separated from zero: width, shape or the draw of the seeds may explain it"
         text += (
             f"; random weights ({kind}) of the same two shapes differ by {_points(random)},"
-            f" which leaves {_points(left)}, and that {rest}"
+            f" which leaves {_points(left)}{rest}"
         )
     return f"{text}.{seeds_text(*effects)}"
 
@@ -362,6 +367,10 @@ def _largest(chosen: pd.DataFrame, model: Model) -> list[str]:
 def _points(effect: Effect) -> str:
     text = f"{points(effect.estimate)} points {interval(effect.low, effect.high, signed=True)}"
     return marked(text, effect.converged)
+
+
+def _few(effect: Effect) -> str:
+    return f"no conclusion from {effect.random_seeds} seed{'s' * (effect.random_seeds != 1)} of random weights"
 
 
 def _apart(effect: Effect) -> bool:

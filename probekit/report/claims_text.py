@@ -10,6 +10,7 @@ import pandas as pd
 from probekit.diagnostics import marked
 from probekit.report.claims import Claims
 from probekit.report.contrasts import CLAIMS, HALF, LARGER, TRAINED, Claim
+from probekit.report.effects import SEEDS
 from probekit.report.primary import Cells
 from probekit.report.select import CHOSEN
 from probekit.report.tables import NONE, interval, percent, points
@@ -49,14 +50,21 @@ def exploratory_sentence(cells: Cells, *, primary: bool) -> str:
     )
 
 
-def _counts(rows: Sequence[Claim]) -> str:
+def _counts(rows: Sequence[Claim], n: int) -> str:
+    """Say for how many of n backbones one quantity, each backbone with one row, is supported and so on."""
     told = []
     for verdict in ("supported", "contradicted", "undetermined"):
         names = [row.subject for row in rows if row.verdict == verdict]
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            told.append(f"{verdict} for {len(names)} of {len(rows)} ({shown})")
-    return ", ".join(told)
+            told.append(f"{verdict} for {len(names)} of {n} ({shown})")
+    return _of_kind(rows[0]) + ", ".join(told)
+
+
+def _of_kind(row: Claim) -> str:
+    """Name the kind of random weights that the quantity of a row has in brackets, as the start of a text."""
+    kind = row.quantity.rpartition("(")[2].partition(")")[0]
+    return f"{kind}: " if "(" in row.quantity else ""
 
 
 def glance_table(rows: Sequence[Claim], subject: str) -> pd.DataFrame:
@@ -75,16 +83,20 @@ def glance_table(rows: Sequence[Claim], subject: str) -> pd.DataFrame:
         mine = [row for row in asked if claim == LARGER or row.subject == subject]
         plain = [row for row in mine if claim == TRAINED or "random weights" not in row.quantity]
         beyond = [row for row in mine if row not in plain]
-        if claim == LARGER:  # the last row before a slope has most of the networks as a sample
+        if claim == LARGER:  # of a quantity the last row has most of the networks as a sample
             slopes = [row for row in asked if "slope" in row.quantity]
-            plain, beyond = ([row for row in some if row not in slopes][-1:] for some in (plain, beyond))
+            plain, beyond = (
+                list({row.quantity: row for row in some if row not in slopes}.values()) for some in (plain, beyond)
+            )
             told = "; ".join(f"{row.quantity.removesuffix(' of the parameters')}: {row.verdict}" for row in slopes)
         else:
-            first = asked[0].quantity if asked else ""
-            told = _counts([row for row in asked if claim == TRAINED or row.quantity == first])
+            quantities = list(dict.fromkeys(row.quantity for row in asked))[: None if claim == TRAINED else 1]
+            n = len({row.subject for row in asked})
+            told = "; ".join(_counts([row for row in asked if row.quantity == one], n) for one in quantities)
+        found = {row.verdict for row in plain}
         table.append(
             {
-                "mark": plain[0].verdict if plain else "undetermined",
+                "mark": found.pop() if len(found) == 1 else "undetermined",
                 "Claim": claim,
                 "Of": plain[0].subject if plain else subject or NONE,
                 "Verdict": _told(plain),
@@ -96,12 +108,13 @@ def glance_table(rows: Sequence[Claim], subject: str) -> pd.DataFrame:
 
 
 def _told(rows: Sequence[Claim]) -> str:
-    found = [
-        marked(row.verdict, row.converged)
-        + ("" if math.isnan(row.estimate) else f"\n{points(row.estimate)} {interval(row.low, row.high, signed=True)}")
-        for row in rows
-    ]
-    return "\n".join(found) or NONE
+    lines = []
+    for row in rows:
+        lines.append(_of_kind(row) + marked(row.verdict, row.converged))
+        if not math.isnan(row.estimate):
+            lines.append(f"{points(row.estimate)} {interval(row.low, row.high, signed=True)}")
+            lines.append(f"about {row.about}")
+    return "\n".join(lines) or NONE
 
 
 def claims_table(rows: Iterable[Claim]) -> pd.DataFrame:
@@ -137,8 +150,10 @@ def _needed(row: Claim) -> str:
     if math.isnan(row.pairs_needed):
         return NONE
     if math.isinf(row.pairs_needed):
+        if row.random_seeds is not None and row.random_seeds < SEEDS:
+            return "more seeds"
         few = ["networks"] * bool(row.se_networks > 0) + ["training pairs"] * bool(row.se_train > 0)
-        return NONE if row.verdict != "undetermined" else f"more {' and '.join(few)}"
+        return f"more {' and '.join(few)}" if few and row.verdict == "undetermined" else NONE
     return f"{row.pairs_needed:,.0f}" if row.pairs_needed < _SHOWN else f"over {_SHOWN:,}"
 
 
@@ -152,11 +167,12 @@ def definitions(level: float) -> str:
         f" set) on its side. Second half: relative depth from {HALF:g} on. About: what is a sample beside the pairs; a"
         " finding about these checkpoints says nothing about other trainings, and a slope for new backbones rests on"
         " as few values as there are sizes. Pairs needed: test pairs that would decide in 80 % of samples if the truth"
-        " were the estimate; more networks: no number of pairs would, as the networks differ too much; more training"
-        " pairs: none would, as heads differ too much with their training pairs. SE: standard errors in points over"
-        " test pairs, training pairs and networks, as far as they are a sample. About the fitted heads: how these would"
-        " differ with other training pairs is not in the interval; about other training pairs: it is, by refits on"
-        " halves of the training groups. Against random weights nothing is concluded from fewer than three seeds."
+        " were the estimate; more networks, more training pairs: no number of test pairs would, as networks, or heads"
+        " with their training pairs, or both together differ too much; more seeds: of random weights. SE: standard"
+        " errors in points over test pairs, training pairs and networks, as far as they are a sample. About the fitted"
+        " heads: how these would differ with other training pairs is not in the interval; about other training pairs:"
+        " it is, by refits on halves of the training groups. Against random weights nothing is concluded from"
+        f" fewer than {SEEDS} seeds."
     )
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probekit._types import FloatArray
-from probekit.report.effects import Effect, Side, Verdicts, control_side, trained_side
+from probekit.report.effects import SEEDS, Effect, Side, Verdicts, control_side, random_seeds, trained_side
 from probekit.report.select import (
     RANDOM,
     Model,
@@ -41,7 +41,6 @@ MIDDLE, COMBINING, LARGER, TRAINED, INPUTS, DECLINE = CLAIMS = (
     "Accuracy declines in late layers",
 )
 _FEW = 50
-_SEEDS = 3  # of random weights, below which nothing is said of them
 
 Verdict = Literal["supported", "contradicted", "undetermined"]
 
@@ -76,7 +75,9 @@ class Claim:
         is a sample).
     n_pairs, pairs_needed
         Test pairs, and how many would decide in 80 % of samples if the truth were the estimate (infinite where more
-        networks or training pairs are needed instead).
+        networks, training pairs or seeds of random weights are needed instead).
+    random_seeds
+        Fewest seeds of random weights that it stands against; None without any.
     converged
         Whether all fits did.
     reason
@@ -100,6 +101,7 @@ class Claim:
     se_networks: float = float("nan")
     n_pairs: int = 0
     pairs_needed: float = float("nan")
+    random_seeds: int | None = None
     converged: bool = True
     reason: str = ""
 
@@ -249,8 +251,8 @@ class Judge:
             for kind in kinds:
                 control = control_side(rows, model, kind)
                 effect = self._verdicts.compare(model.label, [trained_side(rows, model)], [control])
-                seeds = len(set(control.seeds))
-                against = f"random weights ({kind}, {seeds} seed{'s' * (seeds > 1)})"
+                seeds = random_seeds([control])
+                against = f"random weights ({kind}, {seeds} seed{'s' * (seeds != 1)})"
                 yield self._claim(place, f"{quantity} ({kind})", against, effect)
 
     def inputs(self) -> Iterator[Claim]:
@@ -323,10 +325,18 @@ class Judge:
         weighed = [(c, one) for (one, _), c in slopes] + [(-c, other) for (_, other), c in slopes if other is not None]
         refits = self._verdicts.refits(weighed, right.index)
         found = size_slope(np.array(values), log_size, groups, refits=refits, weights=weights, level=self._level)
-        fine = all(side.converged for pair in sides for side in pair if side is not None)
-        seeds = tuple((side.name, len(set(side.seeds))) for pair in sides for side in pair if side is not None)
+        every = [side for pair in sides for side in pair if side is not None]
         effect = Effect(
-            quantity, found.estimate, found.low, found.high, found.detectable, found.n_pairs, seeds, 0, fine, found
+            quantity,
+            found.estimate,
+            found.low,
+            found.high,
+            found.detectable,
+            found.n_pairs,
+            seeds=tuple((side.name, len(set(side.seeds))) for side in every),
+            converged=all(side.converged for side in every),
+            contrast=found,
+            random_seeds=random_seeds(every),
         )
         told = f"{len(known)} backbones are the sample: {len(known) - 2} degrees of freedom"
         return because(self._claim(place, quantity, against, effect, about="new backbones"), told)
@@ -373,9 +383,11 @@ class Judge:
         assert found is not None
         reasons = [f"fewer than {_FEW} effective groups"] * (found.effective_groups < _FEW)
         reasons += [f"{effect.dropped:,} pairs that not all sides judged are left out"] * bool(effect.dropped)
-        seeds = min((n for name, n in effect.seeds if name.partition(" ")[0] in RANDOM), default=_SEEDS)
-        few = f"{seeds} seed{'s' * (seeds > 1)} of random weights, where {_SEEDS} are the least"
-        reasons += [few] * (seeds < _SEEDS)
+        if effect.few_seeds:
+            seeds = effect.random_seeds
+            reasons.append(f"{seeds} seed{'s' * (seeds != 1)} of random weights, where {SEEDS} are the least")
+        # the scatter of refits less what test pairs make of it may come out negative
+        reasons += ["refits scatter no more than their test pairs make them"] * (found.se_train == 0)
         return Claim(
             place["claim"],
             dataset=self._dataset,
@@ -391,10 +403,11 @@ class Judge:
             se_train=found.se_train,
             se_networks=found.se_networks,
             n_pairs=effect.n_pairs,
-            pairs_needed=_needed(found, self._level),
+            pairs_needed=float("inf") if effect.few_seeds else _needed(found, self._level),
+            random_seeds=effect.random_seeds,
             converged=effect.converged,
             reason="; ".join(reasons),
-            verdict="undetermined" if seeds < _SEEDS else _verdict(effect.low, effect.high),
+            verdict="undetermined" if effect.few_seeds else _verdict(effect.low, effect.high),
         )
 
 

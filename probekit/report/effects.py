@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 else:  # the subscript exists for type checkers only
     Share = pd.Series
 
+SEEDS = 3
+"""Of random weights, below which nothing is concluded against them."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -88,6 +91,8 @@ class Effect:
         Whether all fits on all sides did.
     contrast
         All that is known of it.
+    random_seeds
+        Fewest seeds of random weights that a side averages; None where no side has any.
     """
 
     what: str
@@ -100,6 +105,12 @@ class Effect:
     dropped: int = 0
     converged: bool = True
     contrast: Contrast | None = None
+    random_seeds: int | None = None
+
+    @property
+    def few_seeds(self) -> bool:
+        """Whether it stands against too few seeds of random weights to conclude anything."""
+        return self.random_seeds is not None and self.random_seeds < SEEDS
 
     @property
     def refitted(self) -> bool:
@@ -149,7 +160,7 @@ class Verdicts:
         what
             The difference in words.
         gains, losses
-            Sides; without losses, the accuracy of the gains.
+            Sides; without losses, the accuracy of the gains, of the fitted heads as the accuracies of a sweep are.
         fixed
             Whether to hold the networks of all sides fixed, so that only the pairs are a sample.
         """
@@ -173,7 +184,7 @@ class Verdicts:
         found = network_contrast(
             terms,
             groups,
-            refits=self.refits(weighed, right.index),
+            refits=self.refits(weighed, right.index) if losses else None,
             weights=weights_of_pairs,
             n_boot=self._resamples,
             level=self._level,
@@ -182,13 +193,14 @@ class Verdicts:
             what=what,
             converged=all(side.converged for side in sides),
             estimate=found.estimate,
-            low=found.low,
-            high=found.high,
+            low=max(found.low, -float(len(losses))),
+            high=min(found.high, float(len(gains))),
             detectable=found.detectable,
             n_pairs=found.n_pairs,
             seeds=tuple({side.name: len(set(side.seeds)) for side in sides}.items()),
             dropped=len(judged) - len(right),
             contrast=found,
+            random_seeds=random_seeds(sides),
         )
 
     def right(self, keys: Sequence[str]) -> pd.DataFrame:
@@ -256,6 +268,11 @@ def _networks(right: pd.DataFrame, side: Side) -> FloatArray:
     """Right or wrong (S, n) of the networks of a side, the mean over the records of each."""
     means = right[list(side.keys)].T.groupby(list(side.seeds), sort=False).mean()
     return means.to_numpy(dtype=np.float64)
+
+
+def random_seeds(sides: Sequence[Side]) -> int | None:
+    """Count the draws of random weights of the side that has fewest, those of every training seed; None without any."""
+    return min((len(side.keys) for side in sides if side.name.partition(" ")[0] in RANDOM), default=None)
 
 
 def trained_side(rows: pd.DataFrame, model: Model) -> Side:

@@ -217,12 +217,13 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
     table = []
     for model in trained_models(rows):
         controls = control_rows(rows, model)
-        several = of_kind(controls, "init").empty and controls["backbone"].nunique() > 1
+        several = controls["backbone"].nunique() > 1
         for backbone, control in controls[["backbone", "control"]].drop_duplicates().to_numpy(object):
             mine = controls[(controls["backbone"] == backbone) & (controls["control"] == control)]
             chosen, joined = (layer_rows(mine, layers) for layers in (CHOSEN, ALL_LAYERS))
             entry = {
-                "Backbone": backbone if several else model.label,
+                # init weights are of a shape, not of a training seed
+                "Backbone": backbone if several and not control.startswith("init:") else model.label,
                 "Control": control.replace("+", " + "),
                 "Layer": ", ".join(map(str, chosen["layer"])) or NONE,
             }

@@ -75,7 +75,8 @@ class Contrast:
     se_networks
         Its part that the scatter of networks shows; 0 where no side has several.
     se_pairs
-        What test pairs alone make: with these networks held fixed.
+        What test pairs alone make: with these networks held fixed. With refits and without networks that are a sample,
+        half the width of the limits over pairs by its normal quantile, so that its square is what `se` adds to.
     se_train
         What other training pairs of the heads make; NaN without refits, where the limits hold the fitted heads fixed.
     se_lasting
@@ -280,7 +281,7 @@ def _of_pairs(pairs: Gain, part: TrainingPart | None, *, level: float) -> dict[s
     total = widened(pairs.estimate, pairs.low, pairs.high, part, level=level)
     found |= {name: getattr(total, name) for name in ("low", "high", "se", "se_train", "freedom", "detectable")}
     lasting = total.se_train * float(stdtrit(total.freedom, (1 + level) / 2)) / z
-    return found | {"se_lasting": lasting, "p": max(total.p, pairs.p)}
+    return found | {"se_pairs": total.se_test, "se_lasting": lasting, "p": max(total.p, pairs.p)}
 
 
 def _limits(

@@ -23,7 +23,7 @@ the limits of `with_training` covered 96 %, on the safe side; those over test pa
 
 Limits: SE_test is the mean half-width over its normal quantile z, so that limits that are not symmetric stay so: each
 side grows by ``t SE_total / (z SE_test)``, t on Welch and Satterthwaite's degrees of freedom ``SE_total^4 (R - 1) /
-s^4``, s^2 the variance of the refits' accuracies.
+s^4``, s^2 the variance of the refits' accuracies; never fewer than the R - 1 of that variance alone.
 
 Sources: P. McCarthy, "Pseudo-replication: half samples", Review of the International Statistical Institute 37 (1969);
 J. Shao and C. Wu, "A general theory for jackknife variance estimation", Annals of Statistics 17 (1989); D. Politis, J.
@@ -131,10 +131,10 @@ class TrainingPart:
         return cls(scale**2 * float(covariance[0, 0]), scale**2 * float(scatter[0]), len(refits))
 
     def freedom(self, rest: float) -> float:
-        """Degrees of freedom of this variance and that of the rest together."""
+        """Degrees of freedom of this variance and that of the rest together, at least those of the refits' scatter."""
         if not self.variance > 0:
             return float("inf")
-        return (self.n_refits - 1) * ((rest + self.variance) / self.scatter) ** 2
+        return (self.n_refits - 1) * max((rest + self.variance) / self.scatter, 1.0) ** 2
 
 
 def with_training(

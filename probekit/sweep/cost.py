@@ -159,7 +159,7 @@ def _measured(record: Record, folder: Path) -> Costs:
         linear=_line(linear(500, 16), linear(4000, 128)),
         step=_line(step(16, 8), step(512, 256)),
         judge=_seconds(lambda: judged_rows(record, data, margins, facts)),
-        judge_whole=_seconds(lambda: judged_rows(record, data, margins, facts, whole=True)),
+        judge_whole=_seconds(lambda: judged_rows(record, data, margins, facts, detail="whole")),
         write=_seconds(lambda: results.write_part(folder, name, rows, kept)),
         join=_seconds(lambda: results.rebuild(folder, [name])),
         read=_reading(record),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,8 @@ from probekit.sweep.judging import Asked, judge, measures, tuned_threshold
 from probekit.sweep.material import Material
 from probekit.sweep.plan import Judged, Record
 from probekit.sweep.slices import Slices, slices
+
+Detail = Literal["whole", "sources", "slices"]
 
 SLICE_RESAMPLES = 4  # slices rest on this fraction of the resamples: all of them together cost no more than the whole
 
@@ -64,7 +66,7 @@ def judged_rows(
     facts: dict[str, Any],
     *,
     blind: bool = False,
-    whole: bool = False,
+    detail: Detail = "slices",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and margins of one record on validation and every test set, as `probekit.results.write_part` takes them.
 
@@ -80,7 +82,7 @@ def judged_rows(
         Columns that all rows share.
     blind
         Whether there is no head.
-    whole
+    detail
         As in `accuracies`.
     """
     chosen_on = margins(data.validation)
@@ -95,7 +97,7 @@ def judged_rows(
         "train_ties": data.train_ties,
         "train_connected": data.train_connected,
     }
-    options: dict[str, Any] = {"blind": blind, "threshold": threshold, "whole": whole}
+    options: dict[str, Any] = {"blind": blind, "threshold": threshold, "detail": detail}
     weight = data.validation_weight
     validation = [*accuracies(record, data.validation, chosen_on, split="validation", weight=weight, **options)]
     rows = []
@@ -115,14 +117,14 @@ def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcom
     return kept.assign(split=split, **rows, label=pairs.label, margin=margins, correct=outcome.correct)
 
 
-def sliced(pairs: Pairs, *, split: str) -> Slices:
-    """Slicing, value and pairs (n,) of every row: the whole, kinds of the file and, of test pairs, further slices."""
+def sliced(pairs: Pairs, *, further: bool) -> Slices:
+    """Slicing, value and pairs (n,) of every row: the whole, kinds of the file and, if asked for, further slices."""
     sources = pairs.frame["source"].to_numpy()
     yield "all", results.ALL_SOURCES, np.ones(len(sources), dtype=bool)
     kinds = sorted({*sources, *pairs.excluded["source"]})
     for source in kinds if len(kinds) > 1 else []:
         yield "source", source, sources == source
-    if split == "test":
+    if further:
         yield from slices(pairs)
 
 
@@ -135,7 +137,7 @@ def accuracies(
     weight: FloatArray | None = None,
     blind: bool = False,
     threshold: float | None = None,
-    whole: bool = False,
+    detail: Detail = "slices",
 ) -> Iterator[dict[str, Any]]:
     """Accuracy over all pairs of a split, then per slice; intervals by the group bootstrap; none without a head.
 
@@ -153,15 +155,17 @@ def accuracies(
         Whether there is no head, since no training pair differed.
     threshold
         Of a protocol that has one.
-    whole
-        Whether kinds, other slices and the mean over kinds are left out, and a quarter of the resamples is enough.
+    detail
+        "slices" for everything; "sources" leaves out slices other than kinds of the file; "whole" kinds and the mean
+        over them as well, and a quarter of the resamples is enough.
     """
+    whole = detail == "whole"
     sources = pairs.frame["source"].to_numpy()
     groups = pairs.frame["group"].to_numpy()
     excluded = pairs.excluded["source"].to_numpy()
     asked = Asked.of(pairs.frame)
     left_out = {"all": len(excluded)}
-    rows = sliced(pairs, split=split)
+    rows = sliced(pairs, further=split == "test" and detail == "slices")
     for slicing, source, inside in islice(rows, 1) if whole else rows:
         here, labels = asked[inside], pairs.label[inside]
         outcome = judge(record.protocol, margins[inside], labels, here, threshold=threshold)

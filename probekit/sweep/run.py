@@ -30,7 +30,7 @@ from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.blocks import compare_blocks
 from probekit.sweep.controls import compare_controls
-from probekit.sweep.evaluate import judged_rows, record_facts
+from probekit.sweep.evaluate import Detail, judged_rows, record_facts
 from probekit.sweep.families import judge_families
 from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
 from probekit.sweep.fitting import fit, margins
@@ -298,8 +298,9 @@ def _judged(record: Record, head: PairHead | None, facts: dict[str, Any], values
         n = len(on.data.train.label)
         values[n : 2 * n] = head.cv_margins_
     facts = record_facts(record, open_cached(record.store)) | facts
-    whole = record.kind not in ("", "source")  # heads by source are for the matrix of sources
-    rows, kept = judged_rows(record, on.data, on.data.by_part(values), facts, blind=head is None, whole=whole)
+    details: dict[str, Detail] = {"": "slices", "source": "sources"}  # heads by source are for the matrix of sources
+    detail = details.get(record.kind, "whole")
+    rows, kept = judged_rows(record, on.data, on.data.by_part(values), facts, blind=head is None, detail=detail)
     results.write_part(out, record.record_id, rows, kept)
     told = rows[rows["slice_by"] == "all"]
     validation, test = (told.loc[told["split"] == split, "accuracy"] for split in ("validation", "test"))
