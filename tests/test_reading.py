@@ -1,6 +1,7 @@
-"""Differences of pairs: the plain formula, bounded memory, any kind of worker."""
+"""Differences of pairs and reading ahead: the plain formula, bounded memory, one thread, any kind of worker."""
 
 import multiprocessing
+import threading
 import tracemalloc
 
 import numpy as np
@@ -108,12 +109,63 @@ def test_a_layer_of_several_chunks_is_what_was_written(tmp_path):
     np.testing.assert_array_equal(store.read(layer=1), whole[at] + np.float32(40_000))
 
 
-def sums(store: FeatureStore, layer: int) -> tuple[float, float]:
-    """Run in a worker: a layer, differences, and more values than torch converts without threads."""
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("probekit-read")]
+
+
+def test_each_setting_is_read_in_order_by_one_thread(store):
+    asked = [{**layer, "sigma": sigma} for sigma in store.sigmas for layer in LAYERS]
+    found = []
+    for setting, values in store.read_each(iter(asked)):
+        found.append(setting)
+        np.testing.assert_array_equal(values, store.read(**setting))
+        assert len(reading_threads()) == 1
+    assert found == asked
+    assert not reading_threads()
+    pairs = np.array([[0, 1], [5, 3]])
+    for setting, values in store.read_each(asked, pairs=pairs):
+        np.testing.assert_array_equal(values, store.differences(**setting, pairs=pairs))
+    assert not list(store.read_each([]))
+
+
+def test_only_the_next_setting_is_read_ahead(store, monkeypatch):
+    begun, read = [], FeatureStore.read
+
+    def noted(self, **setting):
+        begun.append(setting)
+        return read(self, **setting)
+
+    monkeypatch.setattr(FeatureStore, "read", noted)
+    asked = [{"layer": 0, "sigma": "0.1"}] * 6
+    for step, _ in enumerate(store.read_each(asked), start=1):
+        assert len(begun) <= step + 1
+
+
+def test_an_error_is_raised_at_its_setting(store):
+    steps = store.read_each([{"layer": 0, "sigma": "0.1"}, {"layer": 7, "sigma": "0.1"}, {"layer": 1, "sigma": "0.1"}])
+    assert next(steps)[0] == {"layer": 0, "sigma": "0.1"}
+    with pytest.raises(StoreError, match="layer 7 is not in the store"):
+        next(steps)
+    assert not reading_threads()
+
+
+def test_leaving_early_ends_the_thread(store):
+    for _ in store.read_each([{**layer, "sigma": "0.1"} for layer in LAYERS]):
+        break
+    assert not reading_threads()
+    steps = store.read_each([{**layer, "sigma": "0.1"} for layer in LAYERS])
+    next(steps)
+    del steps
+    assert not reading_threads()
+
+
+def sums(store: FeatureStore, layer: int) -> tuple[float, float, int]:
+    """Run in a worker: a layer, differences, the iterator's, and more values than torch converts without threads."""
     half.convert(np.ones(2**17, np.float16), np.empty(2**17, np.float32))
     pairs = np.array([[0, 1], [5, 3]])
-    read, difference = store.read(layer=layer, sigma="0.1"), store.differences(layer=layer, sigma="0.1", pairs=pairs)
-    return float(np.nansum(read)), float(np.nansum(difference))
+    each = [values for _, values in store.read_each([{"layer": layer, "sigma": "0.1"}] * 2, pairs=pairs)]
+    read = store.read(layer=layer, sigma="0.1")
+    return float(np.nansum(read)), float(np.nansum(each[1])), len(each)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

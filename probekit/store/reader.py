@@ -5,7 +5,7 @@ m = rows of the store, n = pairs, d = channels of a feature vector.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from probekit._types import LayerPoint, canonical_sigma
 from probekit.errors import StoreError
 from probekit.store import format as fmt
+from probekit.store.ahead import ahead
 from probekit.store.differences import Uses, row_pieces
 from probekit.store.half import convert
 from probekit.store.judgements import read_judgements
@@ -269,6 +270,40 @@ class FeatureStore:
         if len(absent):
             out[np.isin(positions, absent).any(axis=1)] = np.nan
         return out
+
+    def read_each(
+        self, settings: Iterable[Setting], *, pairs: Pairs | NDArray[np.integer[Any]] | None = None
+    ) -> Iterator[tuple[Setting, NDArray[np.float32]]]:
+        """Read setting after setting, the next one by a thread while the caller works on one.
+
+        At most three results are in memory: the caller's, one that is ready, and the one that is being read. The thread
+        begins with the first step and ends with the last one, with an error, or when the iterator is closed or dropped;
+        a process must not be forked in between.
+
+        Parameters
+        ----------
+        settings
+            Arguments of `read`, such as ``[{"layer": 3}, {"layer": 4}]`` or
+            ``[{"layer": 3, "sigma": "0.005"}, {"layer": 3, "sigma": "0.1"}]``.
+        pairs
+            If given, `differences` of these pairs are read.
+
+        Yields
+        ------
+        setting, ndarray
+            Each setting, and its features (m, d) or differences (n, d).
+
+        Raises
+        ------
+        StoreError
+            As of `read`, at the step of the setting that it is about.
+        """
+        _ = self._index  # once, and by the caller's thread
+
+        def load(setting: Setting) -> NDArray[np.float32]:
+            return self.read(**setting) if pairs is None else self.differences(pairs=pairs, **setting)
+
+        return ahead(load, settings)
 
     def batches(
         self,
