@@ -4,12 +4,13 @@ import json
 import shutil
 import tempfile
 import time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from test_cli import probekit, refused
 from tiny_models import tiny_pipeline
 
@@ -50,18 +51,18 @@ def test_json_holds_ratios_parts_and_rates(pipeline, temporary):
     assert found["backbone"]["n_blocks"] == 4
     assert (found["images"], found["batch_size"], found["rounds"]) == (IMAGES, 4, ROUNDS)
     assert found["threads"] == torch.get_num_threads()
-    for name in ("dump_over_bare", "half_over_bare", "half_over_dump"):
+    for name in bench.RATIOS:
         median, smallest, largest = found[name]
         assert 0 < smallest <= median <= largest
     assert {name: len(values) for name, values in found["seconds"].items()} == dict.fromkeys(
-        ("bare", "dump", "half"), ROUNDS
+        ("bare", "captured", "dump", "bare_beside_half", "half"), ROUNDS
     )
     assert set(found["parts"]) == set(bench.PARTS)
     assert sum(part["share"] for part in found["parts"].values()) == pytest.approx(1)
     assert all(part["seconds"] > 0 for part in found["parts"].values())
     # the bare loop is given latents, embeddings and noise, pools nothing and writes nothing
     bare = {name for name, part in found["parts"].items() if part["bare_seconds"] > 0}
-    assert bare == {"inputs", "dit", "other"}
+    assert bare == {"inputs", "dit"}
     assert 0 < found["idle_share"] < 1
     assert found["tflop_per_second"] == pytest.approx(
         found["share_of_matrix_product"] * found["matrix_product_tflop_per_second"]
@@ -78,17 +79,25 @@ def test_operations_are_those_of_one_image(pipeline, temporary):
     assert several == single > 0
 
 
-def test_half_depth_leaves_before_the_later_blocks(pipeline, temporary, monkeypatch):
+def test_beside_each_batch_runs_the_bare_transformer_whole(pipeline, temporary, monkeypatch):
     seen = []
-    run = passes.pooled_layers
+    run, whole = passes.pooled_layers, SD3Transformer2DModel.forward
 
     def noted(*args, wanted, **kwargs):
-        seen.append(max((layer for _, layer in wanted), default=None))
+        seen.append(max(layer for _, layer in wanted))
         return run(*args, wanted=wanted, **kwargs)
 
-    monkeypatch.setattr(passes, "pooled_layers", noted)
-    bench.bench_dump({"backbone": str(pipeline), "device": "cpu", "batch_size": 64}, images=2, rounds=1)
-    assert seen == [4, 4, 2]  # warm-up, dump, dump at half depth; the bare loop captures nothing
+    @wraps(whole)
+    def ended(*args, **kwargs):
+        result = whole(*args, **kwargs)
+        seen.append("bare")  # a pass that captures leaves before
+        return result
+
+    monkeypatch.setattr(bench, "pooled_layers", noted)
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", ended)
+    bench.bench_dump({"backbone": str(pipeline), "device": "cpu", "batch_size": 2}, images=4, rounds=1)
+    assert [one for one in seen if one != "bare"] == [4, 4, 2, 2]
+    assert seen[-8:] == ["bare", 4, 4, "bare", "bare", 2, 2, "bare"]
 
 
 def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_path):
@@ -100,7 +109,7 @@ def test_a_transformer_without_weights_can_be_timed(pipeline, temporary, tmp_pat
         *options(pipeline), "--transformer", folder, "--random-weights", "init:0", "--dtype", "bfloat16", "--rounds", 1
     )
     assert done.returncode == 0, done.stderr
-    assert "dump / bare" in done.stdout
+    assert "capture, pool, write / bare" in done.stdout
     assert "bfloat16" in done.stdout
 
 

@@ -1,17 +1,18 @@
 """How long a dump takes beside the bare transformer, and where its time goes.
 
-In every round the same rows are run three times, in alternating order: through the bare transformer, through a dump of
-all layers, and through a dump that leaves the transformer at half depth. Ratios are taken within a round, so a machine
-that is slower for a while slows all three.
+In every round the same rows are dumped twice: with all layers, and leaving the transformer at half depth. Beside each
+of its batches a dump runs the bare transformer on the same prepared inputs, before and after the captured pass by
+turns, so a machine that is slower for a while slows both sides of a ratio.
 """
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from probekit._types import Progress
 from probekit.backbones import Backbone, passes
 from probekit.backbones import latents as latent_rules
 from probekit.backbones.batching import Layout
-from probekit.backbones.capture import POOLINGS
+from probekit.backbones.capture import POOLINGS, pooled_layers
 from probekit.backbones.conditioning import Conditioner
-from probekit.backbones.loading import quiet
+from probekit.backbones.families import Family
 from probekit.bench.ratios import in_words, spread
 from probekit.config import DumpConfig
 from probekit.dump.run import files_of
@@ -37,11 +38,11 @@ from probekit.preferences import PreferenceSet, load_preferences
 from probekit.store import StoreWriter
 
 PARTS = {
-    "read": "hash, decode, resize the images",
+    "read": "preferences; hash, decode, resize the images",
     "vae": "latents",
     "text": "embeddings of the prompts",
     "noise": "draw the noise",
-    "inputs": "the pipeline prepares, batches",
+    "inputs": "mix in the noise, the pipeline prepares, batches",
     "dit": "the transformer, with hooks",
     "pool": "pool the tokens",
     "write": "the store",
@@ -49,6 +50,16 @@ PARTS = {
 }
 GIVEN = ("read", "vae", "text", "noise")
 """Parts that the bare loop has not, because it is given latents, embeddings and noise."""
+CAPTURED = ("inputs", "dit", "pool", "write")
+"""Parts of a forward pass whose features are kept."""
+RATIOS = {
+    "captured_over_bare": "capture, pool, write / bare",
+    "half_over_bare": "the same at half depth / bare",
+    "half_over_captured": "half depth / whole depth",
+    "dump_over_bare": "whole dump / bare",
+}
+"""Ratios of `DumpBench.facts`, and what the lines call them; a whole dump is one that is given `GIVEN`."""
+_BARE = "bare"  # the bare forward passes within a dump, in the clock beside its parts
 BUSY = ("vae", "text", "dit", "pool")
 """Parts in which the device computes; in all others it waits."""
 _SIGMA = "0"  # the one noise level for which a dump does not measure rounding, which it does once and not for each row
@@ -66,10 +77,13 @@ class DumpBench:
         Facts of the backbone, see `Backbone.describe`.
     images, batch_size, threads
         What ran: images, of a forward pass at most, and threads of the CPU.
-    bare, dump, half
-        Seconds of each round: the bare loop, the dump without `GIVEN`, and the same at half depth.
+    bare, captured, dump
+        Seconds of each round: the bare loop (inputs and forward passes) beside the dump; the same with capture, pooling
+        and writing; and the whole dump without `GIVEN`.
+    bare_beside_half, half
+        The first two of them in the dump that leaves at half depth.
     parts, bare_parts
-        Seconds of each of `PARTS` in the dump and in the bare loop: medians over the rounds.
+        Seconds of each of `PARTS` in the dump and in the bare loop beside it: medians over the rounds.
     flop
         Operations of one image in the transformer, 2 for each multiply-add.
     product_rate
@@ -81,7 +95,9 @@ class DumpBench:
     batch_size: int
     threads: int
     bare: list[float]
+    captured: list[float]
     dump: list[float]
+    bare_beside_half: list[float]
     half: list[float]
     parts: dict[str, float]
     bare_parts: dict[str, float]
@@ -98,10 +114,19 @@ class DumpBench:
             "batch_size": self.batch_size,
             "threads": self.threads,
             "rounds": len(self.bare),
+            "captured_over_bare": spread(self.captured, self.bare),
             "dump_over_bare": spread(self.dump, self.bare),
-            "half_over_bare": spread(self.half, self.bare),
-            "half_over_dump": spread(self.half, self.dump),
-            "seconds": {"bare": self.bare, "dump": self.dump, "half": self.half},
+            "half_over_bare": spread(self.half, self.bare_beside_half),
+            "half_over_captured": spread(  # each in units of the bare loop that ran beside it
+                np.divide(self.half, self.bare_beside_half).tolist(), np.divide(self.captured, self.bare).tolist()
+            ),
+            "seconds": {
+                "bare": self.bare,
+                "captured": self.captured,
+                "dump": self.dump,
+                "bare_beside_half": self.bare_beside_half,
+                "half": self.half,
+            },
             "images_per_second": {"bare": self.images / float(np.median(self.bare)), "dump": self.images / total},
             "parts": {
                 name: {"seconds": seconds, "share": seconds / total, "bare_seconds": self.bare_parts[name]}
@@ -118,7 +143,7 @@ class DumpBench:
         """Return the figures as (heading, text)."""
         facts = self.facts()
         about, speed = self.backbone, facts["images_per_second"]
-        ratios = {name: in_words(facts[name]) for name in ("dump_over_bare", "half_over_bare", "half_over_dump")}
+        ratios = {name: in_words(facts[name]) for name in RATIOS}
         on = f"{about['device']}, {self.threads} threads" if about["device"] == "cpu" else about["device"]
         return [
             (
@@ -129,9 +154,8 @@ class DumpBench:
                 "rows",
                 f"{self.images} images of {about['resolution']} px, two to a prompt, {self.batch_size} a forward pass",
             ),
-            ("dump / bare", f"{ratios['dump_over_bare']}: median, smallest and largest of {len(self.bare)} rounds"),
-            ("half depth / bare", ratios["half_over_bare"]),
-            ("half depth / dump", ratios["half_over_dump"]),
+            *((RATIOS[name], ratio) for name, ratio in ratios.items()),
+            ("", f"median, smallest and largest of {len(self.bare)} rounds"),
             ("images/s", f"bare {speed['bare']:.4g}, whole dump {speed['dump']:.4g}"),
             ("parts", "    dump and share       bare"),
             *(
@@ -208,62 +232,52 @@ class _Bench:
             for prompt, x in zip(self.prompts, self.latents, strict=True)
         ]
         few = slice(0, settings.batch_size)
-        last = [("mean", backbone.n_blocks)]
-        backbone.features(  # loads and tests the transformer
-            self.latents[few], self.prompts[few], sigma=_SIGMA, eps=self.eps[few], wanted=last, batch_size=few.stop
+        forward = partial(
+            backbone.features,
+            self.latents[few],
+            self.prompts[few],
+            sigma=_SIGMA,
+            eps=self.eps[few],
+            wanted=[("mean", backbone.n_blocks)],
+            batch_size=few.stop,
         )
+        forward()  # loads and tests the transformer
         with FlopCounterMode(display=False) as counter:
-            self._bare(few)
+            forward()
         self.flop = counter.get_total_flops() // len(self.latents[few])
 
     def run(self, rounds: int, progress: Progress | None) -> DumpBench:
-        runs: dict[str, Callable[[], dict[str, float]]] = {
-            "bare": self._bare,
-            "dump": partial(self._dump, "all"),
-            "half": partial(self._dump, list(range(self.backbone.n_blocks // 2 + 1))),
-        }
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        layers = {"dump": "all", "half": list(range(self.backbone.n_blocks // 2 + 1))}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in layers}
         for number in range(rounds):
-            for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
-                found[name].append(runs[name]())
+            for name in layers:
+                found[name].append(self._dump(layers[name]))
             if progress is not None:
                 progress(number + 1, rounds, "")
-        seconds = {
-            name: [sum(value for part, value in parts.items() if part not in GIVEN) for parts in timed]
-            for name, timed in found.items()
-        }
-        medians = {
-            name: {part: float(np.median([parts[part] for parts in timed])) for part in PARTS}
-            for name, timed in found.items()
-        }
-        medians["dump"]["text"] += self.text_seconds
+
+        def seconds(name: str, parts: Collection[str]) -> list[float]:
+            return [sum(timed[part] for part in parts) for timed in found[name]]
+
+        own, bare = set(PARTS) - set(GIVEN), {"inputs": "inputs", "dit": _BARE}
+        parts = {part: float(np.median(seconds("dump", [part]))) for part in PARTS}
+        parts["text"] += self.text_seconds
         return DumpBench(
             backbone=self.backbone.describe(),
             images=len(self.latents),
             batch_size=self.settings.batch_size,
             threads=torch.get_num_threads(),
-            **seconds,
-            parts=medians["dump"],
-            bare_parts=medians["bare"],
+            captured=seconds("dump", CAPTURED),
+            dump=seconds("dump", own),
+            bare=seconds("dump", bare.values()),
+            half=seconds("half", CAPTURED),
+            bare_beside_half=seconds("half", bare.values()),
+            parts=parts,
+            bare_parts={
+                part: float(np.median(seconds("dump", [bare[part]]))) if part in bare else 0.0 for part in PARTS
+            },
             flop=self.flop,
             product_rate=_product_rate(self.backbone.dtype, self.backbone.device),
         )
-
-    def _bare(self, rows: slice = slice(None)) -> dict[str, float]:
-        """Run the transformer on what the pipeline prepares, in the batches of a dump."""
-
-        @torch.inference_mode()
-        def forward(transformer: torch.nn.Module, _: object, call: dict[str, Any], **__: object) -> dict[Any, Any]:
-            transformer(**call)
-            return {}
-
-        with _replaced(passes, "pooled_layers", forward), self._timed(), quiet():
-            self.clock.start()
-            for _ in self.backbone._passes.run(
-                self.latents[rows], self.prompts[rows], _SIGMA, self.eps[rows], [], self.settings.batch_size
-            ):
-                pass
-            return self.clock.stop()
 
     def _dump(self, layers: Any) -> dict[str, float]:
         with tempfile.TemporaryDirectory(dir=self.settings.prefs.parent) as out, self._timed():
@@ -279,21 +293,40 @@ class _Bench:
             )
             return self.clock.stop()
 
+    def _beside_bare(self, captured: Callable[..., Any]) -> Callable[..., Any]:
+        """Time the bare transformer and the captured pass on the same inputs; either comes first by turns."""
+        captured = self.clock.timed(captured, "dit")
+        bare_first = cycle((True, False))
+
+        @torch.inference_mode()
+        def both(transformer: torch.nn.Module, family: Family, call: dict[str, Any], **kwargs: Any) -> Any:
+            bare = self.clock.timed(partial(transformer, **call), _BARE)
+            first = next(bare_first)
+            if first:
+                bare()
+            pooled = captured(transformer, family, call, **kwargs)
+            if not first:
+                bare()
+            return pooled
+
+        return both
+
     @contextmanager
     def _timed(self) -> Iterator[None]:
         """Time what a dump calls."""
         calls: list[tuple[Any, str, str]] = [
             (PreferenceSet, "image_digests", "read"),
+            (PreferenceSet, "judgements", "read"),
+            (PreferenceSet, "rows", "read"),
             (dumping, "_size", "read"),
             (latent_rules, "encode", "vae"),
             (dumping, "_warn", "text"),  # it counts the tokens of the prompts
             (Conditioner, "encode", "text"),
             (dumping, "noise_of", "noise"),
+            (passes, "mix", "inputs"),
             (passes.Passes, "prepare", "inputs"),
             (Layout, "join", "inputs"),
-            (passes, "pooled_layers", "dit"),
             (dumping, "open_store", "write"),
-            (PreferenceSet, "judgements", "write"),
             (StoreWriter, "write_judgements", "write"),
             (StoreWriter, "blocks", "write"),
             (StoreWriter, "write_shard", "write"),
@@ -303,6 +336,7 @@ class _Bench:
             stack.enter_context(_replaced(dumping.logger, "disabled", value=True))  # else it says the same each round
             for owner, name, part in calls:
                 stack.enter_context(_replaced(owner, name, self.clock.timed(getattr(owner, name), part)))
+            stack.enter_context(_replaced(passes, "pooled_layers", self._beside_bare(pooled_layers)))
             stack.enter_context(_replaced(Backbone, "latents", self.clock.timed_steps(Backbone.latents, "read")))
             POOLINGS["mean"] = replace(pool, pool=self.clock.timed_on_device(pool.pool, "dit", "pool"))
             stack.callback(POOLINGS.__setitem__, "mean", pool)
@@ -320,7 +354,7 @@ class _Clock(Clock):
 
     def start(self) -> None:
         self._synchronise()
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys((*PARTS, _BARE), 0.0)
         self._events = []
         self._inside = ["other"]
         self._since = time.perf_counter()
@@ -340,7 +374,7 @@ class _Clock(Clock):
             try:
                 yield
             finally:
-                if name in BUSY:
+                if name in {*BUSY, _BARE}:
                     self._synchronise()
 
     def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
