@@ -320,11 +320,12 @@ def test_a_killed_worker_is_one_clear_line(pictures: list[Path]) -> None:
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from probekit.backbones.decode_ahead import PixelStream
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
     path, digest = Path(sys.argv[1]), bytes.fromhex(sys.argv[2])
     try:
         with PixelStream([path] * 999, [digest] * 999, resolution=16, step=4, resize="crop", workers=2) as stream:
