@@ -25,7 +25,6 @@ from probekit.store import format as fmt
 from probekit.store.files import reserve
 from probekit.store.half import convert
 
-_THREADS = 4
 _OVERHEAD_BYTES = 2**13  # of a dataset: its header, attributes and links
 _PIECE_BYTES = 2**21  # converted and written at once
 
@@ -68,10 +67,9 @@ def write_hdf5(
     given = rows["status"].to_numpy(np.uint8)
     readable = given == fmt.STATUS_OK
     records: dict[str, dict[str, Any]] = {}
-    threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     writeback = ThreadPoolExecutor(1)  # sends to the disk what is written, so that little is left for the last sync
     try:
-        finite = dict(zip(features, threads.map(_finite_rows, features.values()), strict=True))
+        finite = {key: _finite_rows(values) for key, values in features.items()}
         ok = readable & np.logical_and.reduce(list(finite.values()))
         status = np.where(readable & ~ok, np.uint8(fmt.STATUS_NON_FINITE), given)
         if accept is not None:
@@ -80,20 +78,18 @@ def write_hdf5(
         needed = sum(array.nbytes + _OVERHEAD_BYTES for array in chain(tables.values(), features.values()))
         needed += len(fmt.canonical_json(dict(attributes)).encode()) + _OVERHEAD_BYTES
         reserve(descriptor, needed)
-        # While one dataset is written, the threads look at the next ones.
         synced = writeback.submit(os.fdatasync, descriptor)
-        chosen = {key: threads.submit(_choose, features[key], ok, prompt_index) for key in _ordered(config)}
         # Locking is ours: the temporary file is held under flock, and network file systems refuse HDF5's.
         with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
             reserve(descriptor, needed)  # again: HDF5 began by emptying the file
             _set_attributes(file, {**identity, **attributes})
             for name, table in tables.items():
                 dtype, all_rows = fmt.TABLES[name][0], np.ones(len(table), bool)
-                records[name] = _write_dataset(file, name, table, all_rows, dtype, _checksum(table, all_rows, dtype))
+                records[name] = _write_dataset(file, name, table, all_rows, dtype)
             for key, layer in _ordered(config).items():
                 name = fmt.dataset_name(*key)
-                dtype, figures, crc32 = chosen[key].result()
-                written = _write_dataset(file, name, features[key], ok, dtype, crc32)
+                dtype, figures = fmt.choose_dtype(features[key], ok, prompt_index)
+                written = _write_dataset(file, name, features[key], ok, dtype)
                 recorded = figures._asdict() | {"nonfinite_rows": int((readable & ~finite[key]).sum())}
                 described = {
                     "layer_index": layer["index"],
@@ -121,7 +117,6 @@ def write_hdf5(
             synced.result()
         os.ftruncate(descriptor, size)  # what was reserved and not used
     finally:
-        threads.shutdown(cancel_futures=True)
         writeback.shutdown(cancel_futures=True)
     return sidecar
 
@@ -131,14 +126,6 @@ def _ordered(config: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]
     kept = fmt.feature_keys(config)
     keys = [((pooling, layer["index"]), layer) for layer in config["layers"] for pooling in config["poolings"]]
     return {key: layer for key, layer in keys if key in kept}
-
-
-def _choose(
-    values: NDArray[np.float32], ok: NDArray[np.bool_], prompt_index: NDArray[np.int64]
-) -> tuple[str, fmt.Figures, int]:
-    """Return the dtype of a dataset, the figures behind it and the checksum of what is stored."""
-    dtype, figures = fmt.choose_dtype(values, ok, prompt_index)
-    return dtype, figures, _checksum(values, ok, dtype)
 
 
 def _finite_rows(values: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -200,21 +187,31 @@ def _texts(texts: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _set_attributes(node: h5py.Group | h5py.Dataset, attributes: Mapping[str, Any]) -> None:
+    """Set attributes that are not there yet, by h5py's low level: a shard has hundreds, and `node.attrs` takes longer.
+
+    Texts have a fixed length; `node.attrs` would make them variable-length strings.
+    """
+    space = h5py.h5s.create(h5py.h5s.SCALAR)
     for key, value in attributes.items():
-        if isinstance(value, str):  # fixed length: h5py would make it a variable-length string
-            data = value.encode()
-            node.attrs.create(key, np.bytes_(data), dtype=h5py.string_dtype("utf-8", max(1, len(data))))
+        if isinstance(value, str):
+            text = value.encode()
+            data = np.array(text, f"S{max(1, len(text))}")
+            kind = h5py.h5t.py_create(h5py.string_dtype("utf-8", data.dtype.itemsize), logical=True)
         else:
-            node.attrs[key] = value
+            data = np.array(value)
+            kind = h5py.h5t.py_create(data.dtype, logical=True)
+        h5py.h5a.create(node.id, key.encode(), kind, space).write(data, kind)
 
 
 def _write_dataset(
-    file: h5py.File, name: str, values: NDArray[Any], ok: NDArray[np.bool_], dtype: str, crc32: int
+    file: h5py.File, name: str, values: NDArray[Any], ok: NDArray[np.bool_], dtype: str
 ) -> dict[str, Any]:
     """Write one contiguous dataset, NaN where a row is not ok; return what the sidecar says of its bytes."""
     dataset = file.create_dataset(name, values.shape, dtype)
+    crc32 = 0
     for start, piece in _pieces(values, ok, dtype):
         dataset[start : start + len(piece)] = piece
+        crc32 = zlib.crc32(piece.reshape(-1).view(np.uint8).data, crc32)
     return {
         "dtype": dtype,
         "shape": list(values.shape),
@@ -222,13 +219,6 @@ def _write_dataset(
         "nbytes": math.prod(values.shape) * np.dtype(dtype).itemsize,
         "crc32": crc32,
     }
-
-
-def _checksum(values: NDArray[Any], ok: NDArray[np.bool_], dtype: str) -> int:
-    crc = 0
-    for _, piece in _pieces(values, ok, dtype):
-        crc = zlib.crc32(piece.reshape(-1).view(np.uint8).data, crc)
-    return crc
 
 
 def _pieces(values: NDArray[Any], ok: NDArray[np.bool_], dtype: str) -> Iterator[tuple[int, NDArray[Any]]]:
