@@ -18,8 +18,8 @@ from probekit.backbones import passes
 from probekit.backbones.capture import POOLINGS
 from probekit.backbones.conditioning import Conditioner
 from probekit.bench import dump as bench
+from probekit.bench import dump_runs, store_runs, sweep_cases, sweep_runs, sweep_search
 from probekit.bench import store as store_bench
-from probekit.bench import store_runs, sweep_cases, sweep_runs, sweep_search
 from probekit.bench import sweep as sweep_bench
 
 IMAGES, ROUNDS = 10, 2
@@ -93,7 +93,7 @@ def test_beside_each_batch_runs_the_bare_transformer_whole(pipeline, temporary, 
         seen.append("bare")  # a pass that captures leaves before
         return result
 
-    monkeypatch.setattr(bench, "pooled_layers", noted)
+    monkeypatch.setattr(dump_runs, "pooled_layers", noted)
     monkeypatch.setattr(SD3Transformer2DModel, "forward", ended)
     bench.bench_dump({"backbone": str(pipeline), "device": "cpu", "batch_size": 2}, images=4, rounds=1)
     assert [one for one in seen if one != "bare"] == [4, 4, 2, 2]
@@ -142,8 +142,8 @@ def test_what_the_device_still_computes_counts_to_the_part_that_started_it(monke
             inside()
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench._Clock, "_synchronise", synchronise)
-    clock = bench._Clock(torch.device("cpu"))
+    monkeypatch.setattr(dump_runs.PartsClock, "_synchronise", synchronise)
+    clock = dump_runs.PartsClock(torch.device("cpu"))
     for _ in range(2):  # every start begins anew
         clock.start()
         clock.timed(work, "inputs")(1, later=2)  # the device is not waited for

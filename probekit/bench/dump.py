@@ -7,51 +7,22 @@ turns, so a machine that is slower for a while slows both sides of a ratio.
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import cycle
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
-import probekit.dump.run as dumping
-from probekit._clock import Clock
 from probekit._types import Progress
-from probekit.backbones import Backbone, passes
-from probekit.backbones import latents as latent_rules
-from probekit.backbones.batching import Layout
-from probekit.backbones.capture import POOLINGS, pooled_layers
-from probekit.backbones.conditioning import Conditioner
-from probekit.backbones.families import Family
+from probekit.backbones import Backbone
+from probekit.bench.dump_runs import BARE, BUSY, CAPTURED, GIVEN, PARTS, Dumps, PartsClock
 from probekit.bench.ratios import in_words, spread
 from probekit.config import DumpConfig
-from probekit.dump.run import files_of
 from probekit.errors import ConfigError
-from probekit.preferences import PreferenceSet, load_preferences
-from probekit.store import StoreWriter
 
-PARTS = {
-    "read": "preferences; hash, decode, resize the images",
-    "vae": "latents",
-    "text": "embeddings of the prompts",
-    "noise": "draw the noise",
-    "inputs": "mix in the noise, the pipeline prepares, batches",
-    "dit": "the transformer, with hooks",
-    "pool": "pool the tokens",
-    "write": "the store",
-    "other": "everything else",
-}
-GIVEN = ("read", "vae", "text", "noise")
-"""Parts that the bare loop has not, because it is given latents, embeddings and noise."""
-CAPTURED = ("inputs", "dit", "pool", "write")
-"""Parts of a forward pass whose features are kept."""
 RATIOS = {
     "captured_over_bare": "capture, pool, write / bare",
     "half_over_bare": "the same at half depth / bare",
@@ -59,10 +30,6 @@ RATIOS = {
     "dump_over_bare": "whole dump / bare",
 }
 """Ratios of `DumpBench.facts`, and what the lines call them; a whole dump is one that is given `GIVEN`."""
-_BARE = "bare"  # the bare forward passes within a dump, in the clock beside its parts
-BUSY = ("vae", "text", "dit", "pool")
-"""Parts in which the device computes; in all others it waits."""
-_SIGMA = "0"  # the one noise level for which a dump does not measure rounding, which it does once and not for each row
 _OF_THE_BACKBONE = {"transformer", "dtype", "device", "random_weights", "max_tokens", "resolution", "compile"}
 _PRODUCT = {"cuda": 8192, "mps": 4096}  # side of the matrices that are multiplied; of the CPU 1024
 
@@ -206,221 +173,40 @@ def bench_dump(
         settings = DumpConfig.checked(options | places, source="options")
         backbone = Backbone.from_pretrained(settings.backbone, **settings.model_dump(include=_OF_THE_BACKBONE))
         _write_images(settings.prefs, images, backbone.size.resolution)
-        return _Bench(settings, backbone).run(rounds, progress)
+        return _bench(Dumps(settings, backbone), rounds, progress)
 
 
-class _Bench:
-    """A backbone with its models loaded and the rows it is timed on."""
+def _bench(dumps: Dumps, rounds: int, progress: Progress | None) -> DumpBench:
+    backbone = dumps.backbone
+    layers = {"dump": "all", "half": list(range(backbone.n_blocks // 2 + 1))}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in layers}
+    for number in range(rounds):
+        for name in layers:
+            found[name].append(dumps.timed(layers[name]))
+        if progress is not None:
+            progress(number + 1, rounds, "")
 
-    def __init__(self, settings: DumpConfig, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-        self.prefs = load_preferences(settings.prefs)
-        rows = self.prefs.rows(self.prefs.image_digests())
-        self.prompts = rows["prompt"].tolist()
-        self.clock = _Clock(backbone.device)
-        # the text stage: a first prompt warms the encoders up, and loading them is not timed
-        backbone.prompts.embed(["warm-up"])
-        with self._timed():
-            self.clock.start()
-            backbone.prompts.embed(self.prompts)
-            self.text_seconds = self.clock.stop()["text"]
-        (encoded,) = backbone.latents([files_of(rows)])
-        self.latents = [image.latents for image in encoded if isinstance(image, latent_rules.EncodedImage)]
-        self.eps = [
-            latent_rules.noise(0, prompt, 0, tuple(x.shape))
-            for prompt, x in zip(self.prompts, self.latents, strict=True)
-        ]
-        few = slice(0, settings.batch_size)
-        forward = partial(
-            backbone.features,
-            self.latents[few],
-            self.prompts[few],
-            sigma=_SIGMA,
-            eps=self.eps[few],
-            wanted=[("mean", backbone.n_blocks)],
-            batch_size=few.stop,
-        )
-        forward()  # loads and tests the transformer
-        with FlopCounterMode(display=False) as counter:
-            forward()
-        self.flop = counter.get_total_flops() // len(self.latents[few])
+    def seconds(name: str, parts: Collection[str]) -> list[float]:
+        return [sum(timed[part] for part in parts) for timed in found[name]]
 
-    def run(self, rounds: int, progress: Progress | None) -> DumpBench:
-        layers = {"dump": "all", "half": list(range(self.backbone.n_blocks // 2 + 1))}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in layers}
-        for number in range(rounds):
-            for name in layers:
-                found[name].append(self._dump(layers[name]))
-            if progress is not None:
-                progress(number + 1, rounds, "")
-
-        def seconds(name: str, parts: Collection[str]) -> list[float]:
-            return [sum(timed[part] for part in parts) for timed in found[name]]
-
-        own, bare = set(PARTS) - set(GIVEN), {"inputs": "inputs", "dit": _BARE}
-        parts = {part: float(np.median(seconds("dump", [part]))) for part in PARTS}
-        parts["text"] += self.text_seconds
-        return DumpBench(
-            backbone=self.backbone.describe(),
-            images=len(self.latents),
-            batch_size=self.settings.batch_size,
-            threads=torch.get_num_threads(),
-            captured=seconds("dump", CAPTURED),
-            dump=seconds("dump", own),
-            bare=seconds("dump", bare.values()),
-            half=seconds("half", CAPTURED),
-            bare_beside_half=seconds("half", bare.values()),
-            parts=parts,
-            bare_parts={
-                part: float(np.median(seconds("dump", [bare[part]]))) if part in bare else 0.0 for part in PARTS
-            },
-            flop=self.flop,
-            product_rate=_product_rate(self.backbone.dtype, self.backbone.device),
-        )
-
-    def _dump(self, layers: Any) -> dict[str, float]:
-        with tempfile.TemporaryDirectory(dir=self.settings.prefs.parent) as out, self._timed():
-            self.clock.start()
-            dumping.dump_features(
-                self.backbone,
-                self.prefs,
-                Path(out) / "store",
-                sigmas=[_SIGMA],
-                layers=layers,
-                batch_size=self.settings.batch_size,
-                decode_workers=self.settings.decode_workers,
-            )
-            return self.clock.stop()
-
-    def _beside_bare(self, captured: Callable[..., Any]) -> Callable[..., Any]:
-        """Time the bare transformer and the captured pass on the same inputs; either comes first by turns."""
-        captured = self.clock.timed(captured, "dit")
-        bare_first = cycle((True, False))
-
-        @torch.inference_mode()
-        def both(transformer: torch.nn.Module, family: Family, call: dict[str, Any], **kwargs: Any) -> Any:
-            bare = self.clock.timed(partial(transformer, **call), _BARE)
-            first = next(bare_first)
-            if first:
-                bare()
-            pooled = captured(transformer, family, call, **kwargs)
-            if not first:
-                bare()
-            return pooled
-
-        return both
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Time what a dump calls."""
-        calls: list[tuple[Any, str, str]] = [
-            (PreferenceSet, "image_digests", "read"),
-            (PreferenceSet, "judgements", "read"),
-            (PreferenceSet, "rows", "read"),
-            (dumping, "_size", "read"),
-            (latent_rules, "encode", "vae"),
-            (dumping, "_warn", "text"),  # it counts the tokens of the prompts
-            (Conditioner, "encode", "text"),
-            (dumping, "noise_of", "noise"),
-            (passes, "mix", "inputs"),
-            (passes.Passes, "prepare", "inputs"),
-            (Layout, "join", "inputs"),
-            (dumping, "open_store", "write"),
-            (StoreWriter, "write_judgements", "write"),
-            (StoreWriter, "blocks", "write"),
-            (StoreWriter, "write_shard", "write"),
-        ]
-        pool = POOLINGS["mean"]
-        with ExitStack() as stack:
-            stack.enter_context(_replaced(dumping.logger, "disabled", value=True))  # else it says the same each round
-            for owner, name, part in calls:
-                stack.enter_context(_replaced(owner, name, self.clock.timed(getattr(owner, name), part)))
-            stack.enter_context(_replaced(passes, "pooled_layers", self._beside_bare(pooled_layers)))
-            stack.enter_context(_replaced(Backbone, "latents", self.clock.timed_steps(Backbone.latents, "read")))
-            POOLINGS["mean"] = replace(pool, pool=self.clock.timed_on_device(pool.pool, "dit", "pool"))
-            stack.callback(POOLINGS.__setitem__, "mean", pool)
-            yield
-
-
-class _Clock(Clock):
-    """Seconds of each of `PARTS`; what a part has started on the device counts to it."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._cuda = device if device.type == "cuda" else None
-        self._events: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.start()
-
-    def start(self) -> None:
-        self._synchronise()
-        self.seconds = dict.fromkeys((*PARTS, _BARE), 0.0)
-        self._events = []
-        self._inside = ["other"]
-        self._since = time.perf_counter()
-
-    def stop(self) -> dict[str, float]:
-        self._synchronise()
-        self._turn()
-        for outer, part, begin, end in self._events:
-            seconds = begin.elapsed_time(end) / 1000
-            self.seconds[outer] -= seconds
-            self.seconds[part] += seconds
-        return self.seconds
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        with super().part(name):
-            try:
-                yield
-            finally:
-                if name in {*BUSY, _BARE}:
-                    self._synchronise()
-
-    def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(part):
-                return call(*args, **kwargs)
-
-        return timed
-
-    def timed_steps(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            with closing(call(*args, **kwargs)) as steps:
-                advance = self.timed(partial(next, steps, None), part)
-                while (step := advance()) is not None:
-                    yield step
-
-        return timed
-
-    def timed_on_device(self, call: Callable[..., Any], outer: str, part: str) -> Callable[..., Any]:
-        """Time a call inside `outer` for which the device must not be waited for."""
-        if self._cuda is None:
-            return self.timed(call, part)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            result = call(*args, **kwargs)
-            end.record()
-            self._events.append((outer, part, begin, end))
-            return result
-
-        return timed
-
-    def _synchronise(self) -> None:
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    plain = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, plain)
+    own, bare = set(PARTS) - set(GIVEN), {"inputs": "inputs", "dit": BARE}
+    parts = {part: float(np.median(seconds("dump", [part]))) for part in PARTS}
+    parts["text"] += dumps.text_seconds
+    return DumpBench(
+        backbone=backbone.describe(),
+        images=dumps.images,
+        batch_size=dumps.settings.batch_size,
+        threads=torch.get_num_threads(),
+        captured=seconds("dump", CAPTURED),
+        dump=seconds("dump", own),
+        bare=seconds("dump", bare.values()),
+        half=seconds("half", CAPTURED),
+        bare_beside_half=seconds("half", bare.values()),
+        parts=parts,
+        bare_parts={part: float(np.median(seconds("dump", [bare[part]]))) if part in bare else 0.0 for part in PARTS},
+        flop=dumps.flop,
+        product_rate=_product_rate(backbone.dtype, backbone.device),
+    )
 
 
 def _write_images(prefs: Path, images: int, side: int) -> None:
@@ -446,7 +232,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Return the operations per second of a large matrix product: the best of several, so as to be a bound."""
     n = _PRODUCT.get(device.type, 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    clock, best = _Clock(device), np.inf
+    clock, best = PartsClock(device), np.inf
     for _ in range(10):
         clock.start()
         a @ b
