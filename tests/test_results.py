@@ -153,7 +153,7 @@ def test_a_folder_without_results_says_so(tmp_path):
 
 def test_another_format_is_refused(run, monkeypatch):
     folder, _ = run
-    monkeypatch.setattr(results, "RESULTS_VERSION", "2.0")
+    monkeypatch.setattr("probekit.results.tables.RESULTS_VERSION", "2.0")
     with pytest.raises(ResultsError, match=r"written in results format 1\.5; this version reads 2\.0"):
         results.load_results(folder)
 
