@@ -21,9 +21,9 @@ from probekit.cli import app
 from probekit.config import SweepConfig
 from probekit.errors import ConfigError, ResultsError
 from probekit.report import build_report, depth_points
+from probekit.report.claim import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE, TRAINED, Claim
 from probekit.report.claims import make_claims
 from probekit.report.claims_text import claims_table, glance_table
-from probekit.report.contrasts import COMBINING, DECLINE, INPUTS, LARGER, MIDDLE, TRAINED, Claim
 from probekit.report.controls import lines_figure
 from probekit.report.depth import of_setting, paths_table
 from probekit.report.effects import Side, Verdicts

@@ -10,8 +10,8 @@ from probekit.config import SweepConfig
 from probekit.errors import ConfigError
 from probekit.heads import BradleyTerryClassifier, BradleyTerryClassifierCV
 from probekit.report import build_report
+from probekit.report.claim import MIDDLE
 from probekit.report.claims import make_claims
-from probekit.report.contrasts import MIDDLE
 from probekit.report.transfer import transfer_points
 from probekit.results import load_controls, load_margins
 from probekit.stats import permuted_labels

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from probekit.report.contrasts import LARGER, Claim, Judge, because
+from probekit.report.claim import LARGER, Claim, because
+from probekit.report.contrasts import Judge
 from probekit.report.effects import Effect, Verdicts
 from probekit.report.primary import Cells, Endpoint, cells_tried, find_primary
 from probekit.report.select import Setting, narrow, settings

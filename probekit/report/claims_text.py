@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from probekit.diagnostics import marked
+from probekit.report.claim import CLAIMS, LARGER, TRAINED, Claim
 from probekit.report.claims import Claims
-from probekit.report.contrasts import CLAIMS, HALF, LARGER, TRAINED, Claim
+from probekit.report.contrasts import HALF
 from probekit.report.effects import SEEDS
 from probekit.report.primary import Cells
 from probekit.report.select import CHOSEN
