@@ -168,7 +168,7 @@ def definitions(level: float) -> str:
         f" set) on its side. Second half: relative depth from {HALF:g} on. About: what is a sample beside the pairs; a"
         " finding about these checkpoints says nothing about other trainings, and a slope for new backbones rests on"
         " as few values as there are sizes. Pairs needed: test pairs that would decide in 80 % of samples if the truth"
-        " were the estimate; more networks, more training pairs: no number of test pairs would, as networks, or heads"
+        " were the estimate and the question were asked of this backbone alone, without correction; more networks, more training pairs: no number of test pairs would, as networks, or heads"
         " with their training pairs, or both together differ too much; more seeds: of random weights. SE: standard"
         " errors in points over test pairs, training pairs and networks, as far as they are a sample. About the fitted"
         " heads: how these would differ with other training pairs is not in the interval; about other training pairs:"
