@@ -146,8 +146,11 @@ def t_quantile(freedom, p=0.975):
     return (low + high) / 2
 
 
-def slope(values, parameters, groups):
-    """Slope per doubling over backbones, each with one value (n,) for every pair, and its limits."""
+def slope(values, parameters, groups, refits=None):
+    """Slope per doubling over backbones, each with one value (n,) for every pair, and its limits.
+
+    With refits (k, R, n) of each backbone, training pairs are a sample too.
+    """
     estimate, _ = basic.slope(np.array(values), np.log2(parameters), groups)
     right, size = basic.by_group(np.array(values), groups)
     a, c, k = basic.accuracies(right, size), basic.covariance(right, size), len(values)
@@ -158,5 +161,9 @@ def slope(values, parameters, groups):
     networks = (off_line @ a) @ (off_line @ a) / (k - 2) * per_unit
     seen = np.trace(off_line @ c) / (k - 2) * per_unit
     rest = max((projection @ c @ projection.T)[1, 1] - min(seen, networks), 0)
-    reach = sqrt(t_quantile(k - 2) ** 2 * networks + Z**2 * rest)
+    train, scatter = 0, 1
+    if refits is not None:
+        train, scatter = of_training(np.tensordot(projection[1], refits, axes=1), groups)
+    of_rest = Z if refits is None else t_quantile(freedom_of(rest, train, scatter, len(refits[0])))
+    reach = sqrt(t_quantile(k - 2) ** 2 * networks + of_rest**2 * (rest + train))
     return estimate, estimate - reach, estimate + reach

@@ -169,6 +169,35 @@ def test_a_second_computation_gives_headline_and_claims_with_other_training_pair
     assert re.search(r"\d\.\d pairs, \d\.\d training, \d\.\d networks", shown)
 
 
+def test_a_second_computation_gives_size_and_slope_with_other_training_pairs(tmp_path):
+    signal = {1: 0.4, 2: 0.7, 6: 1.1}  # of backbones of 2,000, 3,000 and 7,000 parameters, on the same pairs
+    stores = [
+        planted_store(tmp_path / str(of), signal={2: strength}, seed=4, of=of, pairs=300, noise=of)
+        for of, strength in signal.items()
+    ]
+    head = HEAD | {"layer_sets": [[1], [2]], "controls": {"halves": 10}}
+    config = SweepConfig.checked({"heads": [head], "resamples": N_BOOT}, source="test")
+    run = probekit.run_sweep(config, stores=stores, out=tmp_path / "run")
+    second = again.Run(run)
+    keys = [second.chosen(f"planted-{of}") for of in signal]
+    refits = [second.refits(key) for key in keys]
+    rows = {row.quantity: row for row in make_claims(run).rows if row.claim == LARGER}
+
+    def agrees(quantity, expected, held):
+        row = rows[quantity]
+        assert (row.estimate, row.low, row.high) == pytest.approx(expected, abs=1e-6)
+        assert row.se_train > 0
+        assert row.high - row.low > held[2] - held[1]
+        assert row.about.endswith("other training pairs")
+
+    ends = [(1, second.test(keys[2])[None]), (-1, second.test(keys[0])[None])]
+    both = [again.contrast(ends, second.groups, N_BOOT, given) for given in (refits[2] - refits[0], None)]
+    agrees("largest minus smallest", *both)
+    values, sizes = [second.test(key) for key in keys], [1000 * (of + 1) for of in signal]
+    both = [again.slope(values, sizes, second.groups, given) for given in (refits, None)]
+    agrees("slope of the accuracy per doubling of the parameters", *both)
+
+
 def test_a_row_without_refits_on_both_sides_is_about_the_fitted_heads(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "run")
     table = pq.read_table(folder / "results.parquet")
