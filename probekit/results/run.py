@@ -28,7 +28,7 @@ from probekit.results.tables import (
     read_arrow,
     read_or_none,
     read_table,
-    replace,
+    replace_file,
     to_pandas,
     write_or_remove,
     write_table,
@@ -226,7 +226,7 @@ def load_trajectories(run: str | Path) -> pd.DataFrame:
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
     """Write the resolved configuration of a run as ``config.json``."""
-    replace(Path(run) / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(Path(run) / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_config(run: str | Path) -> dict[str, Any]:

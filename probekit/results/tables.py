@@ -77,7 +77,7 @@ def write_table(path: Path, frame: pd.DataFrame, columns: Mapping[str, str]) -> 
     sink = pa.BufferOutputStream()
     with ParquetWriter(sink, schema, compression="zstd") as writer:
         writer.write_table(table)
-    replace(path, sink.getvalue().to_pybytes())
+    replace_file(path, sink.getvalue().to_pybytes())
 
 
 def read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -126,7 +126,7 @@ def to_pandas(table: pa.Table, columns: Mapping[str, str]) -> pd.DataFrame:
     return frame
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new one, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
