@@ -9,6 +9,8 @@ from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
 from typing import TypeVar
 
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
 from probekit.errors import ProbekitError
 
 Item = TypeVar("Item")
@@ -44,9 +46,10 @@ def run_in_processes(
 
 
 def _start() -> None:
-    """Set up a process before it imports anything that counts cores."""
+    """Set up a process: one thread for libraries that it has imported, and for those that it will."""
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     Thread(target=_end_with_parent, daemon=True).start()
 

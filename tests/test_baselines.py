@@ -12,7 +12,7 @@ from probekit.preferences.generators import fit_generators
 from probekit.results import load_beyond, load_margins
 from probekit.stats import right_with_a_coin
 from probekit.store import Pairs
-from probekit.sweep.slices import slices
+from probekit.sweep.slices import further_slices
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.01, 0.1]}
 CONFIG = SweepConfig.checked({"heads": [LINEAR], "resamples": 200}, source="test")
@@ -207,7 +207,7 @@ def pairs_of(**columns):
 
 def named(pairs):
     found: dict[str, dict[str, int]] = {}
-    for slicing, value, inside in slices(pairs):
+    for slicing, value, inside in further_slices(pairs):
         found.setdefault(slicing, {})[value] = int(inside.sum())
     return found
 

@@ -106,11 +106,11 @@ def read_arrow(path: Path, columns: Mapping[str, str]) -> pa.Table:
     if version.partition(".")[0] != RESULTS_VERSION.partition(".")[0]:
         msg = f"{path}: written in results format {version}; this version reads {RESULTS_VERSION}"
         raise ResultsError(msg)
-    if missing := [name for name in columns if name not in table.column_names]:
+    if missing := columns.keys() - set(table.column_names):
         old = f" (written in results format {version}, this is {RESULTS_VERSION})" if version != RESULTS_VERSION else ""
         kept = {"parts": "the folder", "margins": "the folder parts beside its own"}
         what = kept.get(path.parent.name, "the file")
-        msg = f"{path}: column {missing[0]!r} is missing{old}; delete {what} and run the same sweep again"
+        msg = f"{path}: column {sorted(missing)[0]!r} is missing{old}; delete {what} and run the same sweep again"
         raise ResultsError(msg)
     return table.select(list(columns))
 

@@ -248,7 +248,7 @@ def macro_interval(
         drawn = np.where(pairs > 0, right / held, by_kind)
         share = len(names) * held
         influence = np.hstack([1 / share, -drawn / share]) @ np.hstack([y, n]).T
-        variance = shape[0] / (shape[0] - 1) * np.einsum("bg,bg,bg->b", counts, influence, influence)
+        variance = shape[0] / (shape[0] - 1) * np.vecdot(counts, np.square(influence, out=influence))
         ts.append(_t(drawn.mean(axis=1), variance, estimate, shape[0]))
     low, high = _bootstrap_t(estimate, se, np.concatenate(ts), level=level)
     return whole.interval(estimate, low, high, se, "bootstrap-t")

@@ -23,9 +23,9 @@ DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
 REASONS = ("missing_rows", "bad_status", "no_label")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs whose two rows are in the store and have features.
+    """Pairs whose two rows are in the store and have features; equal to themselves alone, which makes them keys.
 
     Attributes
     ----------

@@ -23,6 +23,7 @@ from probekit.sweep.memory import Work, places_of
 from probekit.sweep.plan import Record
 from probekit.sweep.run import Prepared
 
+_MOST = 4000  # training pairs of a small fit; weak penalties take longer the fewer there are for each channel
 _PASSES = 5  # over the pairs that a fit of all folds and strengths makes
 _STEPS, _EPOCHS = 400, 10  # of an MLP that early stopping ends: about so many steps, and so many epochs at least
 _MIX = 2.0  # a scalar mix takes so many times the fits of its layers one by one
@@ -151,12 +152,13 @@ def _measured(record: Record, folder: Path) -> Costs:
         return float(head.batch_size * _weights(d, [hidden])), seconds / (2 * math.ceil(1024 / head.batch_size))
 
     data = material(record.selection)
+    n = min(len(data.train.label), _MOST)
     margins = data.by_part(rng.normal(size=len(data.rows)))
     facts = record_facts(record, open_cached(record.store)) | results.NO_FIT
     rows, kept = judged_rows(record, data, margins, facts)
     name = record.record_id
     return Costs(
-        linear=_line(linear(500, 16), linear(4000, 128)),
+        linear=_line(linear(n, max(4, n // 64)), linear(n, max(16, n // 6))),
         step=_line(step(16, 8), step(512, 256)),
         judge=_seconds(lambda: judged_rows(record, data, margins, facts)),
         judge_whole=_seconds(lambda: judged_rows(record, data, margins, facts, detail="whole")),

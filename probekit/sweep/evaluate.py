@@ -1,15 +1,13 @@
 """What is said of a fitted head: the columns of its rows in the results, and its accuracy with intervals."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from probekit import results
 from probekit._types import FloatArray
 from probekit.heads import layer_set_name
 from probekit.stats import Outcome, accuracy_interval, macro_interval
@@ -17,7 +15,7 @@ from probekit.store import FeatureStore, Pairs
 from probekit.sweep.judging import Asked, judge, measures, tuned_threshold
 from probekit.sweep.material import Material
 from probekit.sweep.plan import Judged, Record
-from probekit.sweep.slices import Slices, slices
+from probekit.sweep.slices import slices_of
 
 Detail = Literal["whole", "sources", "slices"]
 
@@ -111,21 +109,16 @@ def judged_rows(
 
 def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcome], *, split: str) -> pd.DataFrame:
     """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, `Asked`) under the protocol."""
-    outcome = judged(margins, pairs.label, Asked.of(pairs.frame))
-    kept = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
+    same, asked = _same_for_all(pairs)
+    return same.assign(split=split, margin=margins, correct=judged(margins, pairs.label, asked).correct)
+
+
+@lru_cache(maxsize=16)
+def _same_for_all(pairs: Pairs) -> tuple[pd.DataFrame, Asked]:
+    """Columns of margins that do not depend on the head, and what the protocol asks; kept, as are slices."""
+    named = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
     rows = {"row_a": pairs.rows[:, 0], "row_b": pairs.rows[:, 1]}
-    return kept.assign(split=split, **rows, label=pairs.label, margin=margins, correct=outcome.correct)
-
-
-def sliced(pairs: Pairs, *, further: bool) -> Slices:
-    """Slicing, value and pairs (n,) of every row: the whole, kinds of the file and, if asked for, further slices."""
-    sources = pairs.frame["source"].to_numpy()
-    yield "all", results.ALL_SOURCES, np.ones(len(sources), dtype=bool)
-    kinds = sorted({*sources, *pairs.excluded["source"]})
-    for source in kinds if len(kinds) > 1 else []:
-        yield "source", source, sources == source
-    if further:
-        yield from slices(pairs)
+    return named.assign(**rows, label=pairs.label), Asked.of(pairs.frame)
 
 
 def accuracies(
@@ -160,35 +153,30 @@ def accuracies(
         over them as well, and a quarter of the resamples is enough.
     """
     whole = detail == "whole"
-    sources = pairs.frame["source"].to_numpy()
-    groups = pairs.frame["group"].to_numpy()
-    excluded = pairs.excluded["source"].to_numpy()
-    asked = Asked.of(pairs.frame)
-    left_out = {"all": len(excluded)}
-    rows = sliced(pairs, further=split == "test" and detail == "slices")
-    for slicing, source, inside in islice(rows, 1) if whole else rows:
-        here, labels = asked[inside], pairs.label[inside]
-        outcome = judge(record.protocol, margins[inside], labels, here, threshold=threshold)
+    slices = slices_of(pairs, record.protocol, further=split == "test" and detail == "slices")
+    for some in slices[:1] if whole else slices:
+        inside = some.inside
+        outcome = judge(record.protocol, margins[inside], some.labels, some.asked, threshold=threshold)
         decided = ~np.isnan(outcome.correct) & (not blind)
         row: dict[str, Any] = {
             "split": split,
-            "slice_by": slicing,
-            "source": source,
+            "slice_by": some.slicing,
+            "source": some.source,
             "n_pairs": outcome.n_pairs,
             "true_ties": outcome.true_ties,
             "predicted_ties": outcome.predicted_ties,
-            "left_out": left_out.get(slicing, int((excluded == source).sum()) * (slicing == "source")),
+            "left_out": some.left_out,
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
-        row |= measures(record.protocol, outcome, labels, here, threshold=threshold, blind=blind)
+        row |= measures(outcome, some.asked, some.known, threshold=threshold, blind=blind)
         if decided.any():
-            full = slicing in ("all", "source") and not whole
+            full = some.slicing in ("all", "source") and not whole
             n_boot = record.resamples if full else max(100, record.resamples // SLICE_RESAMPLES)
             options: dict[str, Any] = {"n_boot": n_boot, "level": record.level}
-            correct, clusters = outcome.correct[decided], groups[inside][decided]
+            correct, groups = outcome.correct[decided], some.groups[decided]
             options["weights"] = outcome.weight[decided] * (1.0 if weight is None else weight[inside][decided])
-            interval = accuracy_interval(correct, clusters, **options)
+            interval = accuracy_interval(correct, groups, **options)
             row |= {
                 "accuracy": interval.estimate,
                 "low": interval.low,
@@ -197,7 +185,7 @@ def accuracies(
                 "n_groups": interval.n_groups,
                 "effective_groups": interval.effective_groups,
             }
-            if slicing == "all" and not whole:
-                macro = macro_interval(correct, clusters, sources[decided], **options)
+            if some.slicing == "all" and not whole:
+                macro = macro_interval(correct, groups, some.sources[decided], **options)
                 row |= {"macro_accuracy": macro.estimate, "macro_low": macro.low, "macro_high": macro.high}
         yield row

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from probekit._types import FloatArray, IntArray
 from probekit.errors import ConfigError
-from probekit.stats import PROTOCOLS, Outcome, expectations, tune_threshold
+from probekit.stats import PROTOCOLS, Expectations, Outcome, expectations, tune_threshold
 
 
 def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
@@ -90,22 +90,24 @@ def judge(protocol: str, margins: FloatArray, labels: FloatArray, asked: Asked, 
     )
 
 
+def known_nothing(protocol: str, labels: FloatArray, asked: Asked) -> Expectations:
+    """Give what scorers that know nothing get on pairs, NaN where none of them is scored."""
+    if not judge(protocol, np.zeros(len(labels)), labels, asked, threshold=0.0).n_pairs:
+        return Expectations(np.nan, np.nan, np.nan)
+    return expectations(protocol, labels, prompts=asked.prompts, listed_first=asked.listed_first)
+
+
 def measures(
-    protocol: str, outcome: Outcome, labels: FloatArray, asked: Asked, *, threshold: float | None, blind: bool
+    outcome: Outcome, asked: Asked, known: Expectations, *, threshold: float | None, blind: bool
 ) -> dict[str, Any]:
     """Give the columns of results that belong to the protocol: both means, threshold, and what knows-nothing gets.
 
     Without a head (`blind`) there are no means.
     """
-    row = {
+    return {
         "micro_accuracy": np.nan if blind else outcome.over_pairs,
         "prompt_accuracy": np.nan if blind else outcome.over_prompts(asked.prompts),
         "threshold": np.nan if threshold is None else threshold,
-    }
-    if not outcome.n_pairs:
-        return row | dict.fromkeys(("expected_random", "expected_constant", "expected_first"), np.nan)
-    known = expectations(protocol, labels, prompts=asked.prompts, listed_first=asked.listed_first)
-    return row | {
         "expected_random": known.random,
         "expected_constant": known.constant,
         "expected_first": known.first_listed,

@@ -106,10 +106,9 @@ class Material:
     def by_part(self, values: FloatArray) -> Callable[[Pairs], FloatArray]:
         """Tell for each of `parts` which of the values (n,) of all pairs are its own."""
         limits = np.cumsum([len(pairs.label) for pairs in self.parts])[:-1]
-        split = {id(pairs): own for pairs, own in zip(self.parts, np.split(values, limits), strict=True)}
-        return lambda pairs: split[id(pairs)]
+        return dict(zip(self.parts, np.split(values, limits), strict=True)).__getitem__
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of the rows and of all judgements that fits see; it changes when rows or labels do."""
         digest = hashlib.sha256()

@@ -23,6 +23,7 @@ from probekit.diagnostics import fit_warnings
 from probekit.errors import ConfigError, HeadError, StoreError
 from probekit.heads import BradleyTerryClassifierCV, layer_set_name, specs_with_features
 from probekit.heads.base import PairHead
+from probekit.heads.solvers import one_thread
 from probekit.store import FeatureStore
 from probekit.store.files import check_space
 from probekit.sweep.altered import altered, altered_records
@@ -274,6 +275,7 @@ def prepare(
     return Prepared(config, opened, selections, records, baselines, inputs, known, done, budget, groups)
 
 
+@one_thread()
 def _run(work: Work, *, out: Path, scratch: Scratch | None = None) -> list[Fitted]:
     """Fit the records of a unit and write their parts."""
     KEPT.trim(work.keep)  # also where this fit reads no layer through them

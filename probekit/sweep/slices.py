@@ -1,16 +1,22 @@
-"""By what the pairs of a data set are told apart, beside the kinds that the file names.
+"""Slices of the pairs of a split, by the kinds that the file names and by what else tells pairs apart.
 
-Every pair is in exactly one slice of each kind of slicing; n = pairs.
+Every pair is in exactly one slice of each kind of slicing; n = pairs of the split.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from probekit._types import FloatArray, IntArray
+from probekit.results import ALL_SOURCES
+from probekit.stats import Expectations
 from probekit.store import Pairs
+from probekit.sweep.judging import Asked, known_nothing
 
 MOST_GENERATORS, FEWEST_PAIRS = 10, 50
 SAME, DIFFERENT, UNKNOWN, OTHER = "same", "different", "unknown", "other"
@@ -18,11 +24,69 @@ _SHARES = {"under 60 %": 0.6, "60 to 75 %": 0.75, "75 to 90 %": 0.9, "90 % and m
 _IMAGES = {"2": 3, "3": 4, "4": 5, "5 to 9": 10, "10 and more": np.inf}
 
 NO_VOTES = "no votes"
-Slices = Iterator[tuple[str, str, NDArray[np.bool_]]]
 
 
-def slices(pairs: Pairs) -> Slices:
-    """Slicing, value and pairs (n,) of every slice; slicings in which all pairs are alike are left out.
+@dataclass(frozen=True)
+class Slice:
+    """Some pairs of a split, with all that a row says of them whoever judges them; m = pairs of the slice.
+
+    Attributes
+    ----------
+    slicing, source
+        Kind of slicing and its value.
+    inside
+        (n,) which pairs these are.
+    asked, labels, groups, sources
+        (m,) each; groups and sources are numbers, in the order of their names.
+    left_out
+        Pairs that belong here and have no features.
+    known
+        What scorers that know nothing get here.
+    """
+
+    slicing: str
+    source: str
+    inside: NDArray[np.bool_]
+    asked: Asked
+    labels: FloatArray
+    groups: IntArray
+    sources: IntArray
+    left_out: int
+    known: Expectations
+
+
+@lru_cache(maxsize=16)
+def slices_of(pairs: Pairs, protocol: str, *, further: bool) -> tuple[Slice, ...]:
+    """Give the whole, kinds of the file and, if asked for, further slices; kept, as every head is judged on them."""
+    sources, excluded = pairs.frame["source"].to_numpy(), pairs.excluded["source"].to_numpy()
+    kinds = sorted({*sources, *excluded})
+    told = [("all", ALL_SOURCES, np.ones(len(sources), dtype=bool))]
+    told += [("source", kind, sources == kind) for kind in kinds if len(kinds) > 1]
+    told += further_slices(pairs) if further else []
+    asked = Asked.of(pairs.frame)
+    group, source = (pd.factorize(pairs.frame[name], sort=True)[0] for name in ("group", "source"))
+    left_out = {("all", ALL_SOURCES): len(excluded)}
+    left_out |= {("source", kind): int((excluded == kind).sum()) for kind in kinds}
+    return tuple(
+        Slice(
+            slicing,
+            value,
+            inside,
+            here := asked[inside],
+            labels := pairs.label[inside],
+            group[inside],
+            source[inside],
+            left_out.get((slicing, value), 0),
+            known_nothing(protocol, labels, here),
+        )
+        for slicing, value, inside in told
+    )
+
+
+def further_slices(pairs: Pairs) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    """Slicing, value and pairs (n,) of every slice beside the kinds of the file.
+
+    Slicings in which all pairs are alike are left out.
 
     Parameters
     ----------
