@@ -25,7 +25,7 @@ def test_shipped_sweeps_are_valid_and_say_what_they_are_for(path):
 
 
 def test_the_shipped_sweeps_are_the_promised_ones():
-    assert {path.stem for path in SWEEPS} >= {"demo", "depth", "dit_reward"}
+    assert {path.stem for path in SWEEPS} >= {"demo", "depth", "combinations", "dit_reward"}
 
 
 def test_numbers_written_in_any_way_mean_the_same(tmp_path):

@@ -157,7 +157,7 @@ class BradleyTerryScalarMix(_SeveralLayers):
         cv: int = 5,
         quantisation: float | FloatArray = 0.0,
         tol: float = 1e-6,
-        max_iter: int = 50,
+        max_iter: int = 200,
     ) -> None:
         super().__init__(widths=widths, Cs=Cs, cv=cv, quantisation=quantisation)
         self.tol = tol

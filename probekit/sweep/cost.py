@@ -26,8 +26,8 @@ from probekit.sweep.run import Prepared
 _MOST = 4000  # training pairs of a small fit; weak penalties take longer the fewer there are for each channel
 _PASSES = 5  # over the pairs that a fit of all folds and strengths makes
 _STEPS, _EPOCHS = 400, 10  # of an MLP that early stopping ends: about so many steps, and so many epochs at least
-_MIX = 2.0  # a scalar mix takes so many times the fits of its layers one by one
-_SEARCH = 2.5  # and so does a search, for what its layers have in common
+_MIX_FITS = 120  # of one layer at one strength: about what a scalar mix makes
+_SEARCH = 2.5  # a search takes so many times the fits of its layers one by one, for what they have in common
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ class Costs:
             )  # those come with the one they repeat
             if record.combination not in ("scalar-mix", "late-fusion"):
                 return after + fits * self.linear_seconds(n, d, columns)
-            apart = sum(self.linear_seconds(n, width, columns) for width in widths)
-            return after + fits * apart * (_MIX if record.combination == "scalar-mix" else 1)
+            if record.combination == "scalar-mix":
+                return after + fits * _MIX_FITS * self.linear_seconds(n, widths[0], 1)
+            return after + fits * sum(self.linear_seconds(n, width, columns) for width in widths)
         skip = self.linear_seconds(n, d, 40) if head.linear_skip else 0.0
         given = {"seeds": len(work.unit), "batch": head.batch_size, "max_epochs": head.max_epochs}
         return after + skip + self.mlp_seconds(n, d, head.hidden, **given)
