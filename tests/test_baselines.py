@@ -1,5 +1,9 @@
 """Baselines that see no picture, slices of the test pairs, and what a head adds to the generators' names."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +16,7 @@ from probekit.preferences.generators import fit_generators
 from probekit.results import load_beyond, load_margins
 from probekit.stats import right_with_a_coin
 from probekit.store import Pairs
-from probekit.sweep.slices import further_slices
+from probekit.sweep.slices import further_slices, slices_of
 
 LINEAR = {"kind": "linear", "layer_sets": ["singles"], "strengths": [0.01, 0.1]}
 CONFIG = SweepConfig.checked({"heads": [LINEAR], "resamples": 200}, source="test")
@@ -210,6 +214,31 @@ def named(pairs):
     for slicing, value, inside in further_slices(pairs):
         found.setdefault(slicing, {})[value] = int(inside.sum())
     return found
+
+
+def test_slices_count_what_is_left_out_and_live_as_long_as_their_pairs():
+    def of(label):
+        columns = {"source": ["x", "x", "tie"], "group": ["g2", "g1", "g3"], "prompt_id": ["p", "q", "r"]}
+        left_out = pd.DataFrame({"source": ["x", "gone"]})
+        return replace(pairs_of(label=label, **columns), excluded=left_out)
+
+    pairs, turned = of([1, 0, 0.5]), of([0, 1, 0.5])
+    kinds = {one.source: one for one in slices_of(pairs, "strict", detail="sources")}
+    assert {name: (len(one.labels), one.left_out) for name, one in kinds.items()} == {
+        "all": (3, 2),
+        "gone": (0, 1),
+        "tie": (1, 0),
+        "x": (2, 1),
+    }
+    assert kinds["all"].groups.tolist() == [1, 0, 2]
+    assert (kinds["x"].nothing.random, np.isnan(kinds["tie"].nothing.random)) == (0.5, True)
+    assert [one.source for one in slices_of(pairs, "strict", detail="whole")] == ["all"]
+    assert slices_of(turned, "strict", detail="whole")[0].labels.tolist() == [0, 1, 0.5]  # equal names, other pairs
+    assert slices_of(pairs, "strict", detail="sources")[0] is kinds["all"]
+    alive = weakref.ref(pairs)
+    del pairs
+    gc.collect()
+    assert alive() is None
 
 
 def test_frequent_generators_are_named_and_the_rest_is_together():

@@ -276,6 +276,17 @@ def test_scalar_mix_reaches_the_optimum_of_a_direct_search(soft):
     assert head.n_parameters_ == layers + d
 
 
+def test_a_slow_scalar_mix_goes_on_until_it_converges():
+    """Where layers say different things, no one direction stands out, and many alternations are needed."""
+    rng = np.random.default_rng(2)
+    parts = [rng.normal(size=(400, 32)) for _ in range(8)]
+    z = sum(part @ rng.normal(size=32) for part in parts)
+    label = (rng.random(400) < 1 / (1 + np.exp(-z))).astype(float)
+    head = BradleyTerryScalarMix(widths=[32] * 8, Cs=(1.0,)).fit_differences(np.concatenate(parts, axis=1), label)
+    assert head.n_iter_ > 50
+    assert head.converged_
+
+
 def test_scalar_mix_of_one_layer_is_the_linear_head():
     D, label = layered(200, 1, 6)
     mix = BradleyTerryScalarMix(Cs=(0.1, 1.0), cv=3).fit_differences(D, label)

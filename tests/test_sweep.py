@@ -1,5 +1,6 @@
 """A sweep finds what was planted, finds nothing where nothing was, resumes, and refuses what a store does not hold."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -226,6 +227,25 @@ def test_the_dit_reward_layers_are_the_stated_ones():
 def test_a_killed_worker_is_one_line():
     with pytest.raises(ProbekitError, match="killed"):
         list(run_in_processes(signal.raise_signal, [signal.SIGKILL] * 2, jobs=2))
+
+
+def test_a_worker_keeps_to_one_thread_although_it_reads_numpy_first(tmp_path):
+    """The command imports numpy, and so do its workers before they are told anything."""
+    (tmp_path / "told.py").write_text(
+        "def threads(_):\n"
+        "    import torch\n"
+        "    from threadpoolctl import threadpool_info\n"
+        "    return [torch.get_num_threads(), *(pool['num_threads'] for pool in threadpool_info())]\n"
+    )
+    (tmp_path / "main.py").write_text(
+        "import numpy\nfrom told import threads\nfrom probekit._workers import run_in_processes\n"
+        "if __name__ == '__main__':\n"
+        "    print(max(count for _, found in run_in_processes(threads, [0, 1], jobs=2) for count in found))\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    command = [sys.executable, str(tmp_path / "main.py")]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "1"
 
 
 def _test_rows(run: Path) -> pd.DataFrame:

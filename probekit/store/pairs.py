@@ -23,9 +23,9 @@ DEFAULTS: dict[str, Any] = {"source": "", "weight": 1.0}
 REASONS = ("missing_rows", "bad_status", "no_label")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # arrays have no one equality; what is made of pairs is kept by their identity
 class Pairs:
-    """Pairs whose two rows are in the store and have features; equal to themselves alone, which makes them keys.
+    """Pairs whose two rows are in the store and have features.
 
     Attributes
     ----------

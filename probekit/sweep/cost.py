@@ -15,6 +15,7 @@ from probekit import results
 from probekit._types import duration
 from probekit.config import LinearHead
 from probekit.heads import BradleyTerryClassifierCV, BradleyTerryMLP
+from probekit.heads.solvers import one_thread
 from probekit.sweep.altered import SAME_STRENGTH
 from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.layer_sets import Search
@@ -23,7 +24,10 @@ from probekit.sweep.memory import Work, places_of
 from probekit.sweep.plan import Record
 from probekit.sweep.run import Prepared
 
-_MOST = 4000  # training pairs of a small fit; weak penalties take longer the fewer there are for each channel
+_FEWEST, _MOST = (
+    500,
+    4000,
+)  # training pairs of a small fit; weak penalties take longer the fewer there are for each channel
 _PASSES = 5  # over the pairs that a fit of all folds and strengths makes
 _STEPS, _EPOCHS = 400, 10  # of an MLP that early stopping ends: about so many steps, and so many epochs at least
 _MIX_FITS = 120  # of one layer at one strength: about what a scalar mix makes
@@ -136,6 +140,7 @@ def _weights(d: int, hidden: Sequence[int]) -> int:
     return sum(a * b for a, b in zip([d, *hidden], [*hidden, 1], strict=True))
 
 
+@one_thread()
 def _measured(record: Record, folder: Path) -> Costs:
     """Time everything by the mean of two calls, after one that is not counted: the first of a process takes longer."""
     rng = np.random.default_rng(0)
@@ -153,7 +158,7 @@ def _measured(record: Record, folder: Path) -> Costs:
         return float(head.batch_size * _weights(d, [hidden])), seconds / (2 * math.ceil(1024 / head.batch_size))
 
     data = material(record.selection)
-    n = min(len(data.train.label), _MOST)
+    n = min(max(len(data.train.label), _FEWEST), _MOST)
     margins = data.by_part(rng.normal(size=len(data.rows)))
     facts = record_facts(record, open_cached(record.store)) | results.NO_FIT
     rows, kept = judged_rows(record, data, margins, facts)

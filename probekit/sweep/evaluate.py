@@ -1,9 +1,9 @@
 """What is said of a fitted head: the columns of its rows in the results, and its accuracy with intervals."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,10 @@ from probekit._types import FloatArray
 from probekit.heads import layer_set_name
 from probekit.stats import Outcome, accuracy_interval, macro_interval
 from probekit.store import FeatureStore, Pairs
-from probekit.sweep.judging import Asked, judge, measures, tuned_threshold
+from probekit.sweep.judging import asked_of, judge, kept_with_pairs, measures, tuned_threshold
 from probekit.sweep.material import Material
 from probekit.sweep.plan import Judged, Record
-from probekit.sweep.slices import slices_of
-
-Detail = Literal["whole", "sources", "slices"]
+from probekit.sweep.slices import Detail, slices_of
 
 SLICE_RESAMPLES = 4  # slices rest on this fraction of the resamples: all of them together cost no more than the whole
 
@@ -86,7 +84,7 @@ def judged_rows(
     chosen_on = margins(data.validation)
     threshold = tuned_threshold(record.protocol, chosen_on, data.validation.label)
     judged = partial(judge, record.protocol, threshold=threshold)
-    trained = judged(margins(data.train), data.train.label, Asked.of(data.train.frame))
+    trained = judged(margins(data.train), data.train.label, asked_of(data.train))
     tests = {dataset: margins(pairs) for dataset, pairs in data.tests.items()}
     facts |= {
         "train_accuracy": np.nan if blind else trained.accuracy,
@@ -109,16 +107,15 @@ def judged_rows(
 
 def kept_margins(pairs: Pairs, margins: FloatArray, judged: Callable[..., Outcome], *, split: str) -> pd.DataFrame:
     """Margins (n,) of pairs as the run keeps them; `judged` scores (margins, labels, `Asked`) under the protocol."""
-    same, asked = _same_for_all(pairs)
-    return same.assign(split=split, margin=margins, correct=judged(margins, pairs.label, asked).correct)
+    correct = judged(margins, pairs.label, asked_of(pairs)).correct
+    return _named(pairs).assign(split=split, margin=margins, correct=correct)
 
 
-@lru_cache(maxsize=16)
-def _same_for_all(pairs: Pairs) -> tuple[pd.DataFrame, Asked]:
-    """Columns of margins that do not depend on the head, and what the protocol asks; kept, as are slices."""
+@kept_with_pairs
+def _named(pairs: Pairs) -> pd.DataFrame:
+    """Columns of kept margins that say which pairs they are of."""
     named = pairs.frame[["pair_id", "dataset", "group", "source", "prompt_id"]]
-    rows = {"row_a": pairs.rows[:, 0], "row_b": pairs.rows[:, 1]}
-    return named.assign(**rows, label=pairs.label), Asked.of(pairs.frame)
+    return named.assign(row_a=pairs.rows[:, 0], row_b=pairs.rows[:, 1], label=pairs.label)
 
 
 def accuracies(
@@ -153,8 +150,9 @@ def accuracies(
         over them as well, and a quarter of the resamples is enough.
     """
     whole = detail == "whole"
-    slices = slices_of(pairs, record.protocol, further=split == "test" and detail == "slices")
-    for some in slices[:1] if whole else slices:
+    if split != "test" and detail == "slices":
+        detail = "sources"
+    for some in slices_of(pairs, record.protocol, detail=detail):
         inside = some.inside
         outcome = judge(record.protocol, margins[inside], some.labels, some.asked, threshold=threshold)
         decided = ~np.isnan(outcome.correct) & (not blind)
@@ -169,7 +167,7 @@ def accuracies(
         }
         row |= dict.fromkeys(("accuracy", "low", "high", "se", "effective_groups"), np.nan) | {"n_groups": 0}
         row |= dict.fromkeys(("macro_accuracy", "macro_low", "macro_high"), np.nan)
-        row |= measures(outcome, some.asked, some.known, threshold=threshold, blind=blind)
+        row |= measures(outcome, some.asked, some.nothing, threshold=threshold, blind=blind)
         if decided.any():
             full = some.slicing in ("all", "source") and not whole
             n_boot = record.resamples if full else max(100, record.resamples // SLICE_RESAMPLES)

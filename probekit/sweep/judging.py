@@ -5,9 +5,12 @@ n = pairs. A frame of pairs has ``dataset``, ``group``, ``prompt`` and ``prompt_
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -16,6 +19,25 @@ from numpy.typing import NDArray
 from probekit._types import FloatArray, IntArray
 from probekit.errors import ConfigError
 from probekit.stats import PROTOCOLS, Expectations, Outcome, expectations, tune_threshold
+from probekit.store import Pairs
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
+
+
+def kept_with_pairs(make: Callable[Concatenate[Pairs, P], Made]) -> Callable[Concatenate[Pairs, P], Made]:
+    """Keep what a function makes of pairs as long as the pairs live: every head is judged on the same ones."""
+    kept: WeakKeyDictionary[Pairs, dict[Any, Made]] = WeakKeyDictionary()
+
+    @wraps(make)
+    def once(pairs: Pairs, /, *args: P.args, **kwargs: P.kwargs) -> Made:
+        of_these = kept.setdefault(pairs, {})
+        key = (args, *sorted(kwargs.items()))
+        if key not in of_these:
+            of_these[key] = make(pairs, *args, **kwargs)
+        return of_these[key]
+
+    return once
 
 
 def prompt_ids(frame: pd.DataFrame) -> NDArray[np.object_]:
@@ -45,13 +67,6 @@ class Asked:
     first: NDArray[np.bool_]
     known: NDArray[np.bool_]
 
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> Self:
-        """Take it from the pairs of a frame."""
-        told = frame.get("a_listed_first", pd.Series(pd.NA, frame.index, dtype=object)).to_numpy(object)
-        known = pd.notna(told)
-        return cls(pd.factorize(frame["prompt_id"])[0], np.where(known, told, 0).astype(bool), known)
-
     def __getitem__(self, inside: NDArray[np.bool_]) -> Self:
         return type(self)(self.prompts[inside], self.first[inside], self.known[inside])
 
@@ -59,6 +74,15 @@ class Asked:
     def listed_first(self) -> NDArray[np.bool_] | None:
         """As the function of this name."""
         return self.first if self.known.all() else None
+
+
+@kept_with_pairs
+def asked_of(pairs: Pairs) -> Asked:
+    """Take from pairs what protocols look at."""
+    frame = pairs.frame
+    told = frame.get("a_listed_first", pd.Series(pd.NA, frame.index, dtype=object)).to_numpy(object)
+    known = pd.notna(told)
+    return Asked(pd.factorize(frame["prompt_id"])[0], np.where(known, told, 0).astype(bool), known)
 
 
 def check_protocol(protocol: str, frame: pd.DataFrame, *, where: Path) -> None:
@@ -90,7 +114,7 @@ def judge(protocol: str, margins: FloatArray, labels: FloatArray, asked: Asked, 
     )
 
 
-def known_nothing(protocol: str, labels: FloatArray, asked: Asked) -> Expectations:
+def knowing_nothing(protocol: str, labels: FloatArray, asked: Asked) -> Expectations:
     """Give what scorers that know nothing get on pairs, NaN where none of them is scored."""
     if not judge(protocol, np.zeros(len(labels)), labels, asked, threshold=0.0).n_pairs:
         return Expectations(np.nan, np.nan, np.nan)
@@ -98,7 +122,7 @@ def known_nothing(protocol: str, labels: FloatArray, asked: Asked) -> Expectatio
 
 
 def measures(
-    outcome: Outcome, asked: Asked, known: Expectations, *, threshold: float | None, blind: bool
+    outcome: Outcome, asked: Asked, nothing: Expectations, *, threshold: float | None, blind: bool
 ) -> dict[str, Any]:
     """Give the columns of results that belong to the protocol: both means, threshold, and what knows-nothing gets.
 
@@ -108,7 +132,7 @@ def measures(
         "micro_accuracy": np.nan if blind else outcome.over_pairs,
         "prompt_accuracy": np.nan if blind else outcome.over_prompts(asked.prompts),
         "threshold": np.nan if threshold is None else threshold,
-        "expected_random": known.random,
-        "expected_constant": known.constant,
-        "expected_first": known.first_listed,
+        "expected_random": nothing.random,
+        "expected_constant": nothing.constant,
+        "expected_first": nothing.first_listed,
     }

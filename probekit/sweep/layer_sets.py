@@ -134,6 +134,9 @@ def layer_sets(
                     searches.append(Search(len(layers), n, d, columns * ("search" in spec), needed, len(known)))
                 else:
                     memory = min(_USUAL, first + left)
+                    text = "%s, sigma %s, %s: %s among %d layers are searched"
+                    what = "blocks" if "blocks" in spec else f"sets of up to {spec['search'].max_size}"
+                    logger.info(text, store.path, sigma, pooling, what, len(layers))
                     try:
                         if "blocks" in spec:
                             known = _blocks(places, spec["blocks"], memory)

@@ -20,7 +20,7 @@ from probekit.sweep.material import Portion, Selection, joint_fingerprint, mater
 
 logger = logging.getLogger(__name__)
 
-FIT_VERSION = "4"  # part of every record's identity: raised when the same settings would give other numbers
+FIT_VERSION = "5"  # part of every record's identity: raised when the same settings would give other numbers
 _T = TypeVar("_T", str, int)
 
 

@@ -31,7 +31,7 @@ from probekit.sweep.baselines import Baseline, plan_baselines, run_baseline
 from probekit.sweep.beyond import beyond_generator
 from probekit.sweep.blocks import compare_blocks
 from probekit.sweep.controls import compare_controls
-from probekit.sweep.evaluate import Detail, judged_rows, record_facts
+from probekit.sweep.evaluate import judged_rows, record_facts
 from probekit.sweep.families import judge_families
 from probekit.sweep.features import KEPT, Features, Scratch, scratch_bytes
 from probekit.sweep.fitting import fit, margins
@@ -53,6 +53,7 @@ from probekit.sweep.plan import (
     store_settings,
     told_of_sets,
 )
+from probekit.sweep.slices import Detail
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +178,13 @@ def run_sweep(
             "features at all layers that heads are fitted on; allowed: features that differ"
         )
         raise StoreError(message)
-    for baseline in plan.baselines:
-        if baseline.record_id not in done:
-            run_baseline(baseline, out=out)
-    for seen in plan.inputs:
-        if seen.record_id not in done:
-            run_input_baseline(seen, out=out)
+    with one_thread():
+        for baseline in plan.baselines:
+            if baseline.record_id not in done:
+                run_baseline(baseline, out=out)
+        for seen in plan.inputs:
+            if seen.record_id not in done:
+                run_input_baseline(seen, out=out)
     facts = store_facts(records, plan.stores, baselines=plan.beside)
     others = results.rebuild(out, fitted_ids + plan.beside, facts=facts)
     numbers = {

@@ -5,8 +5,7 @@ Every pair is in exactly one slice of each kind of slicing; n = pairs of the spl
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from probekit._types import FloatArray, IntArray
 from probekit.results import ALL_SOURCES
 from probekit.stats import Expectations
 from probekit.store import Pairs
-from probekit.sweep.judging import Asked, known_nothing
+from probekit.sweep.judging import Asked, asked_of, kept_with_pairs, knowing_nothing
 
 MOST_GENERATORS, FEWEST_PAIRS = 10, 50
 SAME, DIFFERENT, UNKNOWN, OTHER = "same", "different", "unknown", "other"
@@ -24,6 +23,7 @@ _SHARES = {"under 60 %": 0.6, "60 to 75 %": 0.75, "75 to 90 %": 0.9, "90 % and m
 _IMAGES = {"2": 3, "3": 4, "4": 5, "5 to 9": 10, "10 and more": np.inf}
 
 NO_VOTES = "no votes"
+Detail = Literal["whole", "sources", "slices"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Slice:
         (m,) each; groups and sources are numbers, in the order of their names.
     left_out
         Pairs that belong here and have no features.
-    known
+    nothing
         What scorers that know nothing get here.
     """
 
@@ -52,35 +52,27 @@ class Slice:
     groups: IntArray
     sources: IntArray
     left_out: int
-    known: Expectations
+    nothing: Expectations
 
 
-@lru_cache(maxsize=16)
-def slices_of(pairs: Pairs, protocol: str, *, further: bool) -> tuple[Slice, ...]:
-    """Give the whole, kinds of the file and, if asked for, further slices; kept, as every head is judged on them."""
+@kept_with_pairs
+def slices_of(pairs: Pairs, protocol: str, *, detail: Detail) -> list[Slice]:
+    """Give the whole, kinds of the file unless only the whole is asked for, and further slices if they are."""
     sources, excluded = pairs.frame["source"].to_numpy(), pairs.excluded["source"].to_numpy()
+    told = [("all", ALL_SOURCES, np.ones(len(sources), dtype=bool), len(excluded))]
     kinds = sorted({*sources, *excluded})
-    told = [("all", ALL_SOURCES, np.ones(len(sources), dtype=bool))]
-    told += [("source", kind, sources == kind) for kind in kinds if len(kinds) > 1]
-    told += further_slices(pairs) if further else []
-    asked = Asked.of(pairs.frame)
+    if detail != "whole" and len(kinds) > 1:
+        told += [("source", kind, sources == kind, int((excluded == kind).sum())) for kind in kinds]
+    if detail == "slices":
+        told += [(*further, 0) for further in further_slices(pairs)]
+    asked = asked_of(pairs)
     group, source = (pd.factorize(pairs.frame[name], sort=True)[0] for name in ("group", "source"))
-    left_out = {("all", ALL_SOURCES): len(excluded)}
-    left_out |= {("source", kind): int((excluded == kind).sum()) for kind in kinds}
-    return tuple(
-        Slice(
-            slicing,
-            value,
-            inside,
-            here := asked[inside],
-            labels := pairs.label[inside],
-            group[inside],
-            source[inside],
-            left_out.get((slicing, value), 0),
-            known_nothing(protocol, labels, here),
-        )
-        for slicing, value, inside in told
-    )
+    found = []
+    for slicing, value, inside, left_out in told:
+        here, labels = asked[inside], pairs.label[inside]
+        nothing = knowing_nothing(protocol, labels, here)
+        found.append(Slice(slicing, value, inside, here, labels, group[inside], source[inside], left_out, nothing))
+    return found
 
 
 def further_slices(pairs: Pairs) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
