@@ -24,10 +24,7 @@ from probekit.sweep.memory import Work, places_of
 from probekit.sweep.plan import Record
 from probekit.sweep.run import Prepared
 
-_FEWEST, _MOST = (
-    500,
-    4000,
-)  # training pairs of a small fit; weak penalties take longer the fewer there are for each channel
+_FEWEST, _MOST = 500, 4000  # pairs of a small fit; weak penalties take longer the fewer there are for each channel
 _PASSES = 5  # over the pairs that a fit of all folds and strengths makes
 _STEPS, _EPOCHS = 400, 10  # of an MLP that early stopping ends: about so many steps, and so many epochs at least
 _MIX_FITS = 120  # of one layer at one strength: about what a scalar mix makes
