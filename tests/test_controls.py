@@ -283,11 +283,12 @@ def test_a_second_trained_layer_adds_more_than_its_dimension_or_nothing(beside):
     assert set(padded["head_parameters"]) == {16}
 
 
-def test_projections_lose_what_lies_in_many_channels(tmp_path):
+def test_projections_lose_what_lies_in_many_channels(tmp_path, caplog):
     store = planted_store(tmp_path / "store", signal={2: 1.5}, seed=0)
     run = probekit.run_sweep(config({"projected": [2, 8]}), stores=[store], out=tmp_path / "run")
     rows = load_controls(run).set_index("layer")
     assert (rows["altered"] == "projected:2").all()  # eight directions are all channels
+    assert sum("projected: 8 is left out where there are 8 channels" in line for line in caplog.messages) == 1
     assert (rows["n_fits"] == 10).all()
     whole = heads_of(run).query("altered == ''").set_index("layer")["accuracy"]
     assert rows.loc[2, "high"] < whole[2]
@@ -318,7 +319,8 @@ def test_without_random_weights_there_is_nothing_to_put_beside(beside, tmp_path,
     _, stores, _ = beside
     asked = config({"conditional": True})
     probekit.run_sweep(asked, stores=stores[:1], out=tmp_path / "run")
-    assert "no random weights of this backbone with the same pairs are in the sweep" in caplog.text
+    said = "no random weights of this backbone with the same pairs are in the sweep"
+    assert sum(said in line for line in caplog.messages) == 1  # not once a layer
 
 
 def test_controls_by_a_mean_over_prompts(tmp_path):

@@ -114,7 +114,7 @@ def test_the_report_has_a_section_for_every_test_set(run, tmp_path):
 
 def test_what_does_not_fit_together_is_one_line(stores, tmp_path):
     mixture, out = config(stores, {"a": 1.0}, "c"), tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"train and test are given; allowed: stores \(--store"):
+    with pytest.raises(ConfigError, match=r"beside train and test of the configuration; allowed: stores \(--store"):
         probekit.run_sweep(mixture, stores=[stores["a"]], out=out)
     with pytest.raises(ConfigError, match="no store is given"):
         probekit.run_sweep(SweepConfig.checked({"heads": [LINEAR]}, source="test"), out=out)

@@ -342,10 +342,11 @@ def test_the_progress_names_layer_set_accuracy_and_the_best_so_far(planted, tmp_
     )
     frame = probekit.load_results(out).query("split == 'test' and slice_by == 'all' and control != 'metadata'")
     shown = dict(zip(frame["layer_set"], frame["accuracy"], strict=True))
-    assert [text.split(":")[0] for text in texts] == [f"store linear {layer}" for layer in range(4)]
+    assert [text.split(":")[0] for text in texts] == [f"store linear {layer} at 0.005" for layer in range(4)]
     (chosen,) = frame.loc[frame["chosen"], "layer_set"]
     assert texts[-1] == (
-        f"store linear 3: {100 * shown['3']:.1f} % (best on validation so far: {chosen}, {100 * shown[chosen]:.1f} %)"
+        f"store linear 3 at 0.005: test {100 * shown['3']:.1f} % "
+        f"(best on validation so far: {chosen}, test {100 * shown[chosen]:.1f} %)"
     )
 
 

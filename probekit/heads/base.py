@@ -14,7 +14,7 @@ from sklearn.exceptions import NotFittedError
 from probekit._types import FloatArray, IntArray
 from probekit.errors import HeadError
 
-_BLOCK = 4096  # rows that are checked at a time
+BLOCK = 4096  # rows that are checked at a time
 
 
 class PairHead(BaseEstimator, ABC):  # type: ignore[misc]
@@ -138,7 +138,7 @@ def checked_targets(
         message = f"differences have shape {D.shape}; they must be (pairs, channels)"
         raise HeadError(message)
     label, weight = checked_labels(len(D), label, sample_weight)
-    blocks = np.array_split(D, len(D) // _BLOCK + 1)  # D may be as large as memory allows
+    blocks = np.array_split(D, len(D) // BLOCK + 1)  # D may be as large as memory allows
     finite = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if not finite.all():
         message = f"the features of pair {int(np.argmin(finite))} hold NaN or infinity; they must be finite"

@@ -22,7 +22,7 @@ import numpy as np
 
 from probekit._types import FloatArray
 from probekit.errors import HeadError
-from probekit.heads.base import checked_rows
+from probekit.heads.base import BLOCK, checked_rows
 
 
 def layer_similarity(
@@ -62,6 +62,7 @@ def layer_similarity(
             products[i, j] = products[j, i] = np.vdot(kernels[i], kernels[j])
     else:
         together = max(1, memory // first.nbytes)
+        del first
         for start in range(0, L, together):
             part = range(start, min(start + together, L))
             held = {i: _centred(features(layers[i]), layers[i], m) for i in part}
@@ -69,6 +70,7 @@ def layer_similarity(
                 other = held[j] if j in held else _centred(features(layers[j]), layers[j], m)
                 for i in range(start, min(j + 1, part.stop)):
                     products[i, j] = products[j, i] = np.square(held[i].T @ other, dtype=np.float64).sum()
+                del other  # before the next layer is read
     norms = np.sqrt(np.diag(products))
     cka: FloatArray = np.clip(products / np.outer(norms, norms), 0.0, 1.0)
     return cka
@@ -84,14 +86,18 @@ def _centred(X: FloatArray, layer: int, m: int | None) -> FloatArray:
     if m is not None and len(X) != m:
         message = f"layer {layer} has {len(X)} rows, layers before it {m}; similarity needs the same rows of each"
         raise HeadError(message)
-    centred: FloatArray = X - X.mean(axis=0, dtype=np.float64)
-    size = np.sqrt(np.mean(np.square(centred)))
+    mean, centred, squares = X.mean(axis=0, dtype=np.float64), np.empty(X.shape, np.float32), 0.0
+    for start in range(0, len(X), BLOCK):  # X may be as large as memory allows
+        rows = slice(start, start + BLOCK)
+        centred[rows] = X[rows] - mean
+        squares += float(np.square(centred[rows], dtype=np.float64).sum())
+    size = np.sqrt(squares / X.size)
     if not (np.isfinite(size) and size > 0):
         wrong = "hold NaN or infinity" if not np.isfinite(size) else f"are the same in all {len(X)} rows"
         message = f"the features of layer {layer} {wrong}; similarity needs finite features that vary"
         raise HeadError(message)
-    scaled: FloatArray = (centred / size).astype(np.float32)
-    return scaled
+    centred /= np.float32(size)
+    return centred
 
 
 def contiguous_blocks(similarity: FloatArray, n_blocks: int) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ others are fits of their own.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 from probekit._types import IntArray
 from probekit.config import LinearHead, Ties
 from probekit.errors import ConfigError
-from probekit.heads import layer_set_name
 from probekit.heads.linear import _folds
 from probekit.preferences.groups import PLACEHOLDER_PROMPTS
 from probekit.results import JOINED
@@ -89,6 +88,7 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
     ConfigError
         If a part of the training groups is too small for the folds in which a strength is chosen.
     """
+    said = _once()
     for record in records:
         if not isinstance(record.head, LinearHead):
             continue
@@ -105,12 +105,28 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
             yield from (
                 replace(record, altered=f"nested:{controls.nested}", seed=fold) for fold in range(controls.nested)
             )
-        for k in sorted({k for k in controls.projected if k < _width(record)}):
-            yield from (replace(record, altered=f"projected:{k}", seed=seed) for seed in range(PROJECTIONS))
-    yield from _beside_random(records)
+        width = _width(record) if controls.projected else 0
+        for k in sorted(set(controls.projected)):
+            if k < width:
+                yield from (replace(record, altered=f"projected:{k}", seed=seed) for seed in range(PROJECTIONS))
+            else:
+                said("%s: projected: %d is left out where there are %d channels", record.label, k, width)
+    yield from _beside_random(records, said)
 
 
-def _beside_random(records: Sequence[Record]) -> Iterator[Record]:
+def _once() -> Callable[..., None]:
+    """Warn of the same only once, however many layers and noise levels it holds for."""
+    before: set[tuple[object, ...]] = set()
+
+    def said(*words: object) -> None:
+        if words not in before:
+            before.add(words)
+            logger.warning(*words)
+
+    return said
+
+
+def _beside_random(records: Sequence[Record], said: Callable[..., None]) -> Iterator[Record]:
     """Trained layers beside those of random weights, where a store of the same backbone has the same pairs."""
     random: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
@@ -125,12 +141,8 @@ def _beside_random(records: Sequence[Record]) -> Iterator[Record]:
             continue
         found = [other for other in random.get(_alike(record), []) if other.data_digest == record.data_digest]
         if not found:
-            logger.warning(
-                "%s, layers %s: no random weights of this backbone with the same pairs are in the sweep, so there is "
-                "nothing to put beside them",
-                record.label,
-                layer_set_name(record.layers),
-            )
+            text = "%s: no random weights of this backbone with the same pairs are in the sweep to go beside"
+            said(text, record.label)
         for other in found:
             joint = replace(
                 record,

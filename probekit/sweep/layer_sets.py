@@ -53,6 +53,8 @@ class Search:
 
     Attributes
     ----------
+    asked
+        What determines its answer.
     n_layers, n, d, columns
         Layers, training pairs, channels of the widest layer; folds x strengths, or 0 where layers are only compared.
     needed
@@ -61,6 +63,7 @@ class Search:
         Most layer sets that it finds.
     """
 
+    asked: dict[str, Any]
     n_layers: int
     n: int
     d: int
@@ -131,7 +134,9 @@ def layer_sets(
                     known = stand_ins(spec, layers)
                     n, columns = len(material(selection).train.label), linear.folds * len(linear.strengths)
                     d = max(place.width for place in places.values())
-                    searches.append(Search(len(layers), n, d, columns * ("search" in spec), needed, len(known)))
+                    found_by = Search(asked, len(layers), n, d, columns * ("search" in spec), needed, len(known))
+                    if all(other.asked != asked for other in searches):  # heads may share a question
+                        searches.append(found_by)
                 else:
                     memory = min(_USUAL, first + left)
                     text = "%s, sigma %s, %s: %s among %d layers are searched"
@@ -162,7 +167,8 @@ def _of_blocks(places: Mapping[int, Place]) -> tuple[int, int]:
     first = next(iter(places.values()))
     m, d = len(np.unique(material(first.selection).train.rows)), first.width
     every = sum(len(open_cached(path).rows) for path in first.selection.stores)
-    return 4 * every * d + 24 * m * d + (4 * m * m * len(places) if m < d else 4 * m * d) + _FIXED, 4 * m * d
+    products = 4 * m * m * len(places) if m < d else 4 * m * d + 12 * d * d
+    return 4 * every * d + 12 * m * d + products + _FIXED, 4 * m * d
 
 
 def _blocks(places: Mapping[int, Place], number: int, memory: int) -> LayerSets:

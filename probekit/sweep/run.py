@@ -200,7 +200,7 @@ def run_sweep(
     for warning in fit_warnings(fitted_heads.drop_duplicates("record_id"), grids):
         logger.warning("%s", warning)
     if others:
-        logger.info("%s: %d fits of earlier configurations are kept in parts/, not in results.parquet", out, others)
+        logger.info("%s: %d fits of other configurations or stores stay in parts/, not in results.parquet", out, others)
     return out
 
 
@@ -251,7 +251,9 @@ def prepare(
         raise ConfigError(message)
     mixed = config.train is not None
     if mixed == bool(stores) or (mixed and prefs is not None):
-        given = "train and test are given" if mixed else "no store is given"
+        given = (
+            "--store or --prefs is given beside train and test of the configuration" if mixed else "no store is given"
+        )
         message = f"{given}; allowed: stores (--store, perhaps --prefs), or train and test in the configuration"
         raise ConfigError(message)
     check_folder(out)
@@ -313,9 +315,11 @@ def _judged(record: Record, head: PairHead | None, facts: dict[str, Any], values
 
 
 def _text(record: Record, fitted: Fitted, best: dict[str, Fitted]) -> str:
-    """Say the test accuracy of a fit and of the one that is best on validation so far, of one store and head."""
+    """Say the test accuracy of a fit and of the one that is best on validation so far, of one store, level and head."""
     of = f"{record.label} {record.head.name}" + f" ({record.altered}, seed {record.seed})" * bool(record.altered)
-    if of not in best or fitted.validation > best[of].validation:
-        best[of] = fitted
-    shown, top = (", ".join(f"{100 * value:.1f} %" for value in one.test) for one in (fitted, best[of]))
-    return f"{of} {fitted.layer_set}: {shown} (best on validation so far: {best[of].layer_set}, {top})"
+    at = f" at {record.sigma}" * bool(record.sigma)
+    top = best.setdefault(of + at, fitted)
+    if fitted.validation > top.validation:
+        top = best[of + at] = fitted
+    shown, most = (", ".join(f"{100 * value:.1f} %" for value in one.test) for one in (fitted, top))
+    return f"{of} {fitted.layer_set}{at}: test {shown} (best on validation so far: {top.layer_set}, test {most})"
