@@ -44,6 +44,7 @@ ANSWERS = "layer_sets"
 _VERSION = "2"  # raised when the same question would be answered otherwise
 _USUAL = 2**30  # bytes that searches use where they may have more
 _FIXED = 2**26
+_READ = 2**25  # of the layer that is read while a search keeps what it made of others
 LayerSets = list[tuple[int, ...]]
 
 
@@ -186,7 +187,7 @@ def _of_search(places: Mapping[int, Place], linear: LinearHead) -> tuple[int, in
     fit = 4 * n * d + fit_bytes(n, d, linear.folds * len(linear.strengths))
     one_fold = 4 * n * width * layers
     join = 16 * n * d + 8 * n * layers * linear.folds + one_fold
-    return kept + max(fit, join) + _FIXED, one_fold
+    return kept + max(fit, join) + _FIXED + _READ, one_fold
 
 
 def _searched(places: Mapping[int, Place], search: SubsetSearch, linear: LinearHead, memory: int) -> LayerSets:
