@@ -88,7 +88,7 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
     ConfigError
         If a part of the training groups is too small for the folds in which a strength is chosen.
     """
-    said = _once()
+    warn = _warn_once()
     for record in records:
         if not isinstance(record.head, LinearHead):
             continue
@@ -110,23 +110,23 @@ def altered_records(records: Sequence[Record]) -> Iterator[Record]:
             if k < width:
                 yield from (replace(record, altered=f"projected:{k}", seed=seed) for seed in range(PROJECTIONS))
             else:
-                said("%s: projected: %d is left out where there are %d channels", record.label, k, width)
-    yield from _beside_random(records, said)
+                warn("%s: projected: %d is left out where there are %d channels", record.label, k, width)
+    yield from _beside_random(records, warn)
 
 
-def _once() -> Callable[..., None]:
+def _warn_once() -> Callable[..., None]:
     """Warn of the same only once, however many layers and noise levels it holds for."""
     before: set[tuple[object, ...]] = set()
 
-    def said(*words: object) -> None:
+    def warn(*words: object) -> None:
         if words not in before:
             before.add(words)
             logger.warning(*words)
 
-    return said
+    return warn
 
 
-def _beside_random(records: Sequence[Record], said: Callable[..., None]) -> Iterator[Record]:
+def _beside_random(records: Sequence[Record], warn: Callable[..., None]) -> Iterator[Record]:
     """Trained layers beside those of random weights, where a store of the same backbone has the same pairs."""
     random: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
@@ -142,7 +142,7 @@ def _beside_random(records: Sequence[Record], said: Callable[..., None]) -> Iter
         found = [other for other in random.get(_alike(record), []) if other.data_digest == record.data_digest]
         if not found:
             text = "%s: no random weights of this backbone with the same pairs are in the sweep to go beside"
-            said(text, record.label)
+            warn(text, record.label)
         for other in found:
             joint = replace(
                 record,

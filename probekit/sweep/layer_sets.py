@@ -135,9 +135,9 @@ def layer_sets(
                     known = stand_ins(spec, layers)
                     n, columns = len(material(selection).train.label), linear.folds * len(linear.strengths)
                     d = max(place.width for place in places.values())
-                    found_by = Search(asked, len(layers), n, d, columns * ("search" in spec), needed, len(known))
                     if all(other.asked != asked for other in searches):  # heads may share a question
-                        searches.append(found_by)
+                        columns *= "search" in spec
+                        searches.append(Search(asked, len(layers), n, d, columns, needed, len(known)))
                 else:
                     memory = min(_USUAL, first + left)
                     text = "%s, sigma %s, %s: %s among %d layers are searched"
