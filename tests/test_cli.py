@@ -214,7 +214,7 @@ def test_progress_that_goes_to_a_file_is_a_line_now_and_then(tmp_path, monkeypat
     monkeypatch.setattr("probekit._terminal.SECONDS_A_LINE", 0)
     slow = probekit("sweep", file, "--store", store, "--out", tmp_path / "slow")
     said = [line for line in slow.stderr.splitlines() if "/4 fits store linear" in line]
-    assert [line.partition(":")[0] for line in said] == [f"{n + 1}/4 fits store linear {n}" for n in range(4)]
+    assert [line.partition(":")[0] for line in said] == [f"{n + 1}/4 fits store linear {n} at 0.005" for n in range(4)]
 
 
 def test_a_preference_file_away_from_its_images_is_one_line(pairs, store, tmp_path):
