@@ -117,13 +117,15 @@ class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        met = _any_meta((args, kwargs))
-        if met and func in _SHAPED_BY_VALUES and not _any_meta((args[1:], kwargs)):
+        leaves = pytree.tree_leaves((args, kwargs))
+        metas = [leaf.is_meta for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(metas) and func in _SHAPED_BY_VALUES and not _any_meta((args[1:], kwargs)):
             return func(_zeros(args[0]), *args[1:], **kwargs).to("meta")
-        if met:
+        if any(metas) and not all(metas):
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        device = torch.device("meta" if met else "cpu")  # a model that is asked for its device says meta
-        args, kwargs = pytree.tree_map_only(torch.device, lambda _: device, (args, kwargs))
+        if any(isinstance(leaf, torch.device) for leaf in leaves):  # a model that is asked for its device says meta
+            device = torch.device("meta" if any(metas) else "cpu")
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: device, (args, kwargs))
         return func(*args, **kwargs)
 
 
