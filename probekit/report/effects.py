@@ -145,8 +145,7 @@ class Verdicts:
         self._run, self._dataset, self._by_prompt = run, dataset, "prompts" in PROTOCOLS[protocol].needs
         self._level, self._resamples = level, resamples
         self._correct: dict[str, Share] = {}
-        self._groups: dict[str, str] = {}
-        self._prompts: dict[str, str] = {}
+        self._pairs = pd.DataFrame({"group": [], "prompt_id": []}, dtype="str")
 
     def compare(self, what: str, gains: Sequence[Side], losses: Sequence[Side], *, fixed: bool = False) -> Effect:
         """Accuracies of `gains` minus those of `losses`, as many of either: one for a difference, two for one of two.
@@ -209,12 +208,11 @@ class Verdicts:
 
     def groups_and_weights(self, right: pd.DataFrame) -> tuple[NDArray[Any], FloatArray | None]:
         """Group and, by protocols that are a mean over prompts, weight of each pair (row)."""
-        groups = right.index.map(self._groups).to_numpy(dtype=object)
+        groups = self._pairs["group"].loc[right.index].to_numpy(dtype=object)
         if not self._by_prompt:
             return groups, None
-        return groups, prompt_weights(
-            right.iloc[:, 0].to_numpy(), right.index.map(self._prompts).to_numpy(dtype=object)
-        )
+        prompts = self._pairs["prompt_id"].loc[right.index].to_numpy(dtype=object)
+        return groups, prompt_weights(right.iloc[:, 0].to_numpy(), prompts)
 
     def refits(self, sides: Sequence[tuple[float, Side]], pairs: pd.Index) -> FloatArray | None:
         """Weighted sum (R, n) of sides refitted on halves of the training groups; None where not all of them are.
@@ -256,11 +254,11 @@ class Verdicts:
             if key not in self._correct:
                 margins = load_margins(self._run, [key])
                 here = True if self._dataset is None else margins["dataset"] == self._dataset
-                margins = margins[(margins["split"] == "test") & here]
-                correct = margins["correct"].to_numpy(dtype=np.float64)
-                self._correct[key] = pd.Series(correct, index=margins["pair_id"].to_numpy()).dropna()
-                self._groups.update(zip(margins["pair_id"], margins["group"], strict=True))
-                self._prompts.update(zip(margins["pair_id"], margins["prompt_id"], strict=True))
+                judged = margins[(margins["split"] == "test") & here].set_index("pair_id")
+                self._correct[key] = judged["correct"].dropna()
+                new = judged.index.difference(self._pairs.index, sort=False)
+                if len(new):
+                    self._pairs = pd.concat([self._pairs, judged.loc[new, ["group", "prompt_id"]]])
         return pd.concat([self._correct[key] for key in keys], axis=1, keys=keys)
 
 
