@@ -6,17 +6,22 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two spinning thread pools on two cores are many times slower
 
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from hypothesis import settings
-from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 
-install_import_hook("probekit", "typecheck.typechecked")  # shapes and types are checked in the tests only
+# What functions take and return is checked, in the tests only; variables have types that only mypy knows.
+beartype_package("probekit", conf=BeartypeConf(claw_is_pep526=False))
 
 settings.register_profile("probekit", deadline=None)  # no test fails because a machine is busy
 settings.load_profile("probekit")
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start; read when torch is loaded
-    os.environ["OMP_NUM_THREADS"] = str(max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start
+    N_THREADS = max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(N_THREADS)  # read when torch is loaded
+    threadpool_limits(N_THREADS)  # numpy is loaded already, by a plugin
 
 LONGEST = ["docs", "families", "report", "demo", "sweep", "plan", "controls", "dump_shares", "claims", "stages", "dump"]
 """Test files that begin first, longest before shorter, so that no process is left alone with one of them."""

@@ -115,6 +115,7 @@ def test_no_network(monkeypatch, cache):
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     point_datasets_at(monkeypatch, endpoint, cache)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
     assert f"and {endpoint} cannot be reached; check the network, or give a file or folder" in refusal()
 
 
