@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from probekit import backbones
 from probekit._types import Progress
 from probekit._workers import run_in_processes
 from probekit.config import LinearHead, SweepConfig
@@ -18,9 +18,6 @@ from probekit.playground.pairs import write_pairs
 from probekit.preferences import load_preferences
 from probekit.report import build_report
 from probekit.sweep import run_sweep
-
-if TYPE_CHECKING:
-    from probekit.backbones import Backbone
 
 TRAIN_PAIRS, TEST_PAIRS = 1600, 1400
 RANDOM_SEEDS = (0, 1, 2)
@@ -106,9 +103,9 @@ def _run(dump: _Dump, *, out: Path, prefs: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _base(cache: Path) -> "Backbone":
+def _base(cache: Path) -> "backbones.Backbone":
     """Load the shared parts, once in each process."""
-    from probekit.backbones import Backbone
-
     transformer = models()[0].folder
-    return Backbone.from_pretrained(base_folder(), transformer=transformer, max_tokens=0, device="cpu", cache=cache)
+    return backbones.Backbone.from_pretrained(
+        base_folder(), transformer=transformer, max_tokens=0, device="cpu", cache=cache
+    )

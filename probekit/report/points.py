@@ -112,7 +112,8 @@ def depth_points(
 def kinds_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
     """Return the depth points of each kind of pair; kinds without decided pairs have no accuracy and are left out."""
     narrowed = narrow(frame, setting)
-    kinds = [source for source in sources(narrowed) if source not in undecided_kinds(frame, setting=setting)]
+    ties = undecided_kinds(frame, setting=setting)
+    kinds = [source for source in sources(narrowed) if source not in ties]
     rows = narrowed[(narrowed["split"] == "test") & narrowed["source"].isin(kinds)][_NEEDED]
     n_pairs = rows.groupby("source")["n_pairs"].max()
     table = _table(({"n_pairs": n_pairs[row["source"]]} | row for row in _depth_rows(rows)), _KINDS)
@@ -122,7 +123,9 @@ def kinds_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.D
 def undecided_kinds(frame: pd.DataFrame, *, setting: Setting | None = None) -> list[str]:
     """Kinds of pairs that hold true ties only, so that no accuracy exists."""
     narrowed = narrow(frame, setting)
-    return [kind for kind in sources(narrowed) if not reported_rows(narrowed, kind)["accuracy"].notna().any()]
+    tested = narrowed[(narrowed["split"] == "test") & (narrowed["slice_by"] == "source")]
+    decided = tested.groupby("source")["accuracy"].count()
+    return [kind for kind in sources(narrowed) if not decided.get(kind, 0)]
 
 
 def scaling_points(frame: pd.DataFrame, *, setting: Setting | None = None) -> pd.DataFrame:
