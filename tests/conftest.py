@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what
     os.environ["OMP_NUM_THREADS"] = str(N_THREADS)  # read when torch is loaded
     threadpool_limits(N_THREADS)  # numpy is loaded already, by a plugin
 
-LONGEST = ["docs", "families", "report", "demo", "sweep", "plan", "controls", "dump_shares", "claims", "stages", "dump"]
+LONGEST = ["families", "docs", "report", "claims", "plan", "sweep", "demo", "stages", "controls", "dump", "dump_shares"]
 """Test files that begin first, longest before shorter, so that no process is left alone with one of them."""
 
 
