@@ -20,8 +20,8 @@ settings.load_profile("probekit")
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # they share the cores, with what tests start
     N_THREADS = max(1, N_CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-    os.environ["OMP_NUM_THREADS"] = str(N_THREADS)  # read when torch is loaded
-    threadpool_limits(N_THREADS)  # numpy is loaded already, by a plugin
+    os.environ["OMP_NUM_THREADS"] = str(N_THREADS)  # read when numpy and torch are loaded
+    threadpool_limits(N_THREADS)  # where a plugin of pytest has loaded numpy before
 
 LONGEST = ["families", "docs", "report", "claims", "plan", "sweep", "demo", "stages", "controls", "dump", "dump_shares"]
 """Test files that begin first, longest before shorter, so that no process is left alone with one of them."""
